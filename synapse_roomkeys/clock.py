@@ -1,0 +1,70 @@
+"""Waiting, in a way that suits the host."""
+
+from collections.abc import Callable
+from typing import Any, Protocol, TypeVar
+
+from twisted.internet.defer import Deferred
+
+T = TypeVar("T")
+
+
+class DelayedCall(Protocol):
+    """A call that the reactor makes later: Twisted's ``IDelayedCall``."""
+
+    def cancel(self) -> None:
+        """Have it not made."""
+
+
+class ReactorTime(Protocol):
+    """A reactor, as far as time goes: Twisted's ``IReactorTime``."""
+
+    def callLater(
+        self, delay: float, callable: Callable[..., object], *args: object
+    ) -> DelayedCall:
+        """Call something after a number of seconds."""
+
+
+def as_it_is(deferred: "Deferred[T]") -> "Deferred[T]":
+    """The ``yieldable`` of a host that follows no log contexts."""
+    return deferred
+
+
+class Clock:
+    """The host's time, and the one way to wait for a Deferred of our own.
+
+    Synapse keeps a log context for each request. A coroutine that waits must leave
+    none behind and find its own again, and whoever ends its wait must not be left
+    with it. So every Deferred that the plugin makes itself is waited for through
+    `wait`, and fired from the reactor, never from another request's code.
+    """
+
+    def __init__(
+        self,
+        reactor: ReactorTime,
+        yieldable: "Callable[[Deferred[Any]], Deferred[Any]]" = as_it_is,
+    ) -> None:
+        """
+        Args:
+            yieldable: what the host does to a Deferred before it is waited for:
+                Synapse's ``make_deferred_yieldable``.
+        """
+        self._reactor = reactor
+        self._yieldable = yieldable
+
+    def wait(self, deferred: "Deferred[T]") -> "Deferred[T]":
+        """A Deferred that fires as the given one does, in the waiter's context."""
+        return self._yieldable(deferred)
+
+    def call_later(self, seconds: float, call: Callable[[], object]) -> DelayedCall:
+        """Have the reactor call something, outside of any request's context."""
+        return self._reactor.callLater(seconds, call)
+
+    def fire(self, deferred: "Deferred[None]") -> None:
+        """Fire a Deferred that somebody else waits for, in the reactor's next turn."""
+        self._reactor.callLater(0, deferred.callback, None)
+
+    def sleep(self, seconds: float) -> "Deferred[None]":
+        """A Deferred that fires with None after a time."""
+        slept: Deferred[None] = Deferred()
+        self._reactor.callLater(seconds, slept.callback, None)
+        return self.wait(slept)

@@ -1,0 +1,156 @@
+"""What can go wrong, as the Matrix error a client is shown.
+
+The statuses and error codes are those of the Matrix client-server API,
+"Standard error response" and "Server-side key backups".
+"""
+
+from typing import Any
+
+
+class RoomKeysError(Exception):
+    """A fault that has an answer of its own: a status, an errcode and a message.
+
+    Attributes:
+        code: the HTTP status of the answer.
+        errcode: the Matrix error code.
+        msg: a sentence that a client developer can act on. It never holds a
+            token, ``session_data`` or ``auth_data``.
+    """
+
+    code = 400
+    errcode = "M_UNKNOWN"
+
+    def __init__(self, msg: str) -> None:
+        super().__init__(msg)
+        self.msg = msg
+
+    def error_dict(self) -> dict[str, Any]:
+        """The JSON body of the answer."""
+        return {"errcode": self.errcode, "error": self.msg}
+
+    def headers(self) -> dict[str, str]:
+        """The headers that the answer has besides the usual ones."""
+        return {}
+
+
+class NotJsonError(RoomKeysError):
+    """The body is not JSON."""
+
+    errcode = "M_NOT_JSON"
+
+
+class BadJsonError(RoomKeysError):
+    """The body is JSON, but not what the endpoint takes."""
+
+    errcode = "M_BAD_JSON"
+
+
+class InvalidParamError(RoomKeysError):
+    """A parameter, or an id, has a value that it can't have."""
+
+    errcode = "M_INVALID_PARAM"
+
+
+class MissingParamError(RoomKeysError):
+    """A parameter that the endpoint needs is not there."""
+
+    errcode = "M_MISSING_PARAM"
+
+
+class NoVersionToDeleteError(RoomKeysError):
+    """``DELETE /room_keys/version`` without a version, a 400 as the original's."""
+
+    errcode = "M_NOT_FOUND"
+
+    def __init__(self) -> None:
+        super().__init__("No version specified to delete")
+
+
+class UnrecognizedError(RoomKeysError):
+    """No endpoint has this path (404), or this method on it (405)."""
+
+    errcode = "M_UNRECOGNIZED"
+
+    def __init__(self, code: int) -> None:
+        super().__init__("Unrecognized request")
+        self.code = code
+
+
+class NotFoundError(RoomKeysError):
+    """There is no such backup, version or key.
+
+    Clients turn their backup off when they read it, so a passing fault is never
+    answered with it.
+    """
+
+    code = 404
+    errcode = "M_NOT_FOUND"
+
+
+def unknown_version() -> NotFoundError:
+    """No such version of the backup; clients compare the text word for word."""
+    return NotFoundError("Unknown backup version")
+
+
+def no_room_keys() -> NotFoundError:
+    """No such key in the backup; clients compare the text word for word."""
+    return NotFoundError("No room_keys found")
+
+
+class RoomKeysVersionError(RoomKeysError):
+    """An upload to a version that exists, but isn't the current one."""
+
+    code = 403
+    errcode = "M_WRONG_ROOM_KEYS_VERSION"
+
+    def __init__(self, current_version: str) -> None:
+        super().__init__("Wrong room_keys version")
+        self.current_version = current_version
+
+    def error_dict(self) -> dict[str, Any]:
+        return {**super().error_dict(), "current_version": self.current_version}
+
+
+class TooLargeError(RoomKeysError):
+    """The body, or one ``session_data``, is over its limit."""
+
+    code = 413
+    errcode = "M_TOO_LARGE"
+
+
+class LimitExceededError(RoomKeysError):
+    """Too many requests of one user are waiting already."""
+
+    code = 429
+    errcode = "M_LIMIT_EXCEEDED"
+
+    def __init__(self, retry_after: int) -> None:
+        """
+        Args:
+            retry_after: seconds after which the client may try again.
+        """
+        super().__init__("Too many requests of this user are waiting")
+        self.retry_after = retry_after
+
+    def error_dict(self) -> dict[str, Any]:
+        return {**super().error_dict(), "retry_after_ms": self.retry_after * 1000}
+
+    def headers(self) -> dict[str, str]:
+        return {"Retry-After": str(self.retry_after)}
+
+
+class UnavailableError(RoomKeysError):
+    """The database is away, and was still away after some seconds of trying."""
+
+    code = 503
+
+    def __init__(self, retry_after: int) -> None:
+        """
+        Args:
+            retry_after: seconds after which the client may try again.
+        """
+        super().__init__("The key backup is unavailable for the moment")
+        self.retry_after = retry_after
+
+    def headers(self) -> dict[str, str]:
+        return {"Retry-After": str(self.retry_after)}

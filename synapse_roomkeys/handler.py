@@ -1,0 +1,225 @@
+"""The operations of the API, with no HTTP and no SQL in them."""
+
+import logging
+from collections.abc import Callable, Generator, Sequence
+from typing import Any
+
+from twisted.internet.defer import Deferred, inlineCallbacks
+
+from . import metrics, wire
+from .clock import Clock
+from .errors import InvalidParamError, NotFoundError, unknown_version
+from .fairness import UserQueues
+from .storage import PAGE_KEYS, EndToEndRoomKeyStore
+from .types import BackupInfo, BackupState, Limits, RoomKey, UploadResult
+
+logger = logging.getLogger(__name__)
+
+#: How many of a user's reads may use the database at once, in one process.
+READS_AT_ONCE = 4
+
+
+class KeyPages:
+    """The keys of a download, a page at a time, so that few are in memory at once.
+
+    Attributes:
+        page: the keys at hand.
+        is_last: whether there are no more after them.
+    """
+
+    def __init__(
+        self, fetch: "Callable[[RoomKey | None], Deferred[list[RoomKey]]]"
+    ) -> None:
+        """
+        Args:
+            fetch: gets the page after a key, or the first one.
+        """
+        self._fetch = fetch
+        self.page: list[RoomKey] = []
+        self.is_last = False
+
+    @inlineCallbacks
+    def advance(self) -> "Generator[Deferred[Any], Any, None]":
+        """Get the next page.
+
+        Raises:
+            NotFoundError: the version is not there, or no longer.
+        """
+        last = self.page[-1] if self.page else None
+        self.page = yield self._fetch(last)
+        self.is_last = len(self.page) < PAGE_KEYS
+
+
+class E2eRoomKeysHandler:
+    """The seven operations that Synapse's handler of this name has.
+
+    Versions are strings here, as clients send them. Each operation may fail with
+    `LimitExceededError` when too many of the user's requests are waiting, and with
+    `UnavailableError` when the database is away.
+    """
+
+    def __init__(
+        self, store: EndToEndRoomKeyStore, clock: Clock, limits: Limits
+    ) -> None:
+        self._store = store
+        waiting = limits.max_waiting_requests
+        self._reads = UserQueues(clock, READS_AT_ONCE, waiting)
+        self._writes = UserQueues(clock, 1, waiting)
+
+    @inlineCallbacks
+    def get_room_keys(
+        self,
+        user_id: str,
+        version: str,
+        room_id: str | None = None,
+        session_id: str | None = None,
+    ) -> "Generator[Deferred[Any], Any, KeyPages]":
+        """The keys of a version, of a room or of a session, the first page at hand.
+
+        Raises:
+            NotFoundError: there is no such version.
+        """
+        number = wire.parse_version(version)
+
+        def fetch(after: RoomKey | None) -> "Deferred[list[RoomKey]]":
+            return self._reads.run(
+                user_id,
+                self._store.get_page,
+                *(user_id, number, room_id, session_id, after),
+            )
+
+        pages = KeyPages(fetch)
+        yield pages.advance()
+        return pages
+
+    @inlineCallbacks
+    def upload_room_keys(
+        self,
+        user_id: str,
+        version: str,
+        room_keys: Sequence[RoomKey],
+        device_id: str | None = None,
+    ) -> "Generator[Deferred[Any], Any, BackupState]":
+        """Merge keys into the current version, all of them or none.
+
+        Raises:
+            NotFoundError: there is no such version.
+            RoomKeysVersionError: it isn't the current one.
+        """
+        number = wire.parse_version(version)
+        result: UploadResult = yield self._writes.run(
+            user_id, self._store.upload_keys, user_id, number, room_keys
+        )
+        metrics.uploaded_keys.labels("stored").inc(result.stored)
+        metrics.uploaded_keys.labels("replaced").inc(len(result.replaced))
+        metrics.uploaded_keys.labels("kept").inc(result.kept)
+        for key in result.replaced:
+            logger.info(
+                "Replaced key: user=%s device=%s version=%s room=%s session=%s"
+                " old=%s new=%s",
+                *(user_id, device_id, number),
+                *(wire.shown(key.room_id), wire.shown(key.session_id)),
+                *(key.old, key.new),
+            )
+        return result.state
+
+    @inlineCallbacks
+    def delete_room_keys(
+        self,
+        user_id: str,
+        version: str,
+        room_id: str | None = None,
+        session_id: str | None = None,
+        device_id: str | None = None,
+    ) -> "Generator[Deferred[Any], Any, BackupState]":
+        """Delete the keys of a version, of a room or of a session.
+
+        Raises:
+            NotFoundError: there is no such version.
+        """
+        number = wire.parse_version(version)
+        state, deleted = yield self._writes.run(
+            user_id,
+            self._store.delete_keys,
+            *(user_id, number, room_id, session_id),
+        )
+        logger.info(
+            "Deleted keys: user=%s device=%s version=%s room=%s session=%s count=%d",
+            *(user_id, device_id, number),
+            *(wire.shown(room_id), wire.shown(session_id), deleted),
+        )
+        return state  # type: ignore[no-any-return]
+
+    @inlineCallbacks
+    def create_version(
+        self,
+        user_id: str,
+        version_info: wire.VersionInfo,
+        device_id: str | None = None,
+    ) -> "Generator[Deferred[Any], Any, str]":
+        """Make a version, the current one from now on, and fire with its number."""
+        number: int = yield self._writes.run(
+            user_id,
+            self._store.create_version,
+            *(user_id, version_info.algorithm, version_info.auth_data),
+        )
+        logger.info(
+            "Created version: user=%s device=%s version=%s", user_id, device_id, number
+        )
+        return str(number)
+
+    @inlineCallbacks
+    def get_version_info(
+        self, user_id: str, version: str | None = None
+    ) -> "Generator[Deferred[Any], Any, BackupInfo]":
+        """A version, or the current one.
+
+        Raises:
+            NotFoundError: there is none.
+        """
+        number = None if version is None else wire.parse_version(version)
+        info: BackupInfo | None = yield self._reads.run(
+            user_id, self._store.get_info, user_id, number
+        )
+        if info is not None:
+            return info
+        raise NotFoundError("No backup found") if number is None else unknown_version()
+
+    @inlineCallbacks
+    def update_version(
+        self, user_id: str, version: str, version_info: wire.VersionInfo
+    ) -> "Generator[Deferred[Any], Any, None]":
+        """Change the ``auth_data`` of a version.
+
+        Raises:
+            NotFoundError: there is no such version.
+            InvalidParamError: the body speaks of another version or algorithm.
+        """
+        if version_info.version not in (None, version):
+            raise InvalidParamError("The body's version is not the path's")
+        yield self._writes.run(
+            user_id,
+            self._store.update_version,
+            user_id,
+            wire.parse_version(version),
+            *(version_info.algorithm, version_info.auth_data),
+        )
+
+    @inlineCallbacks
+    def delete_version(
+        self, user_id: str, version: str, device_id: str | None = None
+    ) -> "Generator[Deferred[Any], Any, None]":
+        """Delete a version and its keys; one that was deleted before is no error.
+
+        Raises:
+            NotFoundError: there never was such a version.
+        """
+        number = wire.parse_version(version)
+        deleted: bool = yield self._writes.run(
+            user_id, self._store.delete_version, user_id, number
+        )
+        if deleted:
+            logger.info(
+                "Deleted version: user=%s device=%s version=%s",
+                *(user_id, device_id, number),
+            )

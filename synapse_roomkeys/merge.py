@@ -1,0 +1,79 @@
+"""Which of two keys is the better one, and what an upload changes."""
+
+from collections.abc import Iterable, Mapping
+
+import attrs
+
+from .types import KeyMetadata, Replacement, RoomKey, StoredKey
+
+
+def rank(key: KeyMetadata) -> tuple[bool, int, int]:
+    """The place of a key in the order of the specification, the best one lowest.
+
+    "Server-side key backups", "Recovering keys / storing keys": verified before
+    unverified, then the lower ``first_message_index``, then the lower
+    ``forwarded_count``. A NULL reads as 0 or false.
+    """
+    return (
+        not key.is_verified,
+        key.first_message_index or 0,
+        key.forwarded_count or 0,
+    )
+
+
+def is_sound(stored: StoredKey) -> bool:
+    """Whether a stored key is whole; any uploaded key is better than one that isn't."""
+    return (
+        stored.has_session_data
+        and stored.metadata.first_message_index is not None
+        and stored.metadata.forwarded_count is not None
+        and stored.metadata.is_verified is not None
+    )
+
+
+def is_better(uploaded: KeyMetadata, stored: StoredKey) -> bool:
+    """Whether an uploaded key takes the place of a stored one; equals keep the old."""
+    return not is_sound(stored) or rank(uploaded) < rank(stored.metadata)
+
+
+@attrs.frozen
+class MergePlan:
+    """What an upload changes.
+
+    Attributes:
+        writes: the keys to write, new ones and better ones.
+        stored: how many of them are new.
+        replaced: the keys that the others take the place of.
+        kept: how many uploaded keys lose against the stored ones.
+    """
+
+    writes: tuple[RoomKey, ...]
+    stored: int
+    replaced: tuple[Replacement, ...]
+    kept: int
+
+
+def merge(
+    stored: Mapping[tuple[str, str], StoredKey], uploaded: Iterable[RoomKey]
+) -> MergePlan:
+    """Decide, key by key, what an upload changes.
+
+    Args:
+        stored: by room and session id, what the backup holds of the uploaded sessions.
+        uploaded: the keys, each session once.
+    """
+    writes: list[RoomKey] = []
+    replaced: list[Replacement] = []
+    kept = 0
+    for key in uploaded:
+        old: StoredKey | None = stored.get((key.room_id, key.session_id))
+        if old is None:
+            writes.append(key)
+        elif is_better(key.metadata, old):
+            writes.append(key)
+            replaced.append(
+                Replacement(key.room_id, key.session_id, old.metadata, key.metadata)
+            )
+        else:
+            kept += 1
+    return MergePlan(tuple(writes), len(writes) - len(replaced), tuple(replaced), kept)

@@ -1,0 +1,234 @@
+"""Servlets: classes whose ``on_GET`` and the like answer requests as JSON."""
+
+import logging
+import re
+from collections.abc import Callable, Generator, Iterable
+from typing import Any, Protocol
+from urllib.parse import unquote, unquote_to_bytes
+
+from canonicaljson import encode_canonical_json
+from twisted.internet.defer import Deferred, inlineCallbacks, maybeDeferred
+from twisted.python.failure import Failure
+from twisted.web.http import Request
+from twisted.web.resource import Resource
+from twisted.web.server import NOT_DONE_YET
+
+from .. import metrics
+from ..errors import (
+    InvalidParamError,
+    MissingParamError,
+    RoomKeysError,
+    UnrecognizedError,
+)
+
+logger = logging.getLogger(__name__)
+
+#: What a servlet's method answers: a status and a JSON object, as it is or as the
+#: bytes of one, or None when it has answered already.
+Answer = tuple[int, dict[str, Any] | bytes] | None
+
+METHODS = ("GET", "PUT", "POST", "DELETE")
+
+#: "Web Browser Clients" of the client-server API: what every response has.
+CORS_HEADERS = {
+    "Access-Control-Allow-Origin": "*",
+    "Access-Control-Allow-Methods": "GET, HEAD, POST, PUT, DELETE, OPTIONS",
+    "Access-Control-Allow-Headers": "X-Requested-With, Content-Type, Authorization",
+}
+
+
+class HttpServer(Protocol):
+    """What servlets are registered with: Synapse's own, or a `JsonResource`."""
+
+    def register_paths(
+        self,
+        method: str,
+        path_patterns: "Iterable[re.Pattern[str]]",
+        callback: Callable[..., Any],
+        servlet_classname: str,
+    ) -> None:
+        """Have requests of a method, whose path matches one of the patterns,
+        answered by a callback.
+
+        The callback is given the request, and the pattern's named groups,
+        percent-decoded, as keyword arguments. It fires with None when it has
+        answered the request.
+        """
+
+
+def client_patterns(path: str) -> "tuple[re.Pattern[str], ...]":
+    """The patterns of an endpoint of the client-server API, for all its prefixes."""
+    return (re.compile(f"^/_matrix/client/(?:r0|v3|unstable){path}$"),)
+
+
+def set_headers(request: Request, content_type: bytes | None) -> None:
+    """Set the headers that all responses have."""
+    for name, value in CORS_HEADERS.items():
+        request.setHeader(name.encode(), value.encode())
+    if content_type is not None:
+        request.setHeader(b"Content-Type", content_type)
+        request.setHeader(b"Cache-Control", b"no-cache, no-store, must-revalidate")
+
+
+def respond(request: Request, code: int, body: dict[str, Any] | bytes) -> None:
+    """Answer a request with a JSON object, unless its client is gone."""
+    if request._disconnected:
+        return
+    content = body if isinstance(body, bytes) else encode_canonical_json(body)
+    request.setResponseCode(code)
+    set_headers(request, b"application/json")
+    request.setHeader(b"Content-Length", b"%d" % len(content))
+    request.write(content)
+    request.finish()
+
+
+def respond_error(request: Request, error: RoomKeysError) -> None:
+    """Answer a request with an error."""
+    for name, value in error.headers().items():
+        request.setHeader(name.encode(), value.encode())
+    respond(request, error.code, error.error_dict())
+
+
+def parse_string(request: Request, name: str) -> str:
+    """The value of a query parameter, the first where there are several.
+
+    Raises:
+        MissingParamError: it isn't there.
+    """
+    values = (request.args or {}).get(name.encode())
+    if not values:
+        raise MissingParamError(f"Missing query parameter {name}")
+    value: bytes = values[0]
+    return value.decode("utf-8", "replace")
+
+
+class JsonResource(Resource):
+    """Answers requests by the callbacks that are registered for their paths.
+
+    It looks at a request's whole path, wherever in a site it is put.
+    """
+
+    isLeaf = True
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._routes: dict[re.Pattern[str], dict[str, Callable[..., Any]]] = {}
+
+    def register_paths(
+        self,
+        method: str,
+        path_patterns: "Iterable[re.Pattern[str]]",
+        callback: Callable[..., Any],
+        servlet_classname: str,
+    ) -> None:
+        """As `HttpServer.register_paths`."""
+        for pattern in path_patterns:
+            self._routes.setdefault(pattern, {})[method] = callback
+
+    def render(self, request: Request) -> int | bytes:
+        """Answer a request; `Resource` calls it."""
+        if request.method == b"OPTIONS":
+            request.setResponseCode(204)
+            set_headers(request, None)
+            return b""
+        done = maybeDeferred(self._dispatch, request)
+        done.addErrback(self._fail, request)
+        return NOT_DONE_YET
+
+    def _dispatch(self, request: Request) -> Any:
+        callback, groups = self._find(request)
+        arguments = {name: value and unquote(value) for name, value in groups.items()}
+        return callback(request, **arguments)
+
+    def _find(self, request: Request) -> tuple[Callable[..., Any], dict[str, Any]]:
+        """The callback for a request, and the groups of the path that matched.
+
+        Raises:
+            UnrecognizedError: there is none, 404, or none for this method, 405.
+        """
+        path = request.path.decode("latin-1")
+        method = request.method.decode("latin-1").replace("HEAD", "GET")
+        for pattern, callbacks in self._routes.items():
+            match = pattern.match(path)
+            if match:
+                if method not in callbacks:
+                    raise UnrecognizedError(405)
+                return callbacks[method], match.groupdict()
+        raise UnrecognizedError(404)
+
+    def _fail(self, failure: Failure, request: Request) -> None:
+        """Answer what no servlet answered: an unknown path, an authentication error
+        of the host, a defect."""
+        error = failure.value
+        if isinstance(error, RoomKeysError):
+            respond_error(request, error)
+            return
+        logger.error("Failed to answer a request", exc_info=error)
+        body = {"errcode": "M_UNKNOWN", "error": "Internal server error"}
+        respond(request, 500, body)
+
+
+class RestServlet(JsonResource):
+    """A servlet: one method for each HTTP method that its endpoint has.
+
+    Subclasses have ``PATTERNS`` and any of ``on_GET``, ``on_PUT``, ``on_POST`` and
+    ``on_DELETE``, which take the request and the pattern's named groups, and fire
+    with an `Answer`. It is a resource of its own too, that answers for its paths.
+    """
+
+    PATTERNS: "Iterable[re.Pattern[str]]"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register(self)
+
+    def register(self, http_server: HttpServer) -> None:
+        """Register the methods with a server."""
+        for method in METHODS:
+            answer = getattr(self, f"on_{method}", None)
+            if answer is not None:
+                http_server.register_paths(
+                    method,
+                    self.PATTERNS,
+                    _answering(answer),
+                    type(self).__name__,
+                )
+
+
+def _answering(method: Callable[..., Any]) -> Callable[..., "Deferred[None]"]:
+    """A callback that responds with what a servlet's method fires with, or with the
+    `RoomKeysError` that it raises. Any other error is the host's to answer."""
+
+    @inlineCallbacks
+    def callback(
+        request: Request, **groups: str | None
+    ) -> "Generator[Deferred[Any], Any, None]":
+        try:
+            _check_path(request)
+            answer: Answer = yield method(request, **groups)
+        except RoomKeysError as error:
+            _note_refusal(request, error)
+            respond_error(request, error)
+            return
+        if answer is not None:
+            respond(request, *answer)
+
+    return callback
+
+
+def _check_path(request: Request) -> None:
+    try:
+        unquote_to_bytes(request.path).decode()
+    except UnicodeDecodeError:
+        raise InvalidParamError("The path is not UTF-8") from None
+
+
+def _note_refusal(request: Request, error: RoomKeysError) -> None:
+    """Count a refusal, and log one that isn't an ordinary answer: a client may go on
+    sending the same for ever."""
+    metrics.refused_requests.labels(error.errcode).inc()
+    if error.code != 404:
+        logger.info(
+            "Refused %s: %d %s: %s",
+            *(request.method.decode("latin-1"), error.code, error.errcode, error.msg),
+        )

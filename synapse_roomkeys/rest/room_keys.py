@@ -1,0 +1,235 @@
+"""The three servlets of server-side key backup.
+
+What each endpoint takes and answers is written in the Matrix client-server API,
+"Server-side key backups". Every request is authenticated first; guests are refused.
+"""
+
+from collections.abc import Generator
+from typing import Any, Protocol
+
+from twisted.internet.defer import Deferred, inlineCallbacks
+from twisted.web.http import Request
+
+from ..clock import Clock
+from ..errors import MissingParamError, NoVersionToDeleteError, no_room_keys
+from ..handler import E2eRoomKeysHandler, KeyPages
+from ..types import BackupInfo, BackupState, Limits, Requester
+from ..wire import (
+    BackupEncoder,
+    check_id,
+    encode_backup_info,
+    encode_key,
+    parse_upload,
+    parse_version_info,
+)
+from .resource import (
+    Answer,
+    HttpServer,
+    RestServlet,
+    client_patterns,
+    parse_string,
+    set_headers,
+)
+from .streaming import PacedWriter, stream_pages
+
+Answering = Generator[Deferred[Any], Any, Answer]
+
+
+class Auth(Protocol):
+    """The host's authentication."""
+
+    def get_user_by_req(self, request: Request) -> "Deferred[Requester]":
+        """Who sends a request.
+
+        The Deferred fails with the error that the host answers a request with which
+        has no valid token, or is a guest's.
+        """
+
+
+class HomeServer(Protocol):
+    """What the servlets need of the server that they live in."""
+
+    @property
+    def clock(self) -> Clock:
+        """The host's time."""
+
+    @property
+    def limits(self) -> Limits:
+        """What is refused for its size."""
+
+    @property
+    def stalled_download_seconds(self) -> float:
+        """For how long a client may read nothing before its download is dropped."""
+
+    def get_auth(self) -> Auth:
+        """The host's authentication."""
+
+    def get_e2e_room_keys_handler(self) -> E2eRoomKeysHandler:
+        """The operations that the servlets call."""
+
+
+class RoomKeysServlet(RestServlet):
+    """``/room_keys/keys``: upload, download and delete keys.
+
+    Of the whole backup, of a room, or of one session, as the path says.
+    """
+
+    PATTERNS = client_patterns(
+        "/room_keys/keys(?:/(?P<room_id>[^/]*)(?:/(?P<session_id>[^/]*))?)?"
+    )
+
+    def __init__(self, hs: HomeServer) -> None:
+        super().__init__()
+        self.hs = hs
+        self.auth = hs.get_auth()
+        self.e2e_room_keys_handler = hs.get_e2e_room_keys_handler()
+
+    @inlineCallbacks
+    def on_PUT(
+        self, request: Request, room_id: str | None, session_id: str | None
+    ) -> Answering:
+        """Merge keys into the backup; answers its etag and count."""
+        requester: Requester = yield self.auth.get_user_by_req(request)
+        check_ids(room_id, session_id)
+        version = parse_string(request, "version")
+        keys = parse_upload(_body(request), room_id, session_id, self.hs.limits)
+        state: BackupState = yield self.e2e_room_keys_handler.upload_room_keys(
+            requester.user_id, version, keys, requester.device_id
+        )
+        return 200, _state_dict(state)
+
+    @inlineCallbacks
+    def on_GET(
+        self, request: Request, room_id: str | None, session_id: str | None
+    ) -> Answering:
+        """Answer keys; one that isn't there is a 404, a room without any is empty."""
+        requester: Requester = yield self.auth.get_user_by_req(request)
+        check_ids(room_id, session_id)
+        version = parse_string(request, "version")
+        pages: KeyPages = yield self.e2e_room_keys_handler.get_room_keys(
+            requester.user_id, version, room_id, session_id
+        )
+        if session_id is not None:
+            if not pages.page:
+                raise no_room_keys()
+            return 200, encode_key(pages.page[0])
+        encoder = BackupEncoder(with_rooms=room_id is None)
+        if pages.is_last:
+            return 200, encoder.encode(pages.page) + encoder.finish()
+        set_headers(request, b"application/json")
+        if request.method == b"HEAD":
+            request.finish()
+            return None
+        writer = PacedWriter(request, self.hs.clock, self.hs.stalled_download_seconds)
+        yield stream_pages(writer, pages, encoder)
+        return None
+
+    @inlineCallbacks
+    def on_DELETE(
+        self, request: Request, room_id: str | None, session_id: str | None
+    ) -> Answering:
+        """Delete keys; answers the backup's etag and count."""
+        requester: Requester = yield self.auth.get_user_by_req(request)
+        check_ids(room_id, session_id)
+        version = parse_string(request, "version")
+        state: BackupState = yield self.e2e_room_keys_handler.delete_room_keys(
+            *(requester.user_id, version, room_id, session_id, requester.device_id)
+        )
+        return 200, _state_dict(state)
+
+
+class RoomKeysNewVersionServlet(RestServlet):
+    """``POST /room_keys/version``: make a version, the current one from now on."""
+
+    PATTERNS = client_patterns("/room_keys/version")
+
+    def __init__(self, hs: HomeServer) -> None:
+        super().__init__()
+        self.hs = hs
+        self.auth = hs.get_auth()
+        self.e2e_room_keys_handler = hs.get_e2e_room_keys_handler()
+
+    @inlineCallbacks
+    def on_POST(self, request: Request) -> Answering:
+        """Make a version; answers its number, as a string."""
+        requester: Requester = yield self.auth.get_user_by_req(request)
+        info = parse_version_info(_body(request), self.hs.limits)
+        version: str = yield self.e2e_room_keys_handler.create_version(
+            requester.user_id, info, requester.device_id
+        )
+        return 200, {"version": version}
+
+
+class RoomKeysVersionServlet(RestServlet):
+    """``/room_keys/version[/{version}]``: the current version, or the one named.
+
+    The first pattern is that of `RoomKeysNewVersionServlet`, word for word: servers
+    take the first pattern that matches a path, whatever methods it has.
+    """
+
+    PATTERNS = (
+        *RoomKeysNewVersionServlet.PATTERNS,
+        *client_patterns("/room_keys/version/(?P<version>[^/]*)"),
+    )
+
+    def __init__(self, hs: HomeServer) -> None:
+        super().__init__()
+        self.hs = hs
+        self.auth = hs.get_auth()
+        self.e2e_room_keys_handler = hs.get_e2e_room_keys_handler()
+
+    @inlineCallbacks
+    def on_GET(self, request: Request, version: str | None = None) -> Answering:
+        """Answer a version: algorithm, auth_data, count, etag and version."""
+        requester: Requester = yield self.auth.get_user_by_req(request)
+        info: BackupInfo = yield self.e2e_room_keys_handler.get_version_info(
+            requester.user_id, version
+        )
+        return 200, encode_backup_info(info)
+
+    @inlineCallbacks
+    def on_PUT(self, request: Request, version: str | None = None) -> Answering:
+        """Change a version's auth_data."""
+        requester: Requester = yield self.auth.get_user_by_req(request)
+        if not version:
+            raise MissingParamError("No version specified to update")
+        info = parse_version_info(_body(request), self.hs.limits)
+        yield self.e2e_room_keys_handler.update_version(
+            requester.user_id, version, info
+        )
+        return 200, {}
+
+    @inlineCallbacks
+    def on_DELETE(self, request: Request, version: str | None = None) -> Answering:
+        """Delete a version and its keys."""
+        requester: Requester = yield self.auth.get_user_by_req(request)
+        if not version:
+            raise NoVersionToDeleteError
+        yield self.e2e_room_keys_handler.delete_version(
+            requester.user_id, version, requester.device_id
+        )
+        return 200, {}
+
+
+def check_ids(room_id: str | None, session_id: str | None) -> None:
+    """Refuse a path with an id in it that no room or session has."""
+    if room_id is not None:
+        check_id("Room", room_id)
+    if session_id is not None:
+        check_id("Session", session_id)
+
+
+def _body(request: Request) -> bytes:
+    content: Any = request.content
+    return content.read()  # type: ignore[no-any-return]
+
+
+def _state_dict(state: BackupState) -> dict[str, Any]:
+    return {"etag": str(state.etag), "count": state.count}
+
+
+def register_servlets(hs: HomeServer, http_server: HttpServer) -> None:
+    """Register the three servlets with a server."""
+    RoomKeysServlet(hs).register(http_server)
+    RoomKeysVersionServlet(hs).register(http_server)
+    RoomKeysNewVersionServlet(hs).register(http_server)

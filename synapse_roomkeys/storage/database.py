@@ -1,0 +1,244 @@
+"""Transactions, over `twisted.enterprise.adbapi` or over the host's own pool."""
+
+import logging
+import sqlite3
+from collections.abc import Callable, Generator, Mapping
+from importlib import resources
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
+
+import attrs
+from twisted.enterprise import adbapi
+from twisted.internet.defer import Deferred, inlineCallbacks
+
+from ..clock import Clock
+from ..errors import UnavailableError
+from . import sql
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+P = ParamSpec("P")
+
+#: Seconds between the tries of a transaction while the database is away.
+RETRY_DELAYS = (0.1, 0.2, 0.4, 0.8, 1.6)
+#: What a client is told to wait when all tries have failed, in seconds.
+RETRY_AFTER = 10
+
+
+class Transaction(Protocol):
+    """A cursor in a transaction; statements have ``?`` for their parameters."""
+
+    @property
+    def rowcount(self) -> int:
+        """How many rows the last statement wrote."""
+
+    @property
+    def description(self) -> Any:
+        """The columns of the last statement's rows, their names first."""
+
+    def execute(self, statement: str, parameters: Any = ()) -> Any:
+        """Run a statement."""
+
+    def fetchone(self) -> Any:
+        """The next row, or None."""
+
+    def fetchall(self) -> list[tuple[Any, ...]]:
+        """The rows that are left."""
+
+
+class Database(Protocol):
+    """Runs functions in transactions; the host brings one."""
+
+    def run(
+        self,
+        desc: str,
+        function: Callable[Concatenate[Transaction, P], T],
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> "Deferred[T]":
+        """Call a function with a transaction, in a thread, and commit.
+
+        Args:
+            desc: names the transaction in logs and metrics.
+
+        Returns:
+            A Deferred that fires with the function's result after the commit, or
+            fails with its exception after a rollback.
+        """
+
+
+@attrs.frozen
+class Engine:
+    """A database engine: how it is spoken to and how it says that it is away.
+
+    Attributes:
+        transient: the driver's exceptions after which trying again may help.
+    """
+
+    dialect: sql.Dialect
+    transient: tuple[type[Exception], ...]
+
+
+SQLITE = Engine(sql.SQLITE, (sqlite3.OperationalError,))
+
+
+def postgres() -> Engine:
+    """The engine PostgreSQL.
+
+    Raises:
+        ImportError: psycopg2 isn't installed.
+    """
+    import psycopg2
+
+    return Engine(
+        sql.POSTGRES,
+        (psycopg2.OperationalError, psycopg2.InterfaceError, adbapi.ConnectionLost),
+    )
+
+
+class RetryingDatabase:
+    """A database that is tried for some seconds before it is said to be away.
+
+    Every transaction of the plugin may run twice: writing the same again changes
+    nothing, and a version that was made twice leaves one that nobody was told of.
+    """
+
+    def __init__(self, database: Database, engine: Engine, clock: Clock) -> None:
+        self._database = database
+        self._transient = engine.transient
+        self._clock = clock
+
+    @inlineCallbacks
+    def run(
+        self,
+        desc: str,
+        function: Callable[Concatenate[Transaction, P], T],
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> "Generator[Deferred[Any], Any, T]":
+        """As `Database.run`.
+
+        Raises:
+            UnavailableError: the database is away.
+        """
+        for delay in RETRY_DELAYS:
+            try:
+                result: T = yield self._database.run(desc, function, *args, **kwargs)
+                return result
+            except self._transient as error:
+                logger.warning("%s failed, trying again: %s", desc, _brief(error))
+            yield self._clock.sleep(delay)
+        try:
+            result = yield self._database.run(desc, function, *args, **kwargs)
+            return result
+        except self._transient as error:
+            logger.error("%s failed for good: %s", desc, _brief(error))
+            raise UnavailableError(RETRY_AFTER) from None
+
+
+def _brief(error: Exception) -> str:
+    """An exception's kind and first line, which hold no parameter of a statement."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+
+
+class PoolDatabase:
+    """A database over a connection pool of `twisted.enterprise.adbapi`."""
+
+    def __init__(self, pool: adbapi.ConnectionPool) -> None:
+        self._pool = pool
+
+    def run(
+        self,
+        desc: str,
+        function: Callable[Concatenate[Transaction, P], T],
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> "Deferred[T]":
+        """As `Database.run`; the description goes nowhere."""
+        run: Any = self._pool.runInteraction
+        return run(function, *args, **kwargs)  # type: ignore[no-any-return]
+
+    def close(self) -> None:
+        """Close the connections and end the threads."""
+        self._pool.close()
+
+
+class _PostgresTransaction(adbapi.Transaction):
+    """A transaction that translates the marks of parameters for psycopg2."""
+
+    def execute(self, statement: str, parameters: Any = ()) -> Any:
+        cursor: Any = self._cursor
+        return cursor.execute(statement.replace("?", "%s"), parameters)
+
+
+def sqlite_database(path: str) -> PoolDatabase:
+    """A database in a file, made when it isn't there."""
+
+    def prepare(connection: sqlite3.Connection) -> None:
+        connection.execute("PRAGMA journal_mode = WAL")
+
+    pool = adbapi.ConnectionPool(
+        "sqlite3",
+        path,
+        cp_min=1,
+        cp_max=1,
+        cp_openfun=prepare,
+        check_same_thread=False,
+    )
+    return PoolDatabase(pool)
+
+
+def postgres_database(
+    arguments: Mapping[str, Any], connections: int = 10
+) -> PoolDatabase:
+    """A database of a PostgreSQL server.
+
+    Args:
+        arguments: those of ``psycopg2.connect``.
+        connections: how many there are at most.
+    """
+    pool = adbapi.ConnectionPool(
+        "psycopg2", cp_min=1, cp_max=connections, cp_reconnect=True, **arguments
+    )
+    pool.transactionFactory = _PostgresTransaction
+    return PoolDatabase(pool)
+
+
+def create_tables(txn: Transaction, engine: Engine, own_backups: bool) -> None:
+    """Make the tables that aren't there, one process after the other.
+
+    Args:
+        own_backups: make the homeserver's tables too, where there is no homeserver
+            that does.
+    """
+    txn.execute(engine.dialect.lock_schema)
+    for name in ("backups", "counts") if own_backups else ("counts",):
+        for statement in _schema(name).split(";"):
+            if statement.strip():
+                txn.execute(statement)
+
+
+def _schema(name: str) -> str:
+    folder = resources.files(__package__) / "schema"
+    lines = (folder / f"{name}.sql").read_text().splitlines()
+    return "\n".join(line for line in lines if not line.startswith("--"))
+
+
+def check_tables(txn: Transaction) -> str | None:
+    """What is wrong with the homeserver's tables, or None.
+
+    Raises:
+        Exception: the driver's own, for a table or an index that is not there.
+    """
+    for table, columns in sql.TABLES.items():
+        txn.execute(sql.COLUMNS.format(table=table))
+        found = [column[0] for column in txn.description]
+        missing = set(columns) - set(found)
+        if missing:
+            return (
+                f"expected table {table} with columns {', '.join(columns)};"
+                f" found {', '.join(found)}"
+            )
+    for probe in sql.PROBES:
+        txn.execute(probe)
+    return None

@@ -1,0 +1,264 @@
+"""The Synapse module: the plugin in the place of the built-in endpoints.
+
+Synapse mounts its client API from a registry of functions,
+``synapse.rest.SERVLET_GROUPS["client"]`` (1.120 and newer), or by attributes of the
+modules that it imports (older ones). Modules are loaded before the listeners are
+built, so the module puts its own function there.
+"""
+
+import inspect
+import logging
+import time
+from collections.abc import Callable, Generator
+from importlib.metadata import version as version_of
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+import attrs
+from synapse import rest
+from synapse.module_api import ModuleApi, make_deferred_yieldable
+from synapse.module_api.errors import ConfigError
+from synapse.rest.client import room_keys
+from synapse.storage.database import make_conn
+from twisted.internet.defer import Deferred, ensureDeferred, inlineCallbacks
+from twisted.web.http import Request
+
+from .clock import Clock
+from .config import ModuleConfig, OptionError, parse_module_config
+from .handler import E2eRoomKeysHandler
+from .rest import HttpServer, register_servlets
+from .storage import (
+    SQLITE,
+    EndToEndRoomKeyStore,
+    Engine,
+    RetryingDatabase,
+    Transaction,
+    check_tables,
+    create_tables,
+    postgres,
+)
+from .types import Limits, Requester
+from .version import __version__
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+P = ParamSpec("P")
+
+Register = Callable[[Any, HttpServer], None]
+
+
+class RoomKeysModule:
+    """What homeserver.yaml names as ``synapse_roomkeys.RoomKeysModule``."""
+
+    def __init__(self, config: ModuleConfig, api: ModuleApi) -> None:
+        """
+        Raises:
+            ConfigError: this Synapse, or its database, isn't as the plugin expects.
+        """
+        self._config = config
+        hs, database = _internals(api)
+        engine = _engine(database)
+        _prepare_database(hs, database, engine)
+        self._clock = Clock(hs.get_reactor(), make_deferred_yieldable)
+        self._store = EndToEndRoomKeyStore(
+            RetryingDatabase(ModuleApiDatabase(api), engine, self._clock),
+            engine.dialect,
+            time.time,
+        )
+        self._handler = E2eRoomKeysHandler(self._store, self._clock, config.limits)
+        api.register_third_party_rules_callbacks(
+            on_user_deactivation_status_changed=self.forget_deactivated_user
+        )
+        place = replace_servlets(self.register_servlets)
+        logger.info(
+            "synapse_roomkeys %s answers /room_keys in Synapse %s: it replaced %s",
+            *(__version__, version_of("matrix-synapse"), place),
+        )
+
+    @staticmethod
+    def parse_config(config: dict[str, Any]) -> ModuleConfig:
+        """What Synapse calls with the module's ``config:``.
+
+        Raises:
+            ConfigError: an option is unknown or wrong; it names the option.
+        """
+        try:
+            return parse_module_config(config)
+        except OptionError as error:
+            raise ConfigError(str(error), (error.option,)) from None
+
+    def register_servlets(self, hs: Any, http_server: HttpServer) -> None:
+        """What Synapse calls, for each of its client listeners, to mount the API."""
+        host = SynapseHost(
+            self._clock,
+            self._config.limits,
+            self._config.stalled_download_seconds,
+            self._handler,
+            SynapseAuth(hs.get_auth()),
+        )
+        register_servlets(host, http_server)
+
+    async def forget_deactivated_user(
+        self, user_id: str, deactivated: bool, by_admin: bool
+    ) -> None:
+        """What Synapse calls when it has deactivated a user, or activated one again."""
+        if deactivated:
+            await self._store.forget_user(user_id)
+
+
+class SynapseAuth:
+    """Synapse's own authentication, as the servlets ask for it."""
+
+    def __init__(self, auth: Any) -> None:
+        self._auth = auth
+
+    @inlineCallbacks
+    def get_user_by_req(
+        self, request: Request
+    ) -> "Generator[Deferred[Any], Any, Requester]":
+        """Who sends a request; fails with Synapse's own errors, guests refused."""
+        requester = yield ensureDeferred(
+            self._auth.get_user_by_req(request, allow_guest=False)
+        )
+        return Requester(requester.user.to_string(), requester.device_id)
+
+
+@attrs.frozen
+class SynapseHost:
+    """A Synapse, as the servlets see it."""
+
+    clock: Clock
+    limits: Limits
+    stalled_download_seconds: float
+    handler: E2eRoomKeysHandler
+    auth: SynapseAuth
+
+    def get_auth(self) -> SynapseAuth:
+        """Synapse's authentication."""
+        return self.auth
+
+    def get_e2e_room_keys_handler(self) -> E2eRoomKeysHandler:
+        """The plugin's handler, one for all listeners of the process."""
+        return self.handler
+
+
+class ModuleApiDatabase:
+    """Transactions on Synapse's own connections."""
+
+    def __init__(self, api: ModuleApi) -> None:
+        self._api = api
+
+    def run(
+        self,
+        desc: str,
+        function: Callable[Concatenate[Transaction, P], T],
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> "Deferred[T]":
+        """As `synapse_roomkeys.storage.Database.run`."""
+        interaction: Any = self._api.run_db_interaction
+        return interaction(desc, function, *args, **kwargs)  # type: ignore[no-any-return]
+
+
+def replace_servlets(register: Register) -> str:
+    """Have Synapse call another function where it calls the built-in endpoints' one.
+
+    Returns:
+        The name of the place.
+
+    Raises:
+        ConfigError: the place is not where it is expected.
+    """
+    resource: Any = getattr(rest, "ClientRestResource", None)
+    mount = getattr(resource, "register_servlets", None)
+    names = getattr(getattr(mount, "__code__", None), "co_names", ())
+    if "SERVLET_GROUPS" in names:
+        return _replace_in_group(register)
+    if "room_keys" in names and hasattr(room_keys, "register_servlets"):
+        vars(room_keys)["register_servlets"] = register
+        return "synapse.rest.client.room_keys.register_servlets"
+    raise _unexpected(
+        "synapse.rest.ClientRestResource.register_servlets to mount SERVLET_GROUPS"
+        " or room_keys.register_servlets",
+        f"one that uses {', '.join(names) or 'neither'}",
+    )
+
+
+def _replace_in_group(register: Register) -> str:
+    place = 'synapse.rest.SERVLET_GROUPS["client"]'
+    builtin = getattr(room_keys, "register_servlets", None)
+    groups: Any = getattr(rest, "SERVLET_GROUPS", {})
+    functions = tuple(groups.get("client", ()))
+    if functions.count(builtin) != 1:
+        found = [f"{f.__module__}.{f.__name__}" for f in functions]
+        raise _unexpected(
+            f"synapse.rest.client.room_keys.register_servlets once in {place}",
+            ", ".join(name for name in found if "room_keys" in name) or "none",
+        )
+    groups["client"] = tuple(register if f is builtin else f for f in functions)
+    return f"synapse.rest.client.room_keys.register_servlets in {place}"
+
+
+def _internals(api: ModuleApi) -> tuple[Any, Any]:
+    """The homeserver and its main database.
+
+    Raises:
+        ConfigError: the module API hasn't got them.
+    """
+    try:
+        hs: Any = api._hs
+        return hs, hs.get_datastores().main.db_pool
+    except AttributeError as error:
+        raise _unexpected("ModuleApi._hs with its main database", str(error)) from None
+
+
+def _engine(database: Any) -> Engine:
+    """The engine that Synapse's database runs on.
+
+    Raises:
+        ConfigError: the plugin doesn't know it.
+    """
+    driver: str = database.engine.module.__name__
+    if driver == "sqlite3":
+        return SQLITE
+    if driver == "psycopg2":
+        return postgres()
+    raise _unexpected("a database driver sqlite3 or psycopg2", driver)
+
+
+def _prepare_database(hs: Any, database: Any, engine: Engine) -> None:
+    """Check Synapse's tables and make the plugin's own, before anything is served.
+
+    It holds up the start for the few milliseconds that this takes.
+
+    Raises:
+        ConfigError: Synapse's tables aren't as expected.
+    """
+    arguments: dict[str, Any] = {
+        "db_config": database._database_config,
+        "engine": database.engine,
+        "default_txn_name": "roomkeys_start",
+    }
+    if "server_name" in inspect.signature(make_conn).parameters:
+        arguments["server_name"] = hs.hostname
+    connection: Any = make_conn(**arguments)
+    try:
+        txn = connection.cursor()
+        problem = check_tables(txn)
+        connection.rollback()
+        if problem is None:
+            create_tables(txn, engine, own_backups=False)
+            connection.commit()
+    except database.engine.module.Error as error:
+        problem = f"expected Synapse's tables of room keys; found {error}"
+    finally:
+        connection.close()
+    if problem is not None:
+        raise ConfigError(f"synapse_roomkeys can't work on this database: {problem}")
+
+
+def _unexpected(expected: str, found: str) -> ConfigError:
+    return ConfigError(
+        f"synapse_roomkeys {__version__} can't be loaded into Synapse"
+        f" {version_of('matrix-synapse')}: expected {expected}; found {found}"
+    )

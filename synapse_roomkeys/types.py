@@ -1,0 +1,130 @@
+"""The values that cross the layers."""
+
+import attrs
+
+
+@attrs.frozen
+class Requester:
+    """Who sends a request, as the host's authentication found.
+
+    Attributes:
+        user_id: the full Matrix id of the user.
+        device_id: the device whose access token was used, where there is one.
+    """
+
+    user_id: str
+    device_id: str | None
+
+
+@attrs.frozen
+class KeyMetadata:
+    """What the server may know of a key: the three fields that rank it.
+
+    A field is None in rows that Synapse's own endpoints let in with a NULL, or,
+    on SQLite, with a value that isn't of the column's type.
+    """
+
+    first_message_index: int | None
+    forwarded_count: int | None
+    is_verified: bool | None
+
+
+@attrs.frozen
+class RoomKey:
+    """One session's key, the specification's ``KeyBackupData``, and where it belongs.
+
+    Attributes:
+        metadata: the fields that rank it.
+        session_data: the encrypted key as JSON text, never decoded.
+    """
+
+    room_id: str
+    session_id: str
+    metadata: KeyMetadata
+    session_data: str
+
+
+@attrs.frozen
+class StoredKey:
+    """A key of the database, as far as a merge needs it.
+
+    Attributes:
+        has_session_data: False for an old row whose ``session_data`` is JSON null.
+    """
+
+    metadata: KeyMetadata
+    has_session_data: bool
+
+
+@attrs.frozen
+class BackupInfo:
+    """One version of a user's backup.
+
+    Attributes:
+        version: its number.
+        auth_data: JSON text, never decoded.
+        etag: a number that moves whenever the keys change.
+        count: how many keys it holds.
+    """
+
+    version: int
+    algorithm: str
+    auth_data: str
+    etag: int
+    count: int
+
+
+@attrs.frozen
+class BackupState:
+    """What the keys of a backup are like after a write.
+
+    Attributes:
+        etag: as in `BackupInfo`.
+        count: as in `BackupInfo`.
+    """
+
+    etag: int
+    count: int
+
+
+@attrs.frozen
+class Replacement:
+    """A stored key that a better one took the place of."""
+
+    room_id: str
+    session_id: str
+    old: KeyMetadata
+    new: KeyMetadata
+
+
+@attrs.frozen
+class UploadResult:
+    """What an upload did.
+
+    Attributes:
+        state: the backup afterwards.
+        stored: how many keys were new.
+        replaced: the keys that gave way to better ones.
+        kept: how many uploaded keys were not better than the stored ones.
+    """
+
+    state: BackupState
+    stored: int
+    replaced: tuple[Replacement, ...]
+    kept: int
+
+
+@attrs.frozen
+class Limits:
+    """What is refused for its size. No honest client meets one of them.
+
+    Attributes:
+        max_body_bytes: of a request's body.
+        max_session_data_bytes: of one ``session_data``; a real one has about 1 KiB.
+        max_waiting_requests: of one user in one process, before the next is
+            answered 429.
+    """
+
+    max_body_bytes: int = 10 * 1024 * 1024
+    max_session_data_bytes: int = 64 * 1024
+    max_waiting_requests: int = 5000

@@ -1,0 +1,379 @@
+"""JSON in and out: the bytes of requests to values, and values to the bytes of answers.
+
+``session_data`` and ``auth_data`` are opaque. They are checked to be JSON and go
+through as the text they came as.
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, NoReturn
+
+import attrs
+import msgspec
+
+from .errors import (
+    BadJsonError,
+    InvalidParamError,
+    NotJsonError,
+    TooLargeError,
+    unknown_version,
+)
+from .types import BackupInfo, KeyMetadata, Limits, RoomKey
+
+#: The columns of the homeserver's tables are PostgreSQL's ``integer``.
+MAX_INTEGER = 2**31 - 1
+#: The specification's limit for ids, in bytes of UTF-8.
+MAX_ID_BYTES = 255
+#: A version is a ``bigint`` in the homeserver's tables.
+_VERSION = re.compile("[1-9][0-9]{0,18}")
+_MAX_VERSION = 2**63 - 1
+#: What a number that no double can hold must look like: a long run of digits, or an
+#: exponent of three. Inside of a string it means nothing, and is rare there.
+_MAYBE_HUGE = re.compile(r"[:,\[\s]-?(?:[0-9]{200}|[0-9][0-9.]*[eE]\+?[0-9]{3})")
+
+_Integer = Annotated[int, msgspec.Meta(ge=0, le=MAX_INTEGER)]
+
+
+class _KeyBody(msgspec.Struct):
+    first_message_index: _Integer
+    forwarded_count: _Integer
+    is_verified: bool
+    session_data: msgspec.Raw
+
+
+class _RoomBody(msgspec.Struct):
+    sessions: dict[str, _KeyBody]
+
+
+class _BackupBody(msgspec.Struct):
+    rooms: dict[str, _RoomBody]
+
+
+class _VersionBody(msgspec.Struct):
+    algorithm: str
+    auth_data: msgspec.Raw
+    version: str | msgspec.UnsetType = msgspec.UNSET
+
+
+_decode_key = msgspec.json.Decoder(_KeyBody).decode
+_decode_room = msgspec.json.Decoder(_RoomBody).decode
+_decode_backup = msgspec.json.Decoder(_BackupBody).decode
+_decode_version = msgspec.json.Decoder(_VersionBody).decode
+_encode_string = msgspec.json.Encoder().encode
+
+
+@attrs.frozen
+class VersionInfo:
+    """What a client says of a version of its backup.
+
+    Attributes:
+        auth_data: JSON text.
+        version: the number it says it speaks of, where it says one.
+    """
+
+    algorithm: str
+    auth_data: str
+    version: str | None
+
+
+def check_id(kind: str, value: str) -> None:
+    """Refuse an id that can't be stored or that no room or session has.
+
+    Args:
+        kind: what the id is of, for the message.
+
+    Raises:
+        BadJsonError: it holds a NUL or a lone surrogate.
+        InvalidParamError: it is empty or over 255 bytes.
+    """
+    if "\0" in value or not _is_utf8(value):
+        raise BadJsonError(f"{kind} id {shown(value)} holds a character it can't have")
+    if not 0 < len(value.encode()) <= MAX_ID_BYTES:
+        raise InvalidParamError(
+            f"{kind} id {shown(value)} must have 1 to {MAX_ID_BYTES} bytes"
+        )
+
+
+def shown(value: str | None) -> str:
+    """An id as a message or a log line may hold it: short, quoted, in ASCII."""
+    return json.dumps(value[:MAX_ID_BYTES] if value else value)
+
+
+def parse_version(version: str) -> int:
+    """The number of a version that a client names.
+
+    Raises:
+        NotFoundError: it is no number that this server can have issued.
+    """
+    if not _VERSION.fullmatch(version) or int(version) > _MAX_VERSION:
+        raise unknown_version()
+    return int(version)
+
+
+def parse_upload(
+    body: bytes, room_id: str | None, session_id: str | None, limits: Limits
+) -> list[RoomKey]:
+    """The keys of an upload, each session once.
+
+    Args:
+        body: a whole backup, or what the path leaves open of it: one room's
+            sessions when it names a room, one key when it names a session too.
+
+    Raises:
+        NotJsonError: the body isn't JSON, or isn't UTF-8.
+        BadJsonError: something is missing, of the wrong type or out of range; the
+            message names room, session and field.
+        InvalidParamError: an id is empty or over 255 bytes.
+        TooLargeError: the body or a ``session_data`` is over its limit.
+    """
+    text = _text(body, limits)
+    try:
+        rooms = _decode_upload(body, room_id, session_id)
+        _check_numbers(text)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        _refuse_upload(text, room_id, session_id, error)
+    return [
+        _room_key(room, session, key, limits)
+        for room, sessions in rooms.items()
+        for session, key in sessions.items()
+    ]
+
+
+def parse_version_info(body: bytes, limits: Limits) -> VersionInfo:
+    """What a client says of a version that it makes or updates.
+
+    Raises:
+        NotJsonError: the body isn't JSON, or isn't UTF-8.
+        BadJsonError: ``algorithm`` or ``auth_data`` is missing or of the wrong type.
+        TooLargeError: the body is over its limit.
+    """
+    text = _text(body, limits)
+    try:
+        info = _decode_version(body)
+        _check_numbers(text)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        value = _load(text)
+        if not isinstance(value, dict):
+            raise BadJsonError("The body must be an object") from None
+        raise BadJsonError(f"The body can't be used: {error}") from None
+    if "\0" in info.algorithm:
+        raise BadJsonError("algorithm holds a NUL")
+    auth_data = bytes(info.auth_data).decode()
+    if auth_data == "null":
+        raise BadJsonError("auth_data must not be null")
+    version = None if info.version is msgspec.UNSET else info.version
+    return VersionInfo(info.algorithm, auth_data, version)
+
+
+def encode_key(key: RoomKey) -> bytes:
+    """One key as the specification's ``KeyBackupData``; a NULL reads as 0 or false."""
+    metadata = key.metadata
+    return (
+        f'{{"first_message_index":{metadata.first_message_index or 0},'
+        f'"forwarded_count":{metadata.forwarded_count or 0},'
+        f'"is_verified":{"true" if metadata.is_verified else "false"},'
+        f'"session_data":{key.session_data}}}'
+    ).encode()
+
+
+def encode_backup_info(info: BackupInfo) -> bytes:
+    """One version of a backup, with ``etag`` and ``version`` as strings."""
+    return b'{"algorithm":%b,"auth_data":%b,"count":%d,"etag":"%d","version":"%d"}' % (
+        _encode_string(info.algorithm),
+        info.auth_data.encode(),
+        info.count,
+        info.etag,
+        info.version,
+    )
+
+
+class BackupEncoder:
+    """Keys in, in the order of their rooms, and the bytes of a download out.
+
+    The chunks that `encode` gives, and at the end `finish`, make one JSON object.
+    """
+
+    def __init__(self, with_rooms: bool) -> None:
+        """
+        Args:
+            with_rooms: whether the object has ``rooms``, as the one of a whole
+                backup, or ``sessions`` alone, as the one of a room.
+        """
+        self._with_rooms = with_rooms
+        self._room_id: str | None = None
+        self._opened = False
+
+    def encode(self, keys: Iterable[RoomKey]) -> bytes:
+        """The next chunk. It is never empty at the first call."""
+        parts: list[bytes] = []
+        if not self._opened:
+            self._opened = True
+            parts.append(b'{"rooms":{' if self._with_rooms else b'{"sessions":{')
+        for key in keys:
+            parts.append(self._before(key.room_id))
+            parts.append(_encode_string(key.session_id))
+            parts.append(b":")
+            parts.append(encode_key(key))
+        return b"".join(parts)
+
+    def _before(self, room_id: str) -> bytes:
+        """What stands between the key before and one of this room."""
+        if room_id == self._room_id:
+            return b","
+        first = self._room_id is None
+        self._room_id = room_id
+        if not self._with_rooms:
+            return b""
+        end = b"" if first else b"}},"
+        return b'%b%b:{"sessions":{' % (end, _encode_string(room_id))
+
+    def finish(self) -> bytes:
+        """The last chunk."""
+        if self._with_rooms and self._room_id is not None:
+            return b"}}}}"
+        return b"}}"
+
+
+def _text(body: bytes, limits: Limits) -> str:
+    if len(body) > limits.max_body_bytes:
+        raise TooLargeError(f"The body is over {limits.max_body_bytes} bytes")
+    try:
+        return body.decode()
+    except UnicodeDecodeError:
+        raise NotJsonError("The body is not UTF-8") from None
+
+
+def _decode_upload(
+    body: bytes, room_id: str | None, session_id: str | None
+) -> Mapping[str, Mapping[str, _KeyBody]]:
+    if room_id is None:
+        rooms = _decode_backup(body).rooms
+        return {room: value.sessions for room, value in rooms.items()}
+    if session_id is None:
+        return {room_id: _decode_room(body).sessions}
+    return {room_id: {session_id: _decode_key(body)}}
+
+
+def _room_key(room_id: str, session_id: str, body: _KeyBody, limits: Limits) -> RoomKey:
+    check_id("Room", room_id)
+    check_id("Session", session_id)
+    session_data = bytes(body.session_data).decode()
+    where = _where("session_data", room_id, session_id)
+    if len(body.session_data) > limits.max_session_data_bytes:
+        raise TooLargeError(f"{where} is over {limits.max_session_data_bytes} bytes")
+    if session_data == "null":
+        raise BadJsonError(f"{where} must not be null")
+    metadata = KeyMetadata(
+        body.first_message_index, body.forwarded_count, body.is_verified
+    )
+    return RoomKey(room_id, session_id, metadata, session_data)
+
+
+def _check_numbers(text: str) -> None:
+    """Refuse a body with a number that no double can hold: other readers of the
+    tables stumble over it.
+
+    Raises:
+        BadJsonError: there is one.
+        RecursionError: the body is nested too deeply to tell.
+    """
+    if _MAYBE_HUGE.search(text):
+        try:
+            json.loads(text, parse_float=_finite, parse_int=_finite)
+        except ValueError:
+            raise BadJsonError("The body holds a number out of range") from None
+
+
+def _finite(digits: str) -> float:
+    number = float(digits)
+    if math.isinf(number):
+        raise ValueError("out of range")
+    return number
+
+
+def _refuse_upload(
+    text: str, room_id: str | None, session_id: str | None, error: Exception
+) -> NoReturn:
+    """Say what is wrong with an upload that the strict decoder refused."""
+    value = _load(text)
+    if session_id is not None:
+        value = {"sessions": {session_id: value}}
+    if room_id is not None:
+        value = {"rooms": {room_id: value}}
+    rooms = _member(value, "rooms", "The body")
+    for room, room_value in rooms.items():
+        check_id("Room", room)
+        sessions = _member(room_value, "sessions", f"Room {shown(room)}")
+        for session, key in sessions.items():
+            check_id("Session", session)
+            _refuse_key(room, session, key)
+    raise BadJsonError(f"The body can't be used: {error}")
+
+
+def _load(text: str) -> Any:
+    """The body, read by a decoder that takes more than the strict one does."""
+    try:
+        return json.loads(text, parse_int=_clipped, parse_constant=_no_constant)
+    except RecursionError:
+        raise BadJsonError("The body is nested too deeply") from None
+    except ValueError as error:
+        raise NotJsonError(f"The body is not JSON: {error}") from None
+
+
+def _clipped(digits: str) -> int:
+    """Any integer far out of range stands for another: none is read at length."""
+    return int(digits[:20])
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON value")
+
+
+def _member(value: Any, name: str, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise BadJsonError(f"{where} must be an object")
+    if name not in value:
+        raise BadJsonError(f"{where} has no {name}")
+    if not isinstance(value[name], dict):
+        raise BadJsonError(
+            f"{name} of {where[:1].lower()}{where[1:]} must be an object"
+        )
+    member: dict[str, Any] = value[name]
+    return member
+
+
+def _refuse_key(room_id: str, session_id: str, key: Any) -> None:
+    if not isinstance(key, dict):
+        raise BadJsonError(
+            f"{_where('the key', room_id, session_id)} must be an object"
+        )
+    for field in ("first_message_index", "forwarded_count"):
+        value = key.get(field)
+        if type(value) is not int or not 0 <= value <= MAX_INTEGER:
+            raise BadJsonError(
+                f"{_where(field, room_id, session_id)} must be an integer"
+                f" from 0 to {MAX_INTEGER}"
+            )
+    if type(key.get("is_verified")) is not bool:
+        raise BadJsonError(
+            f"{_where('is_verified', room_id, session_id)} must be a boolean"
+        )
+    where = _where("session_data", room_id, session_id)
+    if key.get("session_data") is None:
+        raise BadJsonError(f"{where} must be there and not null")
+    if not _is_utf8(json.dumps(key["session_data"], ensure_ascii=False)):
+        raise BadJsonError(f"{where} holds a lone surrogate")
+
+
+def _where(field: str, room_id: str, session_id: str) -> str:
+    return f"{field} of session {shown(session_id)} in room {shown(room_id)}"
+
+
+def _is_utf8(value: str) -> bool:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

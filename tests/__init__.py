@@ -1,0 +1,1 @@
+"""The tests: `unit` in memory, `integration` with real servers."""

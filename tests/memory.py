@@ -1,0 +1,213 @@
+"""A server in memory: the plugin's own site on an SQLite database, without a socket."""
+
+from __future__ import annotations
+
+import sqlite3
+import time
+from collections.abc import Callable, Mapping
+from itertools import count
+from typing import Any, TypeVar
+
+import attrs
+from twisted.internet.defer import Deferred, execute, fail, succeed
+from twisted.internet.task import Clock as FakeReactor
+from twisted.internet.testing import StringTransportWithDisconnection
+from twisted.web.http import Request
+from twisted.web.server import Site
+
+from synapse_roomkeys import E2eRoomKeysHandler, register_servlets
+from synapse_roomkeys.clock import Clock
+from synapse_roomkeys.errors import RoomKeysError
+from synapse_roomkeys.rest import JsonResource
+from synapse_roomkeys.storage import SQLITE, EndToEndRoomKeyStore, create_tables
+from synapse_roomkeys.types import Limits, Requester
+
+from .contract import Answer, User
+
+T = TypeVar("T")
+
+class ImmediateDatabase:
+    """An SQLite database in memory that has done everything when it returns.
+
+    Attributes:
+        statements: all that were run, for tests to look at.
+        fault: raised instead of running the next transaction, once.
+    """
+
+    def __init__(self) -> None:
+        self.connection = sqlite3.connect(":memory:")
+        self.statements: list[str] = []
+        self.connection.set_trace_callback(self.statements.append)
+        self.fault: Exception | None = None
+        self.transactions = 0
+        self.run("create", create_tables, SQLITE, True)
+
+    def run(
+        self, desc: str, function: Callable[..., T], *args: Any, **kwargs: Any
+    ) -> Deferred[T]:
+        """As `Database.run`, at once."""
+        return execute(self._run, function, *args, **kwargs)
+
+    def _run(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+        fault, self.fault = self.fault, None
+        if fault is not None:
+            raise fault
+        self.transactions += 1
+        with self.connection:
+            return function(self.connection.cursor(), *args, **kwargs)
+
+
+class TokenError(RoomKeysError):
+    """What a host answers to a request that isn't a known user's."""
+
+    def __init__(self, code: int, errcode: str) -> None:
+        super().__init__("Not allowed")
+        self.code = code
+        self.errcode = errcode
+
+
+class StubAuth:
+    """Knows users by their tokens, as a homeserver does."""
+
+    def __init__(self) -> None:
+        self._users: dict[str, str] = {}
+        self._guests: set[str] = set()
+        self._numbers = count()
+
+    def new_user(self, guest: bool = False) -> User:
+        """Somebody whom nobody knew before."""
+        number = next(self._numbers)
+        user = User(f"@user{number}:test.example", f"token_{number:020}")
+        self._users[user.access_token] = user.user_id
+        if guest:
+            self._guests.add(user.access_token)
+        return user
+
+    def get_user_by_req(self, request: Request) -> Deferred[Requester]:
+        """As `Auth.get_user_by_req`."""
+        header = request.getHeader("Authorization")
+        if header is None:
+            return fail(TokenError(401, "M_MISSING_TOKEN"))
+        token = header.removeprefix("Bearer ")
+        if token not in self._users:
+            return fail(TokenError(401, "M_UNKNOWN_TOKEN"))
+        if token in self._guests:
+            return fail(TokenError(403, "M_GUEST_ACCESS_FORBIDDEN"))
+        return succeed(Requester(self._users[token], "DEVICE"))
+
+
+@attrs.frozen
+class StubHomeServer:
+    """A host for the servlets, put together from its parts."""
+
+    handler: E2eRoomKeysHandler
+    clock: Clock
+    auth: StubAuth = attrs.field(factory=StubAuth)
+    limits: Limits = attrs.field(factory=Limits)
+    stalled_download_seconds: float = 300
+
+    def get_auth(self) -> StubAuth:
+        """Who knows the users."""
+        return self.auth
+
+    def get_e2e_room_keys_handler(self) -> E2eRoomKeysHandler:
+        """The operations."""
+        return self.handler
+
+
+def own_site(hs: StubHomeServer) -> Site:
+    """A site of the plugin's own, as any Twisted server may have one."""
+    resource = JsonResource()
+    register_servlets(hs, resource)
+    return Site(resource)
+
+
+class MemoryHost:
+    """A server under test that answers before it returns.
+
+    Attributes:
+        reactor: its time, which stands still until it is advanced.
+    """
+
+    def __init__(self, limits: Limits | None = None) -> None:
+        self.reactor = FakeReactor()
+        self.reactor.advance(time.time())
+        self.database = ImmediateDatabase()
+        clock = Clock(self.reactor)
+        limits = limits or Limits()
+        self.store = EndToEndRoomKeyStore(
+            self.database, SQLITE.dialect, self.reactor.seconds
+        )
+        self.handler = E2eRoomKeysHandler(self.store, clock, limits)
+        self.hs = StubHomeServer(self.handler, clock, limits=limits)
+        self.site = own_site(self.hs)
+
+    def new_user(self) -> User:
+        """As `Host.new_user`."""
+        return self.hs.auth.new_user()
+
+    def new_guest(self) -> User:
+        """As `Host.new_guest`."""
+        return self.hs.auth.new_user(guest=True)
+
+    def request(
+        self,
+        method: str,
+        path: str,
+        *,
+        token: str | None,
+        body: bytes | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> Deferred[Answer]:
+        """As `Host.request`."""
+        transport = self.send(method, path, token=token, body=body, headers=headers)
+        return execute(read_answer, transport.value(), method)
+
+    def send(
+        self,
+        method: str,
+        path: str,
+        *,
+        token: str | None,
+        body: bytes | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> StringTransportWithDisconnection:
+        """Send a request and give the connection, whatever was answered so far."""
+        lines = [f"{method} {path} HTTP/1.1", "Host: test.example"]
+        if token is not None:
+            lines.append(f"Authorization: Bearer {token}")
+        lines.append(f"Content-Length: {len(body or b'')}")
+        lines += [f"{name}: {value}" for name, value in (headers or {}).items()]
+        transport = StringTransportWithDisconnection()
+        protocol = self.site.buildProtocol(None)
+        transport.protocol = protocol
+        protocol.makeConnection(transport)
+        protocol.dataReceived("\r\n".join([*lines, "", ""]).encode() + (body or b""))
+        return transport
+
+
+def read_answer(data: bytes, method: str) -> Answer:
+    """The answer that came over a connection; it must be whole."""
+    head, _, rest = data.partition(b"\r\n\r\n")
+    status, *lines = head.decode("latin-1").split("\r\n")
+    pairs = (line.partition(": ") for line in lines)
+    headers = {name.lower(): value for name, _, value in pairs}
+    if headers.get("transfer-encoding") == "chunked" and method != "HEAD":
+        rest = read_chunks(rest)
+    elif method != "HEAD" and "content-length" in headers:
+        assert len(rest) == int(headers["content-length"])
+    return Answer(int(status.split()[1]), headers, rest)
+
+
+def read_chunks(data: bytes) -> bytes:
+    """The content of a chunked body; it must have its last chunk."""
+    content = b""
+    while True:
+        size, _, data = data.partition(b"\r\n")
+        length = int(size, 16)
+        if not length:
+            assert data == b"\r\n"
+            return content
+        content += data[:length]
+        assert data[length : length + 2] == b"\r\n"
+        data = data[length + 2 :]
