@@ -1,0 +1,75 @@
+"""Servers under test that are reached over real HTTP."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Mapping
+from io import BytesIO
+from typing import Any
+
+import treq
+from twisted.internet import reactor
+from twisted.internet.defer import Deferred, inlineCallbacks
+from twisted.web.client import Agent, FileBodyProducer, HTTPConnectionPool
+from twisted.web.http_headers import Headers
+from twisted.web.iweb import IResponse
+
+from .contract import Answer, User
+
+
+class HttpHost:
+    """A server at an address, and a way to get users for it."""
+
+    def __init__(
+        self,
+        url: str,
+        new_user: Callable[[], User],
+        new_guest: Callable[[], User],
+    ) -> None:
+        self.url = url
+        self.new_user = new_user
+        self.new_guest = new_guest
+        self._pool = HTTPConnectionPool(reactor, persistent=True)
+        self._agent = Agent(reactor, pool=self._pool)
+
+    @inlineCallbacks
+    def request(
+        self,
+        method: str,
+        path: str,
+        *,
+        token: str | None,
+        body: bytes | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> Generator[Deferred[Any], Any, Answer]:
+        """As `Host.request`."""
+        response: IResponse = yield self.open(
+            method, path, token=token, body=body, headers=headers
+        )
+        content: bytes = yield treq.content(response)
+        names = response.headers.getAllRawHeaders()
+        got = {name.decode().lower(): values[0].decode() for name, values in names}
+        return Answer(response.code, got, content)
+
+    def open(
+        self,
+        method: str,
+        path: str,
+        *,
+        token: str | None,
+        body: bytes | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> Deferred[IResponse]:
+        """Send a request and fire with the response, its body not read yet.
+
+        The path goes out byte by byte as it is, which treq's own URLs would not do.
+        """
+        sent = Headers({name: [value] for name, value in (headers or {}).items()})
+        if token is not None:
+            sent.addRawHeader("Authorization", f"Bearer {token}")
+        producer = FileBodyProducer(BytesIO(body)) if body is not None else None
+        uri = (self.url + path).encode()
+        return self._agent.request(method.encode(), uri, sent, producer)
+
+    def close(self) -> Deferred[None]:
+        """Close the connections that wait for another request."""
+        return self._pool.closeCachedConnections()

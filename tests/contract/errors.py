@@ -1,0 +1,402 @@
+"""Requests that are refused: with which error, and that they leave no trace."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from .base import (
+    ALGORITHM,
+    NO_VERSION,
+    Answer,
+    Host,
+    Rooms,
+    Steps,
+    encoded,
+    key,
+    keys_path,
+    new_backup,
+    refused,
+    same,
+    scenario,
+    version_path,
+    wrapped,
+)
+
+ROOM, SESSION = "!badroom:h", "badsession"
+GONE: Any = object()
+"""In place of a field's value: the field is left out."""
+EITHER = ("M_NOT_JSON", "M_BAD_JSON")
+
+BAD_INTEGERS: list[Any] = [
+    GONE, None, "1", "", True, False, 1.5, -1, 2**31, 2**63, 10**30, [], [1], {}
+]  # fmt: skip
+BAD_FIELDS: list[tuple[str, list[Any]]] = [
+    ("first_message_index", BAD_INTEGERS),
+    ("forwarded_count", BAD_INTEGERS),
+    ("is_verified", [GONE, None, 0, 1, "true", "", [], {}]),
+    ("session_data", [GONE, None]),
+]
+
+
+def with_field(field: str, value: Any) -> dict[str, Any]:
+    """A good key but for one field."""
+    bad = {**key(), field: value}
+    if value is GONE:
+        del bad[field]
+    return bad
+
+
+def shown(value: Any) -> str:
+    return "missing" if value is GONE else repr(value)[:60]
+
+
+@scenario
+def one_bad_key_refuses_the_whole_upload(host: Host) -> Steps:
+    """A bad field is 400, the message says where, and no key at all is stored."""
+    client, version = yield new_backup(host)
+    kept: Rooms = {"!kept:h": {"kept": key(5)}}
+    before: tuple[int, int] = yield client.upload(version, kept)
+    good = {"new": key()}
+    better = {"kept": key(1)}
+    for field, values in BAD_FIELDS:
+        for value in values:
+            bad = with_field(field, value)
+            sessions = {"before": key(), SESSION: bad, "after": key()}
+            rooms = {"!good:h": good, "!kept:h": better, ROOM: sessions}
+            room_path = keys_path(version, ROOM)
+            for path, body in (
+                (keys_path(version), wrapped(rooms)),
+                (room_path, {"sessions": sessions}),
+                (keys_path(version, ROOM, SESSION), bad),
+            ):
+                row = f"{field} {shown(value)} in PUT {path}"
+                answer: Answer = yield client.put(path, body)
+                names = (ROOM, SESSION, field)
+                refused(answer, 400, "M_BAD_JSON", names=names, row=row)
+                assert (yield client.tally()) == before, f"{row}: changed something"
+    same((yield client.download(version)), kept)
+
+
+@scenario
+def wrong_shapes_are_bad_json(host: Host) -> Steps:
+    """Rooms, sessions and keys are objects, and the message says which is not."""
+    client, version = yield new_backup(host)
+    before: tuple[int, int] = yield client.tally()
+    whole, room = keys_path(version), keys_path(version, ROOM)
+    single = keys_path(version, ROOM, SESSION)
+    not_objects: list[Any] = [[], [{}], "text", 5, 1.5, True, False, None]
+    rows: list[tuple[str, Any, tuple[str, ...]]] = [
+        (path, encoded(bad) or b"null", ())
+        for path in (whole, room, single, version_path(version), "POST")
+        for bad in not_objects
+    ]
+    rows += [(whole, {}, ("rooms",)), (room, {}, ("sessions",)), (single, {}, ())]
+    for bad in not_objects:
+        rows += [
+            (whole, {"rooms": bad}, ("rooms",)),
+            (whole, {"rooms": {"!ok:h": {"sessions": {}}, ROOM: bad}}, (ROOM,)),
+            (whole, {"rooms": {ROOM: {"sessions": bad}}}, (ROOM, "sessions")),
+            (whole, wrapped({ROOM: {"ok": key(), SESSION: bad}}), (ROOM, SESSION)),
+            (room, {"sessions": bad}, ("sessions",)),
+            (room, {"sessions": {"ok": key(), SESSION: bad}}, (ROOM, SESSION)),
+        ]
+    rows.append((whole, {"rooms": {ROOM: {}}}, (ROOM, "sessions")))
+    for path, body, names in rows:
+        row = f"{path} {str(body)[:120]}"
+        if path == "POST":
+            answer: Answer = yield client.post("/version", body)
+        else:
+            answer = yield client.put(path, body)
+        refused(answer, 400, "M_BAD_JSON", names=names, row=row)
+    assert (yield client.tally()) == before
+    same((yield client.download(version)), {})
+    info: dict[str, Any] = yield client.info()
+    assert info["version"] == version, "a refused body made a version"
+
+
+@scenario
+def bad_ids_are_refused_with_the_whole_upload(host: Host) -> Steps:
+    """An id is 1 to 255 bytes, not characters, and holds no NUL or lone surrogate."""
+    client, version = yield new_backup(host)
+    before: tuple[int, int] = yield client.tally()
+    for name, bad, errcode in (
+        ("empty", "", "M_INVALID_PARAM"),
+        ("256 bytes", "x" * 256, "M_INVALID_PARAM"),
+        ("300 bytes", "x" * 300, "M_INVALID_PARAM"),
+        ("256 bytes in 128 characters", "\u00e9" * 128, "M_INVALID_PARAM"),
+        ("256 bytes in 64 characters", "\U0001f511" * 64, "M_INVALID_PARAM"),
+        ("a NUL", "a\0b", "M_BAD_JSON"),
+        ("nothing but a NUL", "\0", "M_BAD_JSON"),
+        ("a lone high surrogate", "a\ud800b", "M_BAD_JSON"),
+        ("a lone low surrogate", "\udc00", "M_BAD_JSON"),
+        ("surrogates the wrong way round", "\udc00\ud800", "M_BAD_JSON"),
+    ):
+        good = {"good": key()}
+        rows: list[tuple[str, str, Any]] = [
+            ("room", keys_path(version), wrapped({"!g:h": good, bad: good})),
+            ("session", keys_path(version), wrapped({"!g:h": {**good, bad: key()}})),
+            ("session", keys_path(version, "!g:h"), {"sessions": {bad: key(), **good}}),
+        ]
+        if "surrogate" not in name:  # UTF-8, so a path, has no way to write one.
+            rows += [
+                ("room", keys_path(version, bad), {"sessions": good}),
+                ("room", keys_path(version, bad, "good"), key()),
+                ("session", keys_path(version, "!g:h", bad), key()),
+            ]
+        for kind, path, body in rows:
+            row = f"a {kind} id: {name}, PUT {path[:40]}"
+            refused((yield client.put(path, body)), 400, errcode, row=row)
+            assert (yield client.tally()) == before, f"{row}: changed something"
+    same((yield client.download(version)), {})
+
+
+@scenario
+def bad_ids_in_a_path_are_400_for_every_method(host: Host) -> Steps:
+    """An empty segment is M_INVALID_PARAM, one with a NUL M_BAD_JSON."""
+    client, version = yield new_backup(host)
+    yield client.upload(version, {"!r:h": {"s": key()}})
+    room = {"sessions": {"s": key()}}
+    for path, body, errcode in (
+        ("/keys/", room, "M_INVALID_PARAM"),
+        ("/keys//s", key(), "M_INVALID_PARAM"),
+        ("/keys/!r:h/", key(), "M_INVALID_PARAM"),
+        ("/keys//", key(), "M_INVALID_PARAM"),
+        ("/keys/%00", room, "M_BAD_JSON"),
+        ("/keys/%00/s", key(), "M_BAD_JSON"),
+        ("/keys/!r:h/a%00b", key(), "M_BAD_JSON"),
+    ):
+        for method, sent in (("PUT", body), ("GET", None), ("DELETE", None)):
+            row = f"{method} {path}"
+            answer: Answer = yield client.request(
+                method, f"{path}?version={version}", sent
+            )
+            refused(answer, 400, errcode, row=row)
+    same((yield client.download(version)), {"!r:h": {"s": key()}})
+
+
+NOT_JSON: dict[str, bytes] = {
+    "nothing": b"",
+    "blanks": b" \n",
+    "text": b"not json",
+    "cut short": b'{"rooms": {"!r:h": {"sess',
+    "trailing garbage": b"%s x",
+    "two values": b"%s %s",
+    "a byte order mark": b"\xef\xbb\xbf%s",
+    "UTF-16": '{"rooms": {}, "sessions": {}}'.encode("utf-16-le"),
+    "a trailing comma": b'{"a": 1,}',
+    "single quotes": b"{'rooms': {}}",
+    "a comment": b"%s // x",
+    "a bare word": b'{"a": None}',
+    "a raw newline in a string": b'{"a": "\n"}',
+    "a leading zero": b'{"a": 01}',
+    "a bad escape": b'{"a": "\\x41"}',
+    "not UTF-8": b"\xff\xfe",
+}
+"""Bodies that are no JSON; `%s` stands for one that would be good."""
+
+NOT_DATA: dict[str, tuple[bytes, tuple[str, ...]]] = {
+    "NaN": (b"NaN", ("M_NOT_JSON",)),
+    "Infinity": (b"[Infinity]", ("M_NOT_JSON",)),
+    "-Infinity": (b'{"a": -Infinity}', ("M_NOT_JSON",)),
+    "not UTF-8": (b'"\xff"', ("M_NOT_JSON",)),
+    "Latin-1": (b'{"a": "caf\xe9"}', ("M_NOT_JSON",)),
+    "an overlong form": (b'"\xc0\x80"', ("M_NOT_JSON",)),
+    "a surrogate as UTF-8": (b'"\xed\xa0\x80"', ("M_NOT_JSON",)),
+    "not UTF-8 in a name": (b'{"\xff": 1}', ("M_NOT_JSON",)),
+    "a raw control character": (b'"a\x01b"', ("M_NOT_JSON",)),
+    "a bare word": (b"undefined", ("M_NOT_JSON",)),
+    "cut short": (b'{"a": ', ("M_NOT_JSON",)),
+    "too large a number": (b"1e999", EITHER),
+    "too small a number": (b"[-1e999]", EITHER),
+    "nested deep": (b"[" * 30_000 + b"]" * 30_000, EITHER),
+    "nested deep in objects": (b'{"":' * 12_000 + b"1" + b"}" * 12_000, EITHER),
+}
+"""Values that are no JSON, or more than a server has to read."""
+
+
+def spliced(body: Any, value: bytes) -> bytes:
+    """A body with raw bytes where it holds the text `here`."""
+    parts = json.dumps(body).encode().split(b'"here"')
+    assert len(parts) == 2, body
+    return value.join(parts)
+
+
+@scenario
+def malformed_json_is_not_json(host: Host) -> Steps:
+    """A body that is no JSON at all, or no UTF-8, is 400 M_NOT_JSON everywhere."""
+    client, version = yield new_backup(host)
+    before: dict[str, Any] = yield client.info()
+    change = {"algorithm": ALGORITHM, "auth_data": {"new": 1}}
+    for method, path, good in (
+        ("PUT", keys_path(version), wrapped({ROOM: {SESSION: key()}})),
+        ("PUT", keys_path(version, ROOM), {"sessions": {SESSION: key()}}),
+        ("PUT", keys_path(version, ROOM, SESSION), key()),
+        ("PUT", version_path(version), change),
+        ("POST", "/version", change),
+    ):
+        for name, body in NOT_JSON.items():
+            body = body.replace(b"%s", encoded(good) or b"")
+            row = f"{name}: {method} {path}"
+            answer: Answer = yield client.request(method, path, body)
+            refused(answer, 400, "M_NOT_JSON", row=row)
+            same((yield client.info()), before, row)
+    same((yield client.download(version)), {})
+
+
+@scenario
+def malformed_json_inside_opaque_data_is_refused(host: Host) -> Steps:
+    """What a server doesn't look into must be JSON nevertheless."""
+    client, version = yield new_backup(host)
+    before: dict[str, Any] = yield client.info()
+    change = {"algorithm": ALGORITHM, "auth_data": "here"}
+    here = key(data="here")
+    rooms = {"!good:h": {"good": key()}, ROOM: {SESSION: here}}
+    for method, path, body in (
+        ("PUT", keys_path(version), wrapped(rooms)),
+        ("PUT", keys_path(version, ROOM), {"sessions": {"a": key(), SESSION: here}}),
+        ("PUT", keys_path(version, ROOM, SESSION), here),
+        ("PUT", keys_path(version, ROOM, SESSION), {**key(), "unknown": "here"}),
+        ("PUT", version_path(version), change),
+        ("POST", "/version", change),
+    ):
+        for name, (value, errcodes) in NOT_DATA.items():
+            row = f"{name}: {method} {path}"
+            sent = spliced(body, value)
+            refused((yield client.request(method, path, sent)), 400, *errcodes, row=row)
+            same((yield client.info()), before, row)
+    same((yield client.download(version)), {})
+
+
+@scenario
+def unreadable_json_outside_opaque_data_is_refused(host: Host) -> Steps:
+    """Bad UTF-8, endless nesting and absurd numbers are 400 wherever they stand."""
+    client, version = yield new_backup(host)
+    before: tuple[int, int] = yield client.tally()
+    deep = b"[" * 100_000 + b"]" * 100_000
+    deeper = b'{"rooms":' * 100_000 + b"{}" + b"}" * 100_000
+    sessions = {ROOM: {SESSION: key("here")}}
+    ids = wrapped({ROOM: {"here": key()}})
+    for name, body, errcodes in (
+        ("a deep body", deep, EITHER),
+        ("a deep body, not closed", b"[" * 100_000, EITHER),
+        ("a deep object", deeper, EITHER),
+        ("deep rooms", spliced({"rooms": "here"}, deep), EITHER),
+        ("deep integer", spliced(wrapped(sessions), deep), EITHER),
+        ("integer 1e999", spliced(wrapped(sessions), b"1e999"), EITHER),
+        ("integer NaN", spliced(wrapped(sessions), b"NaN"), ("M_NOT_JSON",)),
+        ("5,000 digits", spliced(wrapped(sessions), b"1" * 5000), EITHER),
+        ("a session id that is not UTF-8", spliced(ids, b'"\xff"'), ("M_NOT_JSON",)),
+        ("a surrogate as UTF-8", spliced(ids, b'"\xed\xa0\x80"'), ("M_NOT_JSON",)),
+    ):
+        refused((yield client.put(keys_path(version), body)), 400, *errcodes, row=name)
+        assert (yield client.tally()) == before, name
+    same((yield client.download(version)), {})
+
+
+@scenario
+def session_data_over_the_limit_is_413(host: Host) -> Steps:
+    """A session_data of 70,000 bytes as sent refuses its whole upload: M_TOO_LARGE."""
+    client, version = yield new_backup(host)
+    before: tuple[int, int] = yield client.tally()
+    for name, value in (
+        ("a string", b'"%s"' % (b"x" * 70_000)),
+        ("an object", b'{"ciphertext": "%s", "mac": "x"}' % (b"x" * 70_000)),
+        ("two bytes a character", b'"%s"' % ("\u00e9" * 35_000).encode()),
+        ("escapes", b'"%s"' % (b"\\u0061" * 12_000)),
+    ):
+        here = key(data="here")
+        for path, body in (
+            (keys_path(version), wrapped({"!a:h": {"a": key()}, ROOM: {"s": here}})),
+            (keys_path(version, ROOM), {"sessions": {"good": key(), "s": here}}),
+            (keys_path(version, ROOM, "s"), here),
+        ):
+            row = f"{name}: PUT {path}"
+            answer: Answer = yield client.put(path, spliced(body, value))
+            refused(answer, 413, "M_TOO_LARGE", row=row)
+            assert (yield client.tally()) == before, f"{row}: changed something"
+    same((yield client.download(version)), {})
+
+
+def key_requests(version: str | None) -> list[tuple[str, str, Any]]:
+    """Every request for keys there is, with good bodies."""
+    whole, room = keys_path(version), keys_path(version, "!r:h")
+    single = keys_path(version, "!r:h", "s")
+    return [
+        ("PUT", whole, wrapped({"!r:h": {"s": key(data="new")}})),
+        ("PUT", room, {"sessions": {"s": key(data="new")}}),
+        ("PUT", single, key(data="new")),
+        *((method, path, None) for method in ("GET", "DELETE")
+          for path in (whole, room, single)),
+    ]  # fmt: skip
+
+
+@scenario
+def keys_without_a_version_are_400(host: Host) -> Steps:
+    """Every request for keys must say which version it means: M_MISSING_PARAM."""
+    client, version = yield new_backup(host)
+    rooms = {"!r:h": {"s": key(1, data="old")}}
+    yield client.upload(version, rooms)
+    for method, path, body in key_requests(None):
+        answer: Answer = yield client.request(method, path, body)
+        refused(answer, 400, "M_MISSING_PARAM", row=f"{method} {path}")
+    same((yield client.download(version)), rooms)
+
+
+@scenario
+def an_upload_to_an_older_version_is_403(host: Host) -> Steps:
+    """M_WRONG_ROOM_KEYS_VERSION tells the real current_version; nothing is stored."""
+    client, old = yield new_backup(host)
+    rooms = {"!r:h": {"s": key(1, data="old")}}
+    yield client.upload(old, rooms)
+    before: tuple[int, int] = yield client.tally()
+    new: str = yield client.create_version()
+    for method, path, body in key_requests(old):
+        if method != "PUT":
+            continue
+        answer: Answer = yield client.request(method, path, body)
+        row = f"{method} {path}"
+        error = refused(answer, 403, "M_WRONG_ROOM_KEYS_VERSION", row=row)
+        assert error["current_version"] == new, f"{row}: {answer}"
+    assert (yield client.tally(old)) == before
+    same((yield client.download(old)), rooms)
+    same((yield client.download(new)), {})
+
+
+@scenario
+def a_version_that_was_never_issued_is_404(host: Host) -> Steps:
+    """Other numbers, and all that only looks like a number, are unknown versions."""
+    client, version = yield new_backup(host)
+    rooms = {"!r:h": {"s": key(1, data="old")}}
+    yield client.upload(version, rooms)
+    before: dict[str, Any] = yield client.info()
+    arabic = "".join(chr(0x660 + int(digit)) for digit in version)
+    wide = "".join(chr(0xFF10 + int(digit)) for digit in version)
+    change = {"algorithm": ALGORITHM, "auth_data": {"new": 1}}
+    for unknown in (
+        *("abc", "1", "0", "-1", "1.5", "1_0", " 1", "+1", "null", "\0", "\u00b2"),
+        *(str(2**31), str(2**63), str(10**30), "9" * 5000, "0x1", "1e9", "NaN"),
+        *(str(int(version) + 1), str(int(version) - 1), str(int(version) + 2**64)),
+        *(f" {version}", f"{version} ", f"+{version}", f"-{version}", f"{version}\n"),
+        *(f"{version}.0", f"{version}e0", f"{version[:2]}_{version[2:]}"),
+        *(arabic, wide, f"{version}\0", f'"{version}"', f"{version}' OR '1'='1"),
+    ):
+        rows = key_requests(unknown)
+        rows += [
+            ("GET", version_path(unknown), None),
+            ("PUT", version_path(unknown), change),
+            ("DELETE", version_path(unknown), None),
+        ]
+        for method, path, body in rows:
+            row = f"{unknown[:40]!r}: {method} {path[:40]}"
+            answer: Answer = yield client.request(method, path, body)
+            error = NO_VERSION if path.startswith("/keys") else None
+            refused(answer, 404, "M_NOT_FOUND", error=error, row=row)
+    for method, path, body in key_requests(""):
+        answer = yield client.request(method, path, body)
+        row = f"empty: {method} {path}"
+        refused(answer, 404, "M_NOT_FOUND", error=NO_VERSION, row=row)
+    answer = yield client.get("/version/")
+    assert answer.status == 404, f"GET /version/: {answer}"
+    same((yield client.info()), before)
+    same((yield client.download(version)), rooms)

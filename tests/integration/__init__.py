@@ -1,0 +1,1 @@
+"""Tests with real databases, real sockets and real homeservers; pytest runs them."""

@@ -1,0 +1,95 @@
+"""The servers that the tests share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from itertools import count
+from typing import Any
+
+import pytest
+from pytest_twisted import blockon
+
+from ..contract import User
+from ..client import HttpHost
+from ..servers import PostgresServer, Synapse
+from ..sites import Backend, OwnSite
+
+_numbers = count()
+
+
+@pytest.fixture(scope="session")
+def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PostgresServer]:
+    """A PostgreSQL server; each user makes a database of its own."""
+    with PostgresServer(tmp_path_factory.mktemp("postgres")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session", params=["sqlite", "postgres"])
+def engine(request: pytest.FixtureRequest) -> str:
+    """Each engine that the plugin knows."""
+    name: str = request.param
+    return name
+
+
+@pytest.fixture(scope="module")
+def database(
+    engine: str, request: pytest.FixtureRequest
+) -> Callable[[], Mapping[str, Any] | None]:
+    """Makes new databases: psycopg2's arguments, or None for an SQLite file."""
+    if engine == "sqlite":
+        return lambda: None
+    server: PostgresServer = request.getfixturevalue("postgres")
+    return server.create_database
+
+
+@pytest.fixture(scope="module")
+def backend(
+    engine: str,
+    database: Callable[[], Mapping[str, Any] | None],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Backend:
+    """A new database of each engine."""
+    path = tmp_path_factory.mktemp("backend") / "roomkeys.db"
+    return Backend(engine, database(), path)
+
+
+@pytest.fixture(scope="module")
+def site(backend: Backend) -> Iterator[OwnSite]:
+    """The plugin's own site on each engine."""
+    site = OwnSite(backend)
+    blockon(site.start())
+    yield site
+    blockon(site.stop())
+
+
+@pytest.fixture(scope="module")
+def synapse(
+    database: Callable[[], Mapping[str, Any] | None],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Synapse]:
+    """A real Synapse with the plugin, on each engine."""
+    with Synapse(tmp_path_factory.mktemp("synapse"), database=database()) as server:
+        yield server
+
+
+@pytest.fixture
+def synapse_host(synapse: Synapse) -> Iterator[HttpHost]:
+    """The real Synapse as a server under test."""
+    host = host_of(synapse)
+    yield host
+    blockon(host.close())
+
+
+def host_of(synapse: Synapse, url: str | None = None) -> HttpHost:
+    """A Synapse as a server under test, reached at its own address or another."""
+
+    def new_user() -> User:
+        user = synapse.register(f"user{next(_numbers)}")
+        return User(user.user_id, user.access_token)
+
+    def new_guest() -> User:
+        user = synapse.guest()
+        return User(user.user_id, user.access_token)
+
+    return HttpHost(url or synapse.url, new_user, new_guest)
+

@@ -1,0 +1,24 @@
+"""The contract, scenario by scenario, over real HTTP on real databases."""
+
+from __future__ import annotations
+
+import pytest
+from twisted.internet.defer import Deferred
+
+from ..contract import SCENARIOS, Scenario
+from ..client import HttpHost
+from ..sites import OwnSite
+
+each_scenario = pytest.mark.parametrize("scenario", SCENARIOS.values(), ids=SCENARIOS)
+
+
+@each_scenario
+def test_own_site(scenario: Scenario, site: OwnSite) -> Deferred[None]:
+    """The plugin's own site keeps it."""
+    return scenario(site.host)
+
+
+@each_scenario
+def test_synapse(scenario: Scenario, synapse_host: HttpHost) -> Deferred[None]:
+    """A Synapse with the plugin keeps it."""
+    return scenario(synapse_host)

@@ -1,0 +1,104 @@
+"""Accounts on a real server, made and ended over HTTP."""
+
+import hashlib
+import hmac
+import json
+import secrets
+import urllib.error
+import urllib.parse
+import urllib.request
+from typing import Any
+
+import attrs
+
+_TIMEOUT = 30.0
+_CLIENT = "/_matrix/client/v3"
+_ADMIN = "/_synapse/admin/v1"
+_opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
+@attrs.frozen
+class User:
+    """A user, or a guest, logged in on one device."""
+
+    user_id: str
+    access_token: str
+    device_id: str
+    password: str
+
+
+def fetch(
+    url: str, *, method: str = "GET", token: str | None = None, body: object = None
+) -> bytes:
+    """Send one request; an answer other than success is an error."""
+    headers = {"Content-Type": "application/json"}
+    if token is not None:
+        headers["Authorization"] = f"Bearer {token}"
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url, data, headers, method=method)
+    try:
+        with _opener.open(request, timeout=_TIMEOUT) as response:
+            content: bytes = response.read()
+            return content
+    except urllib.error.HTTPError as error:
+        with error:
+            text = error.read().decode(errors="replace")
+        raise RuntimeError(f"{method} {url}: {error.code} {text}") from None
+
+
+def _post(url: str, body: object, token: str | None = None) -> dict[str, Any]:
+    """Send a JSON object and return the one that comes back."""
+    answer: dict[str, Any] = json.loads(
+        fetch(url, method="POST", token=token, body=body)
+    )
+    return answer
+
+
+def _user(answer: dict[str, Any], password: str) -> User:
+    """Read a user off what registering or logging in returned."""
+    return User(
+        answer["user_id"], answer["access_token"], answer["device_id"], password
+    )
+
+
+def register(url: str, shared_secret: str, name: str, *, admin: bool = False) -> User:
+    """Register a user with the secret that the server's operator shares."""
+    password = secrets.token_hex(8)
+    nonce = json.loads(fetch(f"{url}{_ADMIN}/register"))["nonce"]
+    role = "admin" if admin else "notadmin"
+    claim = "\0".join([nonce, name, password, role]).encode()
+    body = {
+        "nonce": nonce,
+        "username": name,
+        "password": password,
+        "admin": admin,
+        "mac": hmac.new(shared_secret.encode(), claim, hashlib.sha1).hexdigest(),
+    }
+    return _user(_post(f"{url}{_ADMIN}/register", body), password)
+
+
+def register_guest(url: str) -> User:
+    """Register a guest, who has no password."""
+    return _user(_post(f"{url}{_CLIENT}/register?kind=guest", {}), "")
+
+
+def login(url: str, user: User, *, soft: bool) -> User:
+    """Log in on another device."""
+    body = {
+        "type": "m.login.password",
+        "identifier": {"type": "m.id.user", "user": user.user_id},
+        "password": user.password,
+        "refresh_token": soft,
+    }
+    return _user(_post(f"{url}{_CLIENT}/login", body), user.password)
+
+
+def logout(url: str, user: User) -> None:
+    """End one device's session."""
+    _post(f"{url}{_CLIENT}/logout", {}, user.access_token)
+
+
+def deactivate(url: str, admin: User, user: User) -> None:
+    """End an account for good."""
+    target = urllib.parse.quote(user.user_id, safe="")
+    _post(f"{url}{_ADMIN}/deactivate/{target}", {}, admin.access_token)

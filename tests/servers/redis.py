@@ -1,0 +1,61 @@
+"""The Redis that a Synapse and its workers find each other through."""
+
+import signal
+import socket
+import sys
+from pathlib import Path
+from types import TracebackType
+
+from .processes import HOST, Process, free_port
+
+_BROKER_SCRIPT = Path(__file__).with_name("broker.py")
+_START_TIMEOUT = 30.0
+
+
+class RedisServer:
+    """A stand-in for Redis that carries the replication of one deployment.
+
+    All servers share one name, which is the channel that replication goes by.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        """Choose a port, which stays the same over restarts."""
+        self.directory = directory
+        self.port = free_port()
+        self._process: Process | None = None
+
+    def start(self) -> None:
+        """Start serving."""
+        assert self._process is None, "already started"
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._process = Process(
+            [sys.executable, "-I", str(_BROKER_SCRIPT), str(self.port)],
+            output=self.directory / "redis.log",
+            cwd=self.directory,
+        )
+        self._process.wait_until(self._accepts, _START_TIMEOUT)
+
+    def stop(self) -> None:
+        """Stop serving; stopping twice does no harm."""
+        if self._process is not None:
+            self._process.stop(signal.SIGTERM)
+            self._process = None
+
+    def __enter__(self) -> "RedisServer":
+        """Start serving."""
+        self.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Stop serving."""
+        self.stop()
+
+    def _accepts(self) -> bool:
+        """Tell whether the port answers yet."""
+        with socket.socket() as probe:
+            return probe.connect_ex((HOST, self.port)) == 0

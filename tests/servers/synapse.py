@@ -1,0 +1,265 @@
+"""Real Synapse servers, main processes and workers, on ports of their own."""
+
+import json
+import os
+import secrets
+import signal
+import sys
+import urllib.error
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType, TracebackType
+from typing import Any, TypeVar
+
+from . import accounts, config
+from .accounts import User
+from .processes import HOST, Process, StartFailed, free_port
+from .redis import RedisServer
+
+_REPOSITORY = Path(__file__).resolve().parents[2]
+_START_TIMEOUT = 120.0
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
+
+AnyServer = TypeVar("AnyServer", bound="_Server")
+
+
+class _Server:
+    """What a main process and a worker have in common."""
+
+    _app: str
+
+    def __init__(self, directory: Path, *, python: str, preload: str | None) -> None:
+        """Choose the ports, which stay the same over restarts."""
+        self.directory = directory
+        self.port = free_port()
+        self.metrics_port = free_port()
+        self.python = python
+        self._preload = preload
+        self._process: Process | None = None
+
+    @property
+    def url(self) -> str:
+        """Locate the client API."""
+        return f"http://{HOST}:{self.port}"
+
+    @property
+    def metrics_url(self) -> str:
+        """Locate the metrics."""
+        return f"http://{HOST}:{self.metrics_port}/_synapse/metrics"
+
+    @property
+    def pid(self) -> int:
+        """Identify the running process to the system."""
+        return self._running().pid
+
+    def start(self) -> None:
+        """Start the process and wait until it answers."""
+        self._process = self._spawn()
+        try:
+            self._process.wait_until(self._answers, _START_TIMEOUT)
+        except StartFailed:
+            self._process = None
+            raise
+
+    def run_to_failure(self, timeout: float = 60.0) -> str:
+        """Start the process, expect it to give up, and return what it printed."""
+        process = self._spawn()
+        code = process.wait(timeout)
+        if code is None:
+            process.kill()
+            raise AssertionError(f"still running after {timeout} s:\n{self.log()}")
+        assert code != 0, f"ended as if all were well:\n{process.output()}"
+        return process.output()
+
+    def stop(self) -> None:
+        """Stop the process in order; stopping twice does no harm."""
+        if self._process is not None:
+            self._process.stop(signal.SIGTERM)
+            self._process = None
+
+    def kill(self) -> None:
+        """End the process at once, as a crash would."""
+        self._running().kill()
+        self._process = None
+
+    def log(self) -> str:
+        """Return what all runs so far have logged and printed."""
+        files = (self.directory / name for name in ("homeserver.log", "output.txt"))
+        return "\n".join(
+            file.read_text(encoding="utf-8", errors="replace")
+            for file in files
+            if file.exists()
+        )
+
+    def rss_bytes(self) -> int:
+        """Measure the memory that the process occupies."""
+        pages = Path(f"/proc/{self.pid}/statm").read_text().split()[1]
+        return int(pages) * os.sysconf("SC_PAGE_SIZE")
+
+    def __enter__(self: AnyServer) -> AnyServer:
+        """Start the process."""
+        self.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Stop the process."""
+        self.stop()
+
+    def _running(self) -> Process:
+        """Return the process, which must have been started."""
+        assert self._process is not None, "not started"
+        return self._process
+
+    def _write_config(self) -> list[Path]:
+        """Write the configuration files; return those to name to Synapse."""
+        raise NotImplementedError
+
+    def _spawn(self) -> Process:
+        """Start the process without waiting for it."""
+        assert self._process is None, "already started"
+        self.directory.mkdir(parents=True, exist_ok=True)
+        command = [self.python, *self._program()]
+        for path in self._write_config():
+            command += ["-c", str(path)]
+        return Process(
+            command,
+            output=self.directory / "output.txt",
+            cwd=self.directory,
+            environment=_environment(),
+        )
+
+    def _program(self) -> list[str]:
+        """Name the program, which the preloaded source comes ahead of."""
+        if self._preload is None:
+            return ["-m", self._app]
+        return ["-c", f"{self._preload}\nimport {self._app} as app\napp.main()\n"]
+
+    def _answers(self) -> bool:
+        """Tell whether the client API is up."""
+        try:
+            accounts.fetch(f"{self.url}/health")
+        except (urllib.error.URLError, OSError, RuntimeError):
+            return False
+        return True
+
+    def _write(self, name: str, content: str | Mapping[str, Any]) -> Path:
+        """Write one file; an object is written as JSON, which is YAML too."""
+        path = self.directory / name
+        if not isinstance(content, str):
+            content = json.dumps(content, indent=2, ensure_ascii=False)
+        path.write_text(content, encoding="utf-8")
+        return path
+
+
+class Synapse(_Server):
+    """A main process, with the module loaded unless told otherwise.
+
+    Servers over one database act as one: names and secrets are common to all.
+    """
+
+    _app = "synapse.app.homeserver"
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        database: Mapping[str, Any] | None = None,
+        module_config: Mapping[str, Any] | None = _NOTHING,
+        python: str = sys.executable,
+        extra_config: Mapping[str, Any] = _NOTHING,
+        preload: str | None = None,
+        redis: RedisServer | None = None,
+    ) -> None:
+        """Describe a server; workers can join it if it is given a Redis."""
+        super().__init__(directory, python=python, preload=preload)
+        self.database = database
+        self.redis = redis
+        self._module_config = module_config
+        self._extra_config = extra_config
+        self._replication_port = free_port()
+        self._admin: User | None = None
+
+    def register(self, name: str, *, admin: bool = False) -> User:
+        """Register a user."""
+        return accounts.register(
+            self.url, config.REGISTRATION_SECRET, name, admin=admin
+        )
+
+    def guest(self) -> User:
+        """Register a guest."""
+        return accounts.register_guest(self.url)
+
+    def login(self, user: User, *, soft: bool = False) -> User:
+        """Log in on another device; softly means a token that expires at once."""
+        return accounts.login(self.url, user, soft=soft)
+
+    def logout(self, user: User) -> None:
+        """End one device's session."""
+        accounts.logout(self.url, user)
+
+    def deactivate(self, user: User) -> None:
+        """End an account for good."""
+        if self._admin is None:
+            self._admin = self.register(f"admin-{secrets.token_hex(4)}", admin=True)
+        accounts.deactivate(self.url, self._admin, user)
+
+    def shared_config(self) -> dict[str, Any]:
+        """Build the part of the configuration that workers read as well."""
+        settings = config.base()
+        settings["database"] = config.database(self.database, self.directory)
+        if self._module_config is not None:
+            settings["modules"] = [config.module(self._module_config)]
+        if self.redis is not None:
+            settings |= config.replication(self.redis.port, self._replication_port)
+        return {**settings, **self._extra_config}
+
+    def _write_config(self) -> list[Path]:
+        """Write the configuration, the signing key and how to log."""
+        listeners = config.listeners(self.port, self.metrics_port)
+        if self.redis is not None:
+            listeners.append(config.http(self._replication_port, "replication"))
+        log_file = self.directory / "homeserver.log"
+        own = {
+            "listeners": listeners,
+            "log_config": str(self._write("log.yaml", config.log(log_file))),
+            "signing_key_path": str(self._write("signing.key", config.SIGNING_KEY)),
+            "media_store_path": str(self.directory / "media"),
+        }
+        return [self._write("homeserver.yaml", {**own, **self.shared_config()})]
+
+
+class Worker(_Server):
+    """A worker beside a main process, over one PostgreSQL and one Redis."""
+
+    _app = "synapse.app.generic_worker"
+
+    def __init__(self, main: Synapse, name: str, *, preload: str | None = None) -> None:
+        """Describe a worker; the main process need not be running yet."""
+        assert main.database is not None, "workers need PostgreSQL"
+        assert main.redis is not None, "workers need Redis"
+        super().__init__(main.directory / name, python=main.python, preload=preload)
+        self.main = main
+        self.name = name
+
+    def _write_config(self) -> list[Path]:
+        """Write what the worker has in common with its main, and what not."""
+        log_file = self.directory / "homeserver.log"
+        own = {
+            "worker_app": self._app,
+            "worker_name": self.name,
+            "worker_listeners": config.listeners(self.port, self.metrics_port),
+            "worker_log_config": str(self._write("log.yaml", config.log(log_file))),
+            "signing_key_path": str(self._write("signing.key", config.SIGNING_KEY)),
+        }
+        return [self._write("worker.yaml", {**self.main.shared_config(), **own})]
+
+
+def _environment(inherited: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """Make the module importable, and nothing else that is not installed."""
+    own = {name: inherited[name] for name in inherited if name != "PYTHONHOME"}
+    return {**own, "PYTHONPATH": str(_REPOSITORY), "PYTHONUNBUFFERED": "1"}

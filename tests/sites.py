@@ -1,0 +1,114 @@
+"""The plugin's own site on a real database and a real socket."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator, Mapping
+from pathlib import Path
+from typing import Any
+
+import attrs
+from twisted.internet import reactor
+from twisted.internet.defer import Deferred, inlineCallbacks
+from twisted.internet.interfaces import IListeningPort
+
+from synapse_roomkeys import E2eRoomKeysHandler
+from synapse_roomkeys.clock import Clock
+from synapse_roomkeys.storage import (
+    SQLITE,
+    EndToEndRoomKeyStore,
+    Engine,
+    PoolDatabase,
+    RetryingDatabase,
+    create_tables,
+    postgres,
+    postgres_database,
+    sqlite_database,
+)
+from synapse_roomkeys.types import Limits
+
+from .client import HttpHost
+from .memory import StubAuth, StubHomeServer, own_site
+
+
+@attrs.frozen
+class Backend:
+    """A real database, and how to connect to it as often as one likes.
+
+    Attributes:
+        arguments: those of psycopg2, or None for an SQLite file.
+        path: the SQLite file.
+    """
+
+    name: str
+    arguments: Mapping[str, Any] | None
+    path: Path
+
+    @property
+    def engine(self) -> Engine:
+        """What the plugin knows of it."""
+        return SQLITE if self.arguments is None else postgres()
+
+    def connect(self) -> PoolDatabase:
+        """A pool of its own, as another process would have one."""
+        if self.arguments is None:
+            return sqlite_database(str(self.path))
+        return postgres_database(self.arguments)
+
+
+class OwnSite:
+    """A server of the plugin's own, listening on the loopback interface.
+
+    Two of them on one backend are to it what two processes are.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        auth: StubAuth | None = None,
+        stalled_download_seconds: float = 300,
+    ) -> None:
+        self.backend = backend
+        self.database = backend.connect()
+        clock = Clock(reactor)  # type: ignore[arg-type]
+        self.store = EndToEndRoomKeyStore(
+            RetryingDatabase(self.database, backend.engine, clock),
+            backend.engine.dialect,
+            time.time,
+        )
+        self.handler = E2eRoomKeysHandler(self.store, clock, Limits())
+        self.hs = StubHomeServer(
+            self.handler,
+            clock,
+            auth=auth or StubAuth(),
+            stalled_download_seconds=stalled_download_seconds,
+        )
+        self._port: IListeningPort | None = None
+
+    @inlineCallbacks
+    def start(self) -> Generator[Deferred[Any], Any, HttpHost]:
+        """Make the tables, listen, and fire with the address to talk to."""
+        yield self.database.run("create", create_tables, self.backend.engine, True)
+        listen: Any = reactor.listenTCP  # type: ignore[attr-defined]
+        self._port = listen(0, own_site(self.hs), interface="127.0.0.1")
+        self.host = HttpHost(
+            f"http://127.0.0.1:{self.port}",
+            self.hs.auth.new_user,
+            lambda: self.hs.auth.new_user(guest=True),
+        )
+        return self.host
+
+    @property
+    def port(self) -> int:
+        """The TCP port it listens on."""
+        port: Any = self._port
+        number: int = port.getHost().port
+        return number
+
+    @inlineCallbacks
+    def stop(self) -> Generator[Deferred[Any], Any, None]:
+        """Stop listening and close the connections to the database."""
+        port: Any = self._port
+        yield self.host.close()
+        yield port.stopListening()
+        self.database.close()
