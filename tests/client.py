@@ -72,4 +72,5 @@ class HttpHost:
 
     def close(self) -> Deferred[None]:
         """Close the connections that wait for another request."""
-        return self._pool.closeCachedConnections()
+        closed: Deferred[None] = self._pool.closeCachedConnections()
+        return closed

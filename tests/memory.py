@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sqlite3
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import count
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import attrs
 from twisted.internet.defer import Deferred, execute, fail, succeed
+from twisted.internet.interfaces import IPushProducer
 from twisted.internet.task import Clock as FakeReactor
 from twisted.internet.testing import StringTransportWithDisconnection
 from twisted.web.http import Request
@@ -25,6 +26,7 @@ from synapse_roomkeys.types import Limits, Requester
 from .contract import Answer, User
 
 T = TypeVar("T")
+
 
 class ImmediateDatabase:
     """An SQLite database in memory that has done everything when it returns.
@@ -55,6 +57,23 @@ class ImmediateDatabase:
         self.transactions += 1
         with self.connection:
             return function(self.connection.cursor(), *args, **kwargs)
+
+
+class SlowTransport(StringTransportWithDisconnection):
+    """A connection that, when it is slow, takes no more after each write until it is
+    resumed."""
+
+    slow = False
+
+    def writeSequence(self, data: Iterable[bytes]) -> None:
+        """As a socket whose buffer is full after it."""
+        super().writeSequence(data)
+        if self.slow and self.connected:
+            cast(IPushProducer, self.producer).pauseProducing()
+
+    def take_more(self) -> None:
+        """Have the client read what it was sent."""
+        cast(IPushProducer, self.producer).resumeProducing()
 
 
 class TokenError(RoomKeysError):
@@ -171,14 +190,16 @@ class MemoryHost:
         token: str | None,
         body: bytes | None = None,
         headers: Mapping[str, str] | None = None,
-    ) -> StringTransportWithDisconnection:
+        slow: bool = False,
+    ) -> SlowTransport:
         """Send a request and give the connection, whatever was answered so far."""
         lines = [f"{method} {path} HTTP/1.1", "Host: test.example"]
         if token is not None:
             lines.append(f"Authorization: Bearer {token}")
         lines.append(f"Content-Length: {len(body or b'')}")
         lines += [f"{name}: {value}" for name, value in (headers or {}).items()]
-        transport = StringTransportWithDisconnection()
+        transport = SlowTransport()
+        transport.slow = slow
         protocol = self.site.buildProtocol(None)
         transport.protocol = protocol
         protocol.makeConnection(transport)

@@ -70,7 +70,7 @@ class OwnSite:
     ) -> None:
         self.backend = backend
         self.database = backend.connect()
-        clock = Clock(reactor)  # type: ignore[arg-type]
+        clock = Clock(reactor)
         self.store = EndToEndRoomKeyStore(
             RetryingDatabase(self.database, backend.engine, clock),
             backend.engine.dialect,
@@ -89,7 +89,7 @@ class OwnSite:
     def start(self) -> Generator[Deferred[Any], Any, HttpHost]:
         """Make the tables, listen, and fire with the address to talk to."""
         yield self.database.run("create", create_tables, self.backend.engine, True)
-        listen: Any = reactor.listenTCP  # type: ignore[attr-defined]
+        listen: Any = reactor.listenTCP
         self._port = listen(0, own_site(self.hs), interface="127.0.0.1")
         self.host = HttpHost(
             f"http://127.0.0.1:{self.port}",

@@ -7,7 +7,7 @@ from typing import Any
 from twisted.internet.defer import Deferred, fail, inlineCallbacks, succeed
 from twisted.internet.interfaces import IPushProducer
 from twisted.web.http import Request
-from zope.interface import implementer  # type: ignore[import-untyped]
+from zope.interface import implementer
 
 from .. import metrics
 from ..clock import Clock, DelayedCall
@@ -51,7 +51,7 @@ class PacedWriter:
         It fails with `Disconnected` when the connection is gone.
         """
         if self._gone:
-            return fail(Disconnected("the connection is gone"))
+            return fail(Disconnected("the client left"))
         if not self._paused:
             return succeed(None)
         self._waiting = Deferred()
@@ -79,25 +79,33 @@ class PacedWriter:
         """The connection takes no more; the transport calls it."""
         if not self._paused and not self._gone:
             self._paused = True
-            self._stall = self._clock.call_later(self._patience, self.abort)
+            self._stall = self._clock.call_later(self._patience, self._drop)
 
     def resumeProducing(self) -> None:
         """The connection takes more again; the transport calls it."""
         self._paused = False
-        self._stop_watching()
+        self._forget_stall()
         waiting, self._waiting = self._waiting, None
         if waiting is not None:
             waiting.callback(None)
 
     def stopProducing(self) -> None:
         """The connection is gone; the transport calls it."""
+        self._end("the client left")
+
+    def _drop(self) -> None:
+        self._stall = None
+        self._end(f"the client read nothing for {self._patience} seconds")
+        self._request.channel.forceAbortClient()
+
+    def _end(self, reason: str) -> None:
         self._gone = True
-        self._stop_watching()
+        self._forget_stall()
         waiting, self._waiting = self._waiting, None
         if waiting is not None:
-            waiting.errback(Disconnected("the connection is gone"))
+            waiting.errback(Disconnected(reason))
 
-    def _stop_watching(self) -> None:
+    def _forget_stall(self) -> None:
         if self._stall is not None:
             self._stall.cancel()
             self._stall = None
@@ -125,7 +133,7 @@ def stream_pages(
         writer.finish()
     except Disconnected as error:
         metrics.broken_downloads.labels("client").inc()
-        logger.info("Download ended early: %s", error)
+        logger.info("Download broken off: %s", error)
     except RoomKeysError as error:
         metrics.broken_downloads.labels("server").inc()
         logger.warning("Download broken off: %s", error)

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from pytest_twisted import blockon
 
-from ..contract import User
 from ..client import HttpHost
+from ..contract import User
 from ..servers import PostgresServer, Synapse
 from ..sites import Backend, OwnSite
 
@@ -92,4 +92,3 @@ def host_of(synapse: Synapse, url: str | None = None) -> HttpHost:
         return User(user.user_id, user.access_token)
 
     return HttpHost(url or synapse.url, new_user, new_guest)
-

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from twisted.internet.defer import Deferred
 
-from ..contract import SCENARIOS, Scenario
 from ..client import HttpHost
+from ..contract import SCENARIOS, Scenario
 from ..sites import OwnSite
 
 each_scenario = pytest.mark.parametrize("scenario", SCENARIOS.values(), ids=SCENARIOS)

@@ -1,0 +1,87 @@
+"""One user's requests wait for each other, and for nobody else's."""
+
+from collections.abc import Callable
+
+from twisted.internet.defer import Deferred
+from twisted.internet.task import Clock as FakeReactor
+from twisted.trial.unittest import SynchronousTestCase
+
+from synapse_roomkeys.clock import Clock
+from synapse_roomkeys.errors import LimitExceededError
+from synapse_roomkeys.fairness import UserQueues
+
+
+class UserQueuesTests(SynchronousTestCase):
+    """`UserQueues` with calls that end when the test says so."""
+
+    def setUp(self) -> None:
+        self.reactor = FakeReactor()
+        self.queues = UserQueues(Clock(self.reactor), slots=2, max_waiting=2)
+        self.begun: list[str] = []
+        self.ends: dict[str, Deferred[str]] = {}
+
+    def call(self, name: str) -> Callable[[], Deferred[str]]:
+        """A call that notes that it has begun, and ends with its own name."""
+
+        def begin() -> Deferred[str]:
+            self.begun.append(name)
+            self.ends[name] = Deferred()
+            return self.ends[name]
+
+        return begin
+
+    def run_call(self, user: str, name: str) -> Deferred[str]:
+        """Have a call made in a user's turn."""
+        return self.queues.run(user, self.call(name))
+
+    def test_calls_begin_in_order_as_others_end(self) -> None:
+        """As many run as there are slots; the next begins when one has ended."""
+        done = [self.run_call("a", name) for name in "1234"]
+        self.assertEqual(self.begun, ["1", "2"])
+        self.ends["2"].callback("2")
+        self.reactor.advance(0)
+        self.assertEqual(self.begun, ["1", "2", "3"])
+        self.ends["1"].callback("1")
+        self.reactor.advance(0)
+        self.assertEqual(self.begun, ["1", "2", "3", "4"])
+        for name in "34":
+            self.ends[name].callback(name)
+        self.assertEqual([self.successResultOf(d) for d in done], list("1234"))
+
+    def test_users_do_not_wait_for_each_other(self) -> None:
+        """Another user's calls begin at once."""
+        for name in "123":
+            self.run_call("a", name)
+        self.run_call("b", "other")
+        self.assertEqual(self.begun, ["1", "2", "other"])
+
+    def test_a_failing_call_gives_its_turn_on(self) -> None:
+        """The error reaches its own caller, and the next call begins."""
+        done = [self.run_call("a", name) for name in "123"]
+        self.ends["1"].errback(ZeroDivisionError())
+        self.reactor.advance(0)
+        self.failureResultOf(done[0], ZeroDivisionError)
+        self.assertEqual(self.begun, ["1", "2", "3"])
+
+    def test_a_long_queue_is_refused(self) -> None:
+        """A call too many fails, and those before it are not harmed."""
+        done = [self.run_call("a", name) for name in "12345"]
+        error = self.failureResultOf(done[4], LimitExceededError).value
+        self.assertEqual(error.code, 429)
+        self.assertEqual(
+            error.error_dict()["retry_after_ms"],
+            int(error.headers()["Retry-After"]) * 1000,
+        )
+        for name in "1234":
+            self.ends[name].callback(name)
+            self.reactor.advance(0)
+        self.assertEqual([self.successResultOf(d) for d in done[:4]], list("1234"))
+
+    def test_nothing_is_kept_of_users_who_are_done(self) -> None:
+        """Memory doesn't grow with the number of users."""
+        done = [self.run_call("a", name) for name in "1234"]
+        for name in "1234":
+            self.ends[name].callback(name)
+            self.reactor.advance(0)
+        self.assertEqual([self.successResultOf(d) for d in done], list("1234"))
+        self.assertEqual((self.queues._running, self.queues._waiting), ({}, {}))

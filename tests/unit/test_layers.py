@@ -1,0 +1,173 @@
+"""The structure: imports run downwards, and all SQL names its user."""
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from twisted.trial.unittest import SynchronousTestCase
+
+import synapse_roomkeys
+from synapse_roomkeys.storage import sql
+
+PACKAGE = Path(synapse_roomkeys.__file__).parent
+#: The modules from the lowest to the highest; each imports only those before it.
+ORDER = [
+    "version",
+    "errors",
+    "types",
+    "metrics",
+    "clock",
+    "merge",
+    "wire",
+    "fairness",
+    "config",
+    "storage.sql",
+    "storage.database",
+    "storage.store",
+    "storage",
+    "handler",
+    "rest.resource",
+    "rest.streaming",
+    "rest.room_keys",
+    "rest",
+    "synapse_module",
+    "",
+]
+#: What only some modules may know, by the first part of its name.
+KNOWN_BY = {
+    "synapse": {"synapse_module"},
+    "prometheus_client": {"metrics"},
+    "psycopg2": {"storage.database"},
+    "sqlite3": {"storage.database"},
+    "canonicaljson": {"rest.resource"},
+    "json": {"wire", "storage.sql"},
+    "msgspec": {"wire"},
+}
+
+
+def module_name(path: Path) -> str:
+    """The name of a module, below the package's."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__")
+
+
+def imports(path: Path) -> Iterator[tuple[str, bool]]:
+    """What a module imports, and whether that is of this package; whatever the place
+    of the import in the module."""
+    is_package = path.name == "__init__.py"
+    here = [part for part in module_name(path).split(".") if part]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, False) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            yield node.module or "", False
+        elif isinstance(node, ast.ImportFrom):
+            up = node.level - is_package
+            base = here[: len(here) - up] if up else here
+            names = [node.module] if node.module else [a.name for a in node.names]
+            yield from ((".".join([*base, str(name)]), True) for name in names)
+
+
+class LayerTests(SynchronousTestCase):
+    """The order of the modules."""
+
+    def test_every_module_has_a_place(self) -> None:
+        """A new module is put somewhere in the order."""
+        found = {module_name(path) for path in PACKAGE.rglob("*.py")}
+        self.assertEqual(found, set(ORDER))
+
+    def test_imports_run_downwards(self) -> None:
+        """A module imports only those below it."""
+        for path in PACKAGE.rglob("*.py"):
+            importer = module_name(path)
+            for imported, own in imports(path):
+                if own:
+                    self.assertLess(
+                        ORDER.index(imported),
+                        ORDER.index(importer),
+                        (importer, imported),
+                    )
+
+    def test_what_few_may_know(self) -> None:
+        """Synapse, the drivers and the encoders are known in one place each."""
+        for path in PACKAGE.rglob("*.py"):
+            for imported, own in imports(path):
+                knowing = KNOWN_BY.get(imported.partition(".")[0])
+                if knowing is not None and not own:
+                    self.assertIn(module_name(path), knowing, imported)
+
+    def test_the_package_needs_no_synapse(self) -> None:
+        """It can be imported where Synapse isn't installed, and says what it lacks."""
+        code = (
+            "import sys; sys.modules['synapse'] = None; import synapse_roomkeys as s;"
+            "s.register_servlets; s.E2eRoomKeysHandler\n"
+            "try: s.RoomKeysModule\n"
+            "except ImportError as e: print(e)"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=PACKAGE.parent,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        self.assertIn("synapse", done.stdout, done.stderr)
+
+    def test_the_face(self) -> None:
+        """What the package offers, and nothing by accident."""
+        self.assertEqual(
+            sorted(synapse_roomkeys.__all__),
+            [
+                "E2eRoomKeysHandler",
+                "RoomKeysModule",
+                "RoomKeysNewVersionServlet",
+                "RoomKeysServlet",
+                "RoomKeysVersionServlet",
+                "__version__",
+                "register_servlets",
+            ],
+        )
+
+
+def statements() -> dict[str, str]:
+    """All the statements that name tables, by the names they have."""
+    shared = {
+        name: value
+        for name, value in vars(sql).items()
+        if name.isupper() and not name.startswith("_") and isinstance(value, str)
+    }
+    for dialect in (sql.SQLITE, sql.POSTGRES):
+        for name in ("lock_version", "find_sessions", "write_keys"):
+            shared[f"{name} {dialect.begin_write[:5]}"] = getattr(dialect, name)
+    del shared["COLUMNS"]
+    return shared
+
+
+class StatementTests(SynchronousTestCase):
+    """What holds for every statement."""
+
+    def test_each_use_of_a_table_names_the_user(self) -> None:
+        """Every part that reads or writes a table says whose rows."""
+        table = re.compile(r"(?:FROM|JOIN|UPDATE|INTO|LATERAL)\s+(\w*room_?keys\w*)")
+        for name, statement in statements().items():
+            tables = len(table.findall(statement))
+            users = len(re.findall(r"user_id = \?", statement))
+            users += len(re.findall(r"INTO \w+\s*\(\s*user_id,", statement))
+            self.assertGreater(tables, 0, name)
+            self.assertEqual(tables, users, f"{name}: {statement}")
+
+    def test_each_conflict_target_names_the_user(self) -> None:
+        """A conflict is looked for among the user's own rows."""
+        for name, statement in statements().items():
+            for target in re.findall(r"ON CONFLICT \((.*?)\)", statement):
+                self.assertTrue(target.startswith("user_id, "), name)
+
+    def test_marks_are_parameters(self) -> None:
+        """No mark stands in a literal, and nothing looks like psycopg2's marks."""
+        for name, statement in statements().items():
+            self.assertNotIn("%", statement, name)
+            for literal in re.findall(r"'[^']*'", statement):
+                self.assertNotIn("?", literal, name)

@@ -1,0 +1,92 @@
+"""Which key is the better one."""
+
+from itertools import product
+
+from twisted.trial.unittest import SynchronousTestCase
+
+from synapse_roomkeys.merge import is_better, merge, rank
+from synapse_roomkeys.types import KeyMetadata, Replacement, RoomKey, StoredKey
+
+VALUES = [
+    KeyMetadata(index, forwarded, verified)
+    for index, forwarded, verified in product((1, 2), (3, 4), (False, True))
+]
+#: What may be wrong with a row that was let in long ago.
+UNSOUND = [
+    StoredKey(KeyMetadata(None, 0, True), True),
+    StoredKey(KeyMetadata(0, None, True), True),
+    StoredKey(KeyMetadata(0, 0, None), True),
+    StoredKey(KeyMetadata(0, 0, True), False),
+    StoredKey(KeyMetadata(None, None, None), False),
+]
+WORST = KeyMetadata(2**31 - 1, 2**31 - 1, False)
+
+
+def wins(new: KeyMetadata, old: KeyMetadata) -> bool:
+    """The rule, spelt out in the order in which it decides."""
+    if new.is_verified != old.is_verified:
+        return bool(new.is_verified)
+    if new.first_message_index != old.first_message_index:
+        return (new.first_message_index or 0) < (old.first_message_index or 0)
+    return (new.forwarded_count or 0) < (old.forwarded_count or 0)
+
+
+def room_key(session_id: str, metadata: KeyMetadata) -> RoomKey:
+    """A key of one room."""
+    return RoomKey("!room", session_id, metadata, '"data"')
+
+
+class IsBetterTests(SynchronousTestCase):
+    """`is_better`, for one key against another."""
+
+    def test_all_pairs(self) -> None:
+        """Verified first, then the lower index, then the lower forwarded count."""
+        for new, old in product(VALUES, VALUES):
+            self.assertEqual(
+                is_better(new, StoredKey(old, True)), wins(new, old), f"{new} {old}"
+            )
+
+    def test_at_most_one_of_two_is_better(self) -> None:
+        """No two keys replace each other in turn, and an equal one replaces nothing."""
+        for one, other in product(VALUES, VALUES):
+            both = [
+                is_better(one, StoredKey(other, True)),
+                is_better(other, StoredKey(one, True)),
+            ]
+            self.assertEqual(sum(both), 0 if one == other else 1)
+
+    def test_any_key_beats_an_unsound_row(self) -> None:
+        """A row with a NULL or without session data gives way to any key."""
+        for old in UNSOUND:
+            self.assertTrue(is_better(WORST, old), old)
+
+    def test_null_reads_as_nothing(self) -> None:
+        """A NULL ranks as 0 or false."""
+        self.assertEqual(
+            rank(KeyMetadata(None, None, None)), rank(KeyMetadata(0, 0, False))
+        )
+
+
+class MergeTests(SynchronousTestCase):
+    """`merge`, for a whole upload."""
+
+    def test_each_key_is_decided_for_itself(self) -> None:
+        """New keys and better ones are written, in the order of the upload."""
+        good, bad = KeyMetadata(0, 0, True), KeyMetadata(5, 5, False)
+        stored = {
+            ("!room", "better"): StoredKey(bad, True),
+            ("!room", "equal"): StoredKey(good, True),
+            ("!room", "worse"): StoredKey(good, True),
+        }
+        better, new = room_key("better", good), room_key("new", bad)
+        uploads = [better, room_key("equal", good), new, room_key("worse", bad)]
+        plan = merge(stored, uploads)
+        self.assertEqual(plan.writes, (better, new))
+        self.assertEqual(plan.stored, 1)
+        self.assertEqual(plan.kept, 2)
+        self.assertEqual(plan.replaced, (Replacement("!room", "better", bad, good),))
+
+    def test_the_same_session_id_in_another_room_is_another_session(self) -> None:
+        """Sessions are told apart by their rooms as well."""
+        stored = {("!other", "s"): StoredKey(KeyMetadata(0, 0, True), True)}
+        self.assertEqual(merge(stored, [room_key("s", WORST)]).stored, 1)

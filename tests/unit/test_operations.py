@@ -1,0 +1,302 @@
+"""The operations on a database in memory: what they cost, cache, log and tolerate."""
+
+import sqlite3
+from typing import Any
+
+from twisted.internet.defer import Deferred, fail
+from twisted.internet.task import Clock as FakeReactor
+from twisted.trial.unittest import SynchronousTestCase
+
+from synapse_roomkeys.clock import Clock
+from synapse_roomkeys.errors import UnavailableError
+from synapse_roomkeys.storage import SQLITE, RetryingDatabase
+
+from ..contract import Client
+from ..contract.base import Rooms, key, keys_path
+from ..memory import ImmediateDatabase, MemoryHost
+
+COUNT = "SELECT COUNT(*)"
+
+
+class Operations(SynchronousTestCase):
+    """One user with an empty backup."""
+
+    def setUp(self) -> None:
+        self.host = MemoryHost()
+        self.client = Client(self.host, self.host.new_user())
+        self.version = self.successResultOf(self.client.create_version())
+
+    def upload(self, rooms: Rooms) -> tuple[int, int]:
+        """Upload keys; the etag and the count afterwards."""
+        return self.successResultOf(self.client.upload(self.version, rooms))
+
+    def info(self) -> dict[str, Any]:
+        """What the server says of the backup."""
+        return self.successResultOf(self.client.info())
+
+    def run_sql(self, statement: str, *parameters: Any) -> None:
+        """Write past the plugin, as a homeserver may."""
+        with self.host.database.connection as connection:
+            connection.execute(statement, parameters)
+
+    def statements_of(self, rooms: Rooms) -> list[str]:
+        """The statements of an upload, those that frame transactions apart."""
+        self.host.database.statements.clear()
+        self.upload(rooms)
+        framing = ("BEGIN", "COMMIT", "--")
+        return [s for s in self.host.database.statements if not s.startswith(framing)]
+
+
+class CostTests(Operations):
+    """What an operation asks of the database."""
+
+    def test_an_upload_is_five_statements_whatever_it_holds(self) -> None:
+        """Lock, look up, write, move the etag, keep the count; none of them counts."""
+        self.upload({"!a": {"first": key()}})
+        for number in (1, 1000):
+            rooms = {"!b": {f"{number}.{i}": key(index=9) for i in range(number)}}
+            better = {"!b": {f"{number}.{i}": key(index=1) for i in range(number)}}
+            for upload in (rooms, better):
+                statements = self.statements_of(upload)
+                self.assertEqual(len(statements), 5, statements)
+                self.assertNotIn(COUNT, "".join(statements))
+
+    def test_an_upload_that_changes_nothing_writes_nothing(self) -> None:
+        """Equal keys cost the lock and the look-up."""
+        rooms: Rooms = {"!a": {str(i): key() for i in range(100)}}
+        self.upload(rooms)
+        statements = self.statements_of(rooms)
+        self.assertEqual(len(statements), 2, statements)
+
+    def test_a_version_is_one_statement(self) -> None:
+        """While the count is cached, nothing is counted for it."""
+        self.upload({"!a": {"s": key()}})
+        self.host.database.statements.clear()
+        self.info()
+        self.assertEqual(len(self.host.database.statements), 1)
+
+
+class CountTests(Operations):
+    """The cached count."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.upload({"!a": {str(i): key() for i in range(10)}})
+
+    def purge(self) -> None:
+        """Delete a key past the plugin, without moving the etag."""
+        self.run_sql("DELETE FROM e2e_room_keys WHERE session_id = '7'")
+
+    def test_a_purge_shows_within_the_hour(self) -> None:
+        """A count is believed for an hour and then made anew, read or upload."""
+        self.purge()
+        self.host.reactor.advance(3600)
+        self.assertEqual(self.info()["count"], 10)
+        self.host.reactor.advance(1)
+        self.assertEqual(self.info()["count"], 9)
+
+    def test_an_upload_counts_anew_after_an_hour_too(self) -> None:
+        """The answer to an upload is as exact as that of a read."""
+        self.purge()
+        self.host.reactor.advance(3601)
+        self.assertEqual(self.upload({"!a": {"new": key()}})[1], 10)
+
+    def test_uploads_do_not_prolong_a_count(self) -> None:
+        """The hour begins when the keys were counted, however often they change."""
+        self.purge()
+        for number in range(4):
+            self.host.reactor.advance(1000)
+            count = self.upload({"!a": {f"new{number}": key()}})[1]
+        self.assertEqual(count, 9 + 4)
+
+    def test_a_count_of_another_etag_is_not_believed(self) -> None:
+        """What stock Synapse uploads, while the plugin is out, is counted."""
+        self.purge()
+        self.run_sql("UPDATE e2e_room_keys_versions SET etag = etag + 1")
+        self.assertEqual(self.info()["count"], 9)
+
+    def test_a_count_of_the_future_is_not_believed(self) -> None:
+        """A clock that was set back doesn't make a count last."""
+        self.purge()
+        self.run_sql("UPDATE roomkeys_counts SET counted_ts = counted_ts + 1000000")
+        self.assertEqual(self.info()["count"], 9)
+
+    def test_the_cache_may_be_dropped(self) -> None:
+        """Nothing is lost with the plugin's own rows."""
+        self.run_sql("DELETE FROM roomkeys_counts")
+        self.assertEqual(self.upload({"!b": {"s": key()}}), (2, 11))
+        self.assertEqual(self.info()["count"], 11)
+
+    def test_deletions_keep_the_count(self) -> None:
+        """A deletion needs no counting either, and a deleted version leaves no row."""
+        self.host.database.statements.clear()
+        path = keys_path(self.version, "!a", "3")
+        answer = self.successResultOf(self.client.delete(path))
+        self.assertEqual(answer.json, {"etag": "2", "count": 9})
+        self.assertNotIn(COUNT, "".join(self.host.database.statements))
+        self.successResultOf(self.client.delete(f"/version/{self.version}"))
+        rows = self.host.database.connection.execute("SELECT * FROM roomkeys_counts")
+        self.assertEqual(rows.fetchall(), [])
+
+    def test_a_forgotten_user_has_no_rows(self) -> None:
+        """Only the user's own rows go, and the backup stays as it was."""
+        other = Client(self.host, self.host.new_user())
+        version = self.successResultOf(other.create_version())
+        self.successResultOf(other.upload(version, {"!a": {"s": key()}}))
+        self.successResultOf(self.host.store.forget_user(self.client.user.user_id))
+        rows = self.host.database.connection.execute(
+            "SELECT user_id, key_count FROM roomkeys_counts"
+        )
+        self.assertEqual(rows.fetchall(), [(other.user.user_id, 1)])
+        self.assertEqual(self.info()["count"], 10)
+
+
+class OldRowTests(Operations):
+    """Rows that were let in before anybody checked them."""
+
+    def put_row(self, session: str, fields: tuple[Any, Any, Any], data: str) -> None:
+        """Write a row past the plugin."""
+        self.run_sql(
+            "INSERT INTO e2e_room_keys VALUES (?, '!a', ?, ?, ?, ?, ?, ?)",
+            *(self.client.user.user_id, session, int(self.version), *fields, data),
+        )
+
+    def download(self) -> Any:
+        """All the keys of the backup."""
+        return self.successResultOf(self.client.download(self.version))
+
+    def test_a_null_reads_as_nothing(self) -> None:
+        """NULLs, and on SQLite values of another type, come out as 0 and false."""
+        rows = {"n": (None, None, None), "t": ("abc", 1.5, None), "": (3, 2, True)}
+        for session, fields in rows.items():
+            self.put_row(session, fields, '{"a": 1}')
+        nothing = key(data={"a": 1})
+        self.assertEqual(
+            self.download(),
+            {"!a": {"n": nothing, "t": nothing, "": key(3, 2, True, {"a": 1})}},
+        )
+
+    def test_a_null_session_is_not_there(self) -> None:
+        """Session data of JSON null is not handed out, and any key takes its place."""
+        self.put_row("s", (0, 0, True), "null")
+        self.assertEqual(self.download(), {})
+        path = keys_path(self.version, "!a", "s")
+        answer = self.successResultOf(self.client.get(path))
+        self.assertEqual(answer.json["error"], "No room_keys found")
+        self.upload({"!a": {"s": key(9, 9, False)}})
+        self.assertEqual(self.download(), {"!a": {"s": key(9, 9, False)}})
+
+    def test_any_key_takes_the_place_of_a_bad_row(self) -> None:
+        """The worst good key is better than a row with a NULL."""
+        for session, fields in {
+            "index": (None, 0, True),
+            "count": (0, None, True),
+            "verified": (0, 0, None),
+        }.items():
+            self.put_row(session, fields, '"old"')
+            self.upload({"!a": {session: key(9, 9, False, "new")}})
+            self.assertEqual(self.download()["!a"][session]["session_data"], "new")
+
+    def test_an_etag_of_null_is_0(self) -> None:
+        """A version that nothing was uploaded to yet has one all the same."""
+        self.run_sql("UPDATE e2e_room_keys_versions SET etag = NULL")
+        self.assertEqual(self.info()["etag"], "0")
+        self.assertEqual(self.upload({"!a": {"s": key()}}), (1, 1))
+
+
+class LogTests(Operations):
+    """The lines that are left, and what never is in them."""
+
+    def test_what_is_logged(self) -> None:
+        """One line each for a new version, a replaced key, a deletion, and the end."""
+        client = Client(self.host, self.host.new_user())
+        with self.assertLogs("synapse_roomkeys", "DEBUG") as logged:
+            version = self.successResultOf(client.create_version("AUTH-DATA"))
+            for index in (2, 1):
+                rooms = {"!a\n": {"s": key(index, 0, True, "SESSION-DATA")}}
+                self.successResultOf(client.upload(version, rooms))
+            self.successResultOf(client.delete(keys_path(version, "!a\n")))
+            self.successResultOf(client.delete(f"/version/{version}"))
+        who = f"user={client.user.user_id} device=DEVICE version={version}"
+        self.assertEqual(
+            [line.split(":", 2)[2] for line in logged.output],
+            [
+                f"Created version: {who}",
+                f'Replaced key: {who} room="!a\\n" session="s"'
+                " old=KeyMetadata(first_message_index=2, forwarded_count=0,"
+                " is_verified=True)"
+                " new=KeyMetadata(first_message_index=1, forwarded_count=0,"
+                " is_verified=True)",
+                f'Deleted keys: {who} room="!a\\n" session=null count=1',
+                f"Deleted version: {who}",
+            ],
+        )
+
+    def test_a_refusal_is_logged(self) -> None:
+        """A client may send the same for ever, so the operator can see why."""
+        path = keys_path(self.version, "!a", "s")
+        with self.assertLogs("synapse_roomkeys", "INFO") as logged:
+            self.successResultOf(self.client.put(path, key(index=-1, data="DATA")))
+        self.assertEqual(len(logged.output), 1)
+        self.assertIn("Refused PUT: 400 M_BAD_JSON: first_message", logged.output[0])
+        self.assertNotIn("DATA", logged.output[0])
+
+
+class Away:
+    """A database that is away for a number of tries."""
+
+    def __init__(self, tries: int) -> None:
+        self.tries = tries
+        self.database = ImmediateDatabase()
+
+    def run(self, desc: str, function: Any, *args: Any, **kwargs: Any) -> Any:
+        """As `Database.run`."""
+        if self.tries:
+            self.tries -= 1
+            return fail(sqlite3.OperationalError("database is locked\nwith secrets"))
+        return self.database.run(desc, function, *args, **kwargs)
+
+
+class RetryTests(SynchronousTestCase):
+    """`RetryingDatabase`."""
+
+    def run_away(self, tries: int) -> tuple[FakeReactor, "Deferred[int]"]:
+        """Use a database that is away for a number of tries."""
+        reactor = FakeReactor()
+        database = RetryingDatabase(Away(tries), SQLITE, Clock(reactor))
+        return reactor, database.run("test", lambda txn: 7)
+
+    def test_it_comes_back(self) -> None:
+        """A database that is away for a moment costs a moment."""
+        with self.assertLogs("synapse_roomkeys", "WARNING") as logged:
+            reactor, done = self.run_away(3)
+            self.assertNoResult(done)
+            reactor.pump([0.5] * 10)
+        self.assertEqual(self.successResultOf(done), 7)
+        self.assertNotIn("secrets", "".join(logged.output))
+
+    def test_it_stays_away(self) -> None:
+        """After some seconds it is 503, with the time to come again."""
+        with self.assertLogs("synapse_roomkeys", "WARNING"):
+            reactor, done = self.run_away(100)
+            reactor.pump([0.5] * 20)
+        error = self.failureResultOf(done, UnavailableError).value
+        self.assertEqual(error.code, 503)
+        self.assertGreater(int(error.headers()["Retry-After"]), 0)
+
+    def test_a_defect_is_not_tried_again(self) -> None:
+        """What trying again can't help fails at once."""
+        database = RetryingDatabase(ImmediateDatabase(), SQLITE, Clock(FakeReactor()))
+        self.failureResultOf(
+            database.run("test", lambda txn: 1 // 0), ZeroDivisionError
+        )
+
+    def test_a_client_is_told_to_come_again(self) -> None:
+        """The 503 reaches the client with its Retry-After."""
+        host = MemoryHost()
+        host.database.fault = UnavailableError(3)
+        token = host.new_user().access_token
+        answer = self.successResultOf(
+            host.request("GET", "/_matrix/client/v3/room_keys/version", token=token)
+        )
+        self.assertEqual((answer.status, answer.headers["retry-after"]), (503, "3"))

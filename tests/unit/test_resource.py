@@ -1,0 +1,89 @@
+"""The servlets as Twisted resources."""
+
+from twisted.trial.unittest import SynchronousTestCase
+from twisted.web.resource import Resource
+from twisted.web.server import Site
+
+from synapse_roomkeys import RoomKeysVersionServlet, register_servlets
+from synapse_roomkeys.rest import JsonResource
+from synapse_roomkeys.types import Limits
+
+from ..contract import Client
+from ..memory import MemoryHost, read_answer
+
+VERSION = "/_matrix/client/v3/room_keys/version"
+
+
+class MountTests(SynchronousTestCase):
+    """Where the servlets can be put."""
+
+    def test_any_site_can_have_them_as_a_child(self) -> None:
+        """The root resource answers for its paths below any other resource."""
+        host = MemoryHost()
+        root, matrix, own = Resource(), Resource(), JsonResource()
+        register_servlets(host.hs, own)
+        root.putChild(b"_matrix", matrix)
+        matrix.putChild(b"client", own)
+        host.site = Site(root)
+        user = host.new_user()
+        answer = self.successResultOf(
+            host.request("GET", VERSION, token=user.access_token)
+        )
+        self.assertEqual(answer.json["errcode"], "M_NOT_FOUND")
+
+    def test_a_servlet_is_a_resource_of_its_own(self) -> None:
+        """One servlet alone answers for its paths, and for no others."""
+        host = MemoryHost()
+        host.site = Site(RoomKeysVersionServlet(host.hs))
+        token = host.new_user().access_token
+        answer = self.successResultOf(host.request("GET", VERSION, token=token))
+        self.assertEqual(answer.status, 404)
+        self.assertEqual(answer.json["errcode"], "M_NOT_FOUND")
+        answer = self.successResultOf(host.request("POST", VERSION, token=token))
+        self.assertEqual(answer.status, 405)
+
+
+class FaultTests(SynchronousTestCase):
+    """What is answered when something goes wrong."""
+
+    def test_a_defect_is_500_and_tells_nothing(self) -> None:
+        """An unexpected error is logged, and the client reads no more than its code."""
+        host = MemoryHost()
+        host.database.fault = ZeroDivisionError("secret detail")
+        token = host.new_user().access_token
+        with self.assertLogs("synapse_roomkeys", "ERROR") as logged:
+            answer = self.successResultOf(host.request("GET", VERSION, token=token))
+        self.assertEqual(answer.status, 500)
+        self.assertEqual(answer.json["errcode"], "M_UNKNOWN")
+        self.assertNotIn(b"secret", answer.body)
+        self.assertIn("ZeroDivisionError", logged.output[0])
+
+    def test_a_body_over_the_limit_is_413(self) -> None:
+        """An upload larger than the operator allows is refused before it is read."""
+        host = MemoryHost(Limits(max_body_bytes=1000))
+        client = Client(host, host.new_user())
+        version = self.successResultOf(client.create_version())
+        body = b'{"rooms": {}}' + b" " * 1000
+        answer = self.successResultOf(client.put(f"/keys?version={version}", body))
+        self.assertEqual((answer.status, answer.json["errcode"]), (413, "M_TOO_LARGE"))
+
+    def test_a_client_that_left_is_not_answered(self) -> None:
+        """A connection that closes before the answer does no harm."""
+        host = MemoryHost()
+        reads = host.handler._reads
+        for _ in range(4):
+            reads._running["@user0:test.example"] = 4
+        token = host.new_user().access_token
+        transport = host.send("GET", VERSION, token=token)
+        self.assertEqual(transport.value(), b"")
+        transport.loseConnection()
+        reads._release("@user0:test.example")
+        host.reactor.advance(0)
+        self.assertEqual(transport.value(), b"")
+
+    def test_options_need_no_token(self) -> None:
+        """A browser's preflight is answered to anyone."""
+        transport = MemoryHost().send("OPTIONS", VERSION, token=None)
+        answer = read_answer(transport.value(), "OPTIONS")
+        self.assertEqual(answer.status, 204)
+        self.assertEqual(answer.headers["access-control-allow-origin"], "*")

@@ -1,0 +1,160 @@
+"""Bodies in and out."""
+
+from twisted.trial.unittest import SynchronousTestCase
+
+from synapse_roomkeys.errors import (
+    BadJsonError,
+    InvalidParamError,
+    NotFoundError,
+    NotJsonError,
+    TooLargeError,
+)
+from synapse_roomkeys.types import BackupInfo, KeyMetadata, Limits, RoomKey
+from synapse_roomkeys.wire import (
+    BackupEncoder,
+    encode_backup_info,
+    parse_upload,
+    parse_version,
+    parse_version_info,
+)
+
+LIMITS = Limits(max_body_bytes=1000, max_session_data_bytes=100)
+BEFORE = b'{"first_message_index":1,"forwarded_count":2,"is_verified":true,'
+
+
+def parse_key(session_data: bytes) -> RoomKey:
+    """A key with this session data."""
+    body = BEFORE + b'"session_data":' + session_data + b"}"
+    [key] = parse_upload(body, "!r", "s", LIMITS)
+    return key
+
+
+class ParseUploadTests(SynchronousTestCase):
+    """`parse_upload`, beyond what the contract's scenarios send."""
+
+    def test_session_data_is_the_text_that_came(self) -> None:
+        """White space, escapes and the order of members stay as they were."""
+        for text in (r'{ "b" : 1e3, "a":"\u00e9\/é" }', "-0", "[]", '"é"', "0.10"):
+            self.assertEqual(parse_key(text.encode()).session_data, text)
+
+    def test_the_limit_is_of_bytes(self) -> None:
+        """A session data of as many bytes as the limit is taken, and no more."""
+        self.assertEqual(len(parse_key(b'"' + b"x" * 98 + b'"').session_data), 100)
+        self.assertRaises(TooLargeError, parse_key, b'"' + b"x" * 99 + b'"')
+        self.assertRaises(TooLargeError, parse_key, f'"{"é" * 50}"'.encode())
+
+    def test_numbers_that_no_double_holds(self) -> None:
+        """They are refused wherever they stand; digits in strings are just text."""
+        for number in (b"1e999", b"-1E+0400", b"[1.5e309]", b"9" * 400, b'{"a":2e308}'):
+            self.assertRaises(
+                BadJsonError,
+                parse_upload,
+                BEFORE + b'"session_data":' + number + b"}",
+                "!r",
+                "s",
+                Limits(),
+            )
+        for text in (b'": 1e999"', b'"' + b"9" * 300 + b'"', b"1e-999", b"[1e300]"):
+            body = BEFORE + b'"session_data":' + text + b"}"
+            [key] = parse_upload(body, "!r", "s", Limits())
+            self.assertEqual(key.session_data, text.decode())
+
+    def test_deep_nesting(self) -> None:
+        """What is nested deeper than anyone reads is refused, at any place."""
+        deep = b"[" * 100_000 + b"]" * 100_000
+        for body in (deep, BEFORE + b'"session_data":' + deep + b"}", deep[:100_000]):
+            error = self.assertRaises(
+                (BadJsonError, NotJsonError), parse_upload, body, "!r", "s", Limits()
+            )
+            self.assertLess(len(str(error)), 200)
+
+    def test_messages_name_what_is_wrong(self) -> None:
+        """Room, session and field, in ASCII, however odd they are."""
+        body = '{"rooms":{"!é":{"sessions":{"s\\n":' + BEFORE.decode() + '"x":1}}}}}'
+        error = self.assertRaises(
+            BadJsonError, parse_upload, body.encode(), None, None, Limits()
+        )
+        self.assertEqual(
+            str(error),
+            'session_data of session "s\\n" in room "!\\u00e9"'
+            " must be there and not null",
+        )
+
+    def test_messages_are_short(self) -> None:
+        """A long id is cut in what is said of it."""
+        body = b'{"rooms":{"' + b"x" * 900 + b'":{"sessions":{}}, "":1}}'
+        error = self.assertRaises(
+            (BadJsonError, InvalidParamError), parse_upload, body, None, None, LIMITS
+        )
+        self.assertLess(len(str(error)), 400)
+
+
+class ParseVersionTests(SynchronousTestCase):
+    """`parse_version` and `parse_version_info`."""
+
+    def test_only_numbers_that_were_issued_are_versions(self) -> None:
+        """A version is written in one way."""
+        self.assertEqual(parse_version("1795421234"), 1795421234)
+        self.assertEqual(parse_version(str(2**63 - 1)), 2**63 - 1)
+        for text in (
+            "",
+            "0",
+            "01",
+            "-1",
+            "+1",
+            "1_0",
+            " 1",
+            "1\n",
+            "\u0661",
+            str(2**63),
+        ):
+            self.assertRaises(NotFoundError, parse_version, text)
+
+    def test_auth_data_is_the_text_that_came(self) -> None:
+        """It is opaque as session data is."""
+        body = b'{"auth_data": { "a" : [1.0] },"algorithm":"m"}'
+        info = parse_version_info(body, LIMITS)
+        self.assertEqual(info.auth_data, '{ "a" : [1.0] }')
+        self.assertIsNone(info.version)
+
+    def test_a_version_of_the_wrong_type(self) -> None:
+        """The version that a body may name is a string."""
+        body = b'{"auth_data":{},"algorithm":"m","version":1}'
+        self.assertRaises(BadJsonError, parse_version_info, body, LIMITS)
+
+
+class EncodeTests(SynchronousTestCase):
+    """What goes out."""
+
+    def key(self, room: str, session: str) -> RoomKey:
+        """A key as an old row may hold one."""
+        return RoomKey(room, session, KeyMetadata(None, None, None), "1")
+
+    def test_chunks_make_one_object(self) -> None:
+        """Wherever the pages end, the same object comes out."""
+        keys = [self.key("!a", "1"), self.key("!a", '"'), self.key("!b", "1")]
+        for cut in range(len(keys) + 1):
+            encoder = BackupEncoder(with_rooms=True)
+            chunks = [encoder.encode(keys[:cut]), encoder.encode(keys[cut:])]
+            one = (
+                b'{"first_message_index":0,"forwarded_count":0,"is_verified":false,'
+                b'"session_data":1}'
+            )
+            self.assertEqual(
+                b"".join(chunks) + encoder.finish(),
+                b'{"rooms":{"!a":{"sessions":{"1":%b,"\\"":%b}},"!b":{"sessions":'
+                b'{"1":%b}}}}' % (one, one, one),
+            )
+
+    def test_nothing_is_an_empty_object(self) -> None:
+        """A backup or a room without keys has no members."""
+        for with_rooms, whole in ((True, b'{"rooms":{}}'), (False, b'{"sessions":{}}')):
+            encoder = BackupEncoder(with_rooms)
+            self.assertEqual(encoder.encode([]) + encoder.finish(), whole)
+
+    def test_numbers_of_a_version_are_strings(self) -> None:
+        """Clients stumble over an etag or a version that is a number."""
+        self.assertEqual(
+            encode_backup_info(BackupInfo(7, 'a"b', "{}", 3, 5)),
+            b'{"algorithm":"a\\"b","auth_data":{},"count":5,"etag":"3","version":"7"}',
+        )
