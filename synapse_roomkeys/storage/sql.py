@@ -130,16 +130,16 @@ _LOCK_VERSION = """
     SELECT algorithm, COALESCE(etag, 0), deleted FROM e2e_room_keys_versions
     WHERE user_id = ? AND version = ?"""
 
+#: The LIMIT keeps PostgreSQL from joining in any other way than by looking each
+#: session up in the unique index, whatever it believes of the size of the backup.
 _FIND_SESSIONS = f"""
     SELECT b.current_version, b.key_count, k.*
     FROM (SELECT ({CURRENT_VERSION}) AS current_version,
         ({_CACHED_COUNT.format(version="?", etag="?")}) AS key_count) AS b
-    LEFT JOIN (
-        SELECT k.room_id, k.session_id, k.first_message_index, k.forwarded_count,
-            k.is_verified, k.session_data <> 'null'
-        FROM {{sessions}} e2e_room_keys AS k ON k.user_id = ? AND k.version = ?
-        AND k.room_id = {{room_id}} AND k.session_id = {{session_id}}
-    ) AS k ON TRUE"""
+    LEFT JOIN ({{lookup}}) AS k ON TRUE"""
+
+_FOUND = """k.room_id, k.session_id, k.first_message_index, k.forwarded_count,
+        k.is_verified, k.session_data <> 'null'"""
 
 _WRITE_KEYS = """
     INSERT INTO e2e_room_keys (user_id, version, room_id, session_id,
@@ -194,9 +194,11 @@ SQLITE = Dialect(
     lock_schema="BEGIN IMMEDIATE",
     lock_version=_LOCK_VERSION,
     find_sessions=_FIND_SESSIONS.format(
-        sessions="json_each(?) AS u CROSS JOIN",
-        room_id="json_extract(u.value, '$[0]')",
-        session_id="json_extract(u.value, '$[1]')",
+        lookup=f"""
+        SELECT {_FOUND} FROM json_each(?) AS u CROSS JOIN e2e_room_keys AS k
+        ON k.user_id = ? AND k.version = ?
+        AND k.room_id = json_extract(u.value, '$[0]')
+        AND k.session_id = json_extract(u.value, '$[1]')"""
     ),
     write_keys=_WRITE_KEYS.format(
         values=", ".join(f"json_extract(value, '$[{i}]')" for i in range(6))
@@ -213,9 +215,13 @@ POSTGRES = Dialect(
     lock_schema="SELECT pg_advisory_xact_lock(hashtext('roomkeys schema'))",
     lock_version=f"{_LOCK_VERSION} FOR UPDATE",
     find_sessions=_FIND_SESSIONS.format(
-        sessions="unnest(?::text[], ?::text[]) AS u (room_id, session_id) JOIN",
-        room_id="u.room_id",
-        session_id="u.session_id",
+        lookup=f"""
+        SELECT {_FOUND} FROM unnest(?::text[], ?::text[]) AS u (room_id, session_id)
+        CROSS JOIN LATERAL (
+            SELECT * FROM e2e_room_keys AS k
+            WHERE k.user_id = ? AND k.version = ?
+            AND k.room_id = u.room_id AND k.session_id = u.session_id LIMIT 1
+        ) AS k"""
     ),
     write_keys=_WRITE_KEYS.format(
         values="u.* FROM unnest(?::text[], ?::text[], ?::int[], ?::int[],"
