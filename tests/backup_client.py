@@ -122,8 +122,10 @@ def reset(api: Api) -> list[str]:
     """Delete the current version until there is none; the versions deleted."""
     deleted: list[str] = []
     while (answer := api.get("/version")).status != 404:
-        deleted.append(accepted(answer)["version"])
-        accepted(api.delete(version_path(deleted[-1])))
+        version: str = accepted(answer)["version"]
+        assert version not in deleted, f"{version} is current again"
+        accepted(api.delete(version_path(version)))
+        deleted.append(version)
     assert answer.json["errcode"] == "M_NOT_FOUND", answer
     assert answer.headers["content-type"] == "application/json", answer
     return deleted

@@ -1,0 +1,607 @@
+"""Backups that outlive the plugin's coming and going in one homeserver."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import attrs
+import psycopg2
+import pytest
+
+from ..backup_client import Api
+from ..contract.base import (
+    ALGORITHM,
+    NO_KEY,
+    NO_VERSION,
+    Rooms,
+    accepted,
+    key,
+    keys_path,
+    refused,
+    same,
+    tally,
+    version_path,
+)
+from ..servers import Synapse, User
+
+ROOM = "!old/room+:test.example"
+OTHER_ROOM = "!newer_room_without_a_server"
+SESSION = "a/b+c/d+e"
+LONG_ID = "x" * 1000
+HIGHEST = 2**31 - 1
+#: As bad as a sound key can be.
+WORST = key(HIGHEST, HIGHEST, False, {"the": "worst"})
+
+#: Every kind of JSON value that an opaque field may hold.
+OPAQUE = {
+    "string": "text",
+    "object": {"ephemeral": "a/b+", "unknown": [1, None, {"": True}]},
+    "array": [[], {}, "", 0],
+    "number": -1.5e300,
+    "integer": 2**53 + 1,
+    "boolean": False,
+    "text": 'é € 🔑 \u0000 \u2028 \\ " \n',
+    "NUL": {"\u0000": "\u0000"},
+}
+
+_numbers = count()
+
+
+@attrs.frozen
+class House:
+    """One homeserver's data, served by Synapse with the plugin or without it."""
+
+    directory: Path
+    database: Mapping[str, Any] | None
+
+    @contextmanager
+    def serve(self, *, plugin: bool) -> Iterator[Synapse]:
+        """A running Synapse, which must have nothing to complain of."""
+        for name in ("homeserver.log", "output.txt"):
+            (self.directory / name).unlink(missing_ok=True)
+        server = Synapse(
+            self.directory,
+            database=self.database,
+            module_config={} if plugin else None,
+        )
+        with server:
+            assert ("synapse_roomkeys" in server.log()) is plugin
+            yield server
+        check_log(server)
+
+    def sql(self, statement: str, *parameters: Any) -> list[tuple[Any, ...]]:
+        """Run one statement past the server and commit; its rows, where it has any."""
+        connection: Any
+        if self.database is None:
+            connection = sqlite3.connect(self.directory / "homeserver.db")
+        else:
+            connection = psycopg2.connect(**self.database)
+            statement = statement.replace("?", "%s")
+        with closing(connection), closing(connection.cursor()) as cursor:
+            cursor.execute(statement, parameters)
+            rows = cursor.fetchall() if cursor.description else []
+            connection.commit()
+        return rows
+
+    def check_count(self, user: User, api: Api, version: str) -> None:
+        """The count is that of the rows, and so is the one that is cached."""
+        where = (user.user_id, int(version))
+        ((rows,),) = self.sql(
+            "SELECT COUNT(*) FROM e2e_room_keys WHERE user_id = ? AND version = ?",
+            *where,
+        )
+        etag, counted = api.tally(version)
+        assert counted == rows
+        cached = self.sql(
+            "SELECT etag, key_count FROM roomkeys_counts"
+            " WHERE user_id = ? AND version = ?",
+            *where,
+        )
+        assert cached == [(etag, counted)]
+
+
+def check_log(server: Synapse) -> None:
+    """Nothing went wrong in a server."""
+    lines = server.log().splitlines()
+    marks = ("Traceback", " ERROR ", " CRITICAL ", "context")
+    assert [line for line in lines if any(mark in line for mark in marks)] == []
+
+
+def client(server: Synapse, user: User) -> Api:
+    return Api(server.url, user.access_token)
+
+
+def new_user(server: Synapse) -> User:
+    return server.register(f"adopted{next(_numbers)}")
+
+
+def answers(api: Api, version: str, rooms: Rooms) -> dict[str, Any]:
+    """All that a server says of a backup, by path."""
+    paths = [version_path(version), keys_path(version)]
+    paths += [keys_path(version, room) for room in rooms]
+    paths += [keys_path(version, room, s) for room in rooms for s in rooms[room]]
+    return {path: accepted(api.get(path), path) for path in paths}
+
+
+def check_unknown(api: Api, version: str, text: str = NO_VERSION) -> None:
+    """Every question about a version is answered that there is none.
+
+    Args:
+        text: what the answer about the version itself says, which stock says in
+            words of its own.
+    """
+    answer = api.get(version_path(version))
+    refused(answer, 404, "M_NOT_FOUND", error=text, row="version")
+    for ids in ((), (ROOM,), (ROOM, SESSION)):
+        path = keys_path(version, *ids)
+        refused(api.get(path), 404, "M_NOT_FOUND", error=NO_VERSION, row=path)
+
+
+def make_rooms(mark: str) -> Rooms:
+    """Keys in several rooms, with every kind of session_data."""
+    awkward = {f"{name}/+=": key(2, 1, True, data) for name, data in OPAQUE.items()}
+    plain = {SESSION: key(3, 4, False, mark), "é🔑": key(HIGHEST, HIGHEST, True, mark)}
+    return {ROOM: awkward | plain, OTHER_ROOM: plain, "!third:test.example": plain}
+
+
+# Rows that a sound client never made
+
+
+@attrs.frozen
+class BadRow:
+    """A row that has been in a database for long.
+
+    Attributes:
+        uploaded: the key as Synapse's own endpoint takes it.
+        served: the key as the plugin gives it, None for one that it hides.
+        change: columns to set past the endpoint.
+    """
+
+    uploaded: dict[str, Any]
+    served: dict[str, Any] | None
+    change: str | None = None
+
+
+BAD_ROWS = {
+    "no_index": BadRow(key(None), key(0)),
+    "no_forwarded": BadRow(key(5, None), key(5, 0)),
+    "no_verified": BadRow(key(5), key(5), "is_verified = NULL"),
+    "no_index_but_verified": BadRow(key(None, 0, True), key(0, 0, True)),
+    "nothing": BadRow(key(None, None), key(), "is_verified = NULL"),
+    "no_data": BadRow(key(0, 0, True, None), None),
+    "no_data_nor_index": BadRow(key(None, None, True, None), None),
+}
+SQLITE_BAD_ROWS = {
+    "text": BadRow(key("abc"), key(0)),
+    "text_forwarded": BadRow(key(1, "abc"), key(1, 0)),
+    "fraction": BadRow(key(1.5), key(0)),
+    "huge": BadRow(key(2**40), key(2**40)),
+    "blob": BadRow(key(1), key(0), "first_message_index = x'00ff'"),
+}
+#: How many tests change the bad rows.
+VICTIMS = 5
+GOOD_ROWS = {"before": key(1, 2, True), "zz_after": key(3, 4, False, {"a": None})}
+
+
+@attrs.frozen
+class Owner:
+    """A user with a backup, and what was uploaded to it."""
+
+    user: User
+    version: str
+    rooms: Rooms
+
+
+@attrs.frozen
+class Adopted:
+    """A homeserver that the plugin was put into.
+
+    Attributes:
+        owner: has a backup that stock and the plugin agree on.
+        older: one that is not current, with a string for its auth_data.
+        said: all that stock said of these two, by version.
+        deleted: a version of the owner's that is no more.
+        large: a backup of several pages.
+        long: one with ids that no client may use any more.
+        victims: those with `bad_rows`, one for each test.
+    """
+
+    house: House
+    server: Synapse
+    owner: Owner
+    older: Owner
+    said: dict[str, dict[str, Any]]
+    deleted: str
+    large: Owner
+    long: Owner
+    bad_rows: dict[str, BadRow]
+    victims: Iterator[Owner]
+
+    def api(self, owner: Owner) -> Api:
+        return client(self.server, owner.user)
+
+    def check_count(self, owner: Owner) -> None:
+        self.house.check_count(owner.user, self.api(owner), owner.version)
+
+
+def back_up(server: Synapse, user: User, rooms: Rooms, auth_data: Any) -> Owner:
+    """Make a backup with the endpoints at hand."""
+    api = client(server, user)
+    version = api.create_version(auth_data)
+    api.upload(version, rooms)
+    return Owner(user, version, rooms)
+
+
+def back_up_bad_rows(server: Synapse, bad_rows: Mapping[str, BadRow]) -> Owner:
+    """Make a backup of sound keys, and of bad rows as far as stock takes them."""
+    uploaded = {name: row.uploaded for name, row in bad_rows.items()}
+    rooms = {ROOM: GOOD_ROWS | uploaded, OTHER_ROOM: GOOD_ROWS}
+    return back_up(server, new_user(server), rooms, {})
+
+
+def spoil(house: House, victims: list[Owner], bad_rows: Mapping[str, BadRow]) -> None:
+    """Make rows bad that stock would not take so, and the victims' etags NULL."""
+    for name, row in bad_rows.items():
+        if row.change is not None:
+            statement = f"UPDATE e2e_room_keys SET {row.change} WHERE session_id = ?"
+            house.sql(statement, name)
+    for victim in victims:
+        statement = "UPDATE e2e_room_keys_versions SET etag = NULL WHERE user_id = ?"
+        house.sql(statement, victim.user.user_id)
+
+
+def back_up_many(server: Synapse) -> Owner:
+    """Make a backup of rooms of many keys, and rooms of few, with all kinds of ids."""
+    ids = [f"{number}/+=" for number in range(1100)]
+    few = {"": key(1), LONG_ID: key(2), "\U0001f511": key(3)}
+    rooms: Rooms = {f"!{number}": few for number in range(200)}
+    rooms |= {"!0": dict.fromkeys(ids, key()) | few, "": few}
+    return back_up(server, new_user(server), rooms, {})
+
+
+def back_up_long_ids(server: Synapse) -> Owner:
+    """Make a backup with ids that are too long or empty."""
+    ids = {"": key(1), LONG_ID: key(2), "short": key(3)}
+    rooms: Rooms = {ROOM: ids, LONG_ID: ids, "": ids}
+    return back_up(server, new_user(server), rooms, {})
+
+
+@pytest.fixture(scope="module")
+def new_house(
+    database: Callable[[], Mapping[str, Any] | None],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[[], House]:
+    """Makes homeservers that nobody has used yet."""
+    return lambda: House(tmp_path_factory.mktemp("house"), database())
+
+
+@pytest.fixture(scope="module")
+def adopted_server(new_house: Callable[[], House], engine: str) -> Iterator[Adopted]:
+    """A homeserver that was used without the plugin and is now run with it."""
+    house = new_house()
+    bad_rows = BAD_ROWS | (SQLITE_BAD_ROWS if engine == "sqlite" else {})
+    with house.serve(plugin=False) as stock:
+        user = new_user(stock)
+        older = back_up(stock, user, make_rooms("older"), "text é")
+        deleted = back_up(stock, user, make_rooms("deleted"), {}).version
+        accepted(client(stock, user).delete(version_path(deleted)))
+        owner = back_up(stock, user, make_rooms("newer"), OPAQUE)
+        said = {
+            backup.version: answers(client(stock, user), backup.version, backup.rooms)
+            for backup in (older, owner)
+        }
+        large, long = back_up_many(stock), back_up_long_ids(stock)
+        victims = [back_up_bad_rows(stock, bad_rows) for _ in range(VICTIMS)]
+    spoil(house, victims, bad_rows)
+    with house.serve(plugin=True) as server:
+        yield Adopted(
+            *(house, server, owner, older, said, deleted, large, long),
+            *(bad_rows, iter(victims)),
+        )
+
+
+@pytest.fixture
+def adopted(adopted_server: Adopted) -> Iterator[Adopted]:
+    """The same; no test may leave a complaint in its log."""
+    yield adopted_server
+    check_log(adopted_server.server)
+
+
+def test_what_stock_wrote_is_served(adopted: Adopted) -> None:
+    """The plugin answers every question about a stock backup as stock did."""
+    for owner in (adopted.owner, adopted.older):
+        api = adopted.api(owner)
+        said = adopted.said[owner.version]
+        same(answers(api, owner.version, owner.rooms), said)
+        adopted.check_count(owner)
+    assert adopted.api(adopted.owner).info()["version"] == adopted.owner.version
+
+
+def test_what_stock_deleted_is_gone(adopted: Adopted) -> None:
+    """A version that stock deleted is unknown, and can be deleted again."""
+    api = adopted.api(adopted.owner)
+    check_unknown(api, adopted.deleted)
+    same(accepted(api.delete(version_path(adopted.deleted))), {})
+    check_unknown(api, adopted.deleted)
+
+
+def test_an_older_version_of_stock_is_not_current(adopted: Adopted) -> None:
+    """An upload to an older version of stock's is refused with the current one."""
+    answer = adopted.api(adopted.older).put(
+        keys_path(adopted.older.version), {"rooms": {}}
+    )
+    body = refused(answer, 403, "M_WRONG_ROOM_KEYS_VERSION")
+    assert body["current_version"] == adopted.owner.version
+
+
+def sound(adopted: Adopted, owner: Owner) -> Rooms:
+    """What the plugin gives of a backup with bad rows."""
+    served = {name: row.served for name, row in adopted.bad_rows.items() if row.served}
+    return {ROOM: GOOD_ROWS | served, OTHER_ROOM: GOOD_ROWS}
+
+
+def test_bad_rows_are_served(adopted: Adopted) -> None:
+    """A NULL reads as 0 or false, whole, by the room and alone; a null is hidden."""
+    owner = next(adopted.victims)
+    api = adopted.api(owner)
+    want = sound(adopted, owner)
+    same(api.download(owner.version), want)
+    for room, sessions in want.items():
+        answer = api.get(keys_path(owner.version, room))
+        same(accepted(answer), {"sessions": sessions})
+    for name in owner.rooms[ROOM]:
+        answer = api.get(keys_path(owner.version, ROOM, name))
+        if name in want[ROOM]:
+            same(accepted(answer), want[ROOM][name], name)
+        else:
+            refused(answer, 404, "M_NOT_FOUND", error=NO_KEY, row=name)
+    adopted.check_count(owner)
+
+
+def test_a_version_without_an_etag_has_a_first_one(adopted: Adopted) -> None:
+    """A NULL etag is 0, moves on to 1, and goes with the exact count."""
+    owner = next(adopted.victims)
+    api = adopted.api(owner)
+    rows = len(owner.rooms[ROOM]) + len(owner.rooms[OTHER_ROOM])
+    assert [api.tally(owner.version) for _ in range(2)] == [(0, rows)] * 2
+    assert api.upload(owner.version, {ROOM: GOOD_ROWS}) == (0, rows)
+    assert api.upload(owner.version, {ROOM: {"new": key()}}) == (1, rows + 1)
+    adopted.check_count(owner)
+
+
+def test_any_good_key_beats_a_bad_row(adopted: Adopted) -> None:
+    """The worst of sound keys takes the place of a bad row, and is then sound."""
+    owner = next(adopted.victims)
+    api = adopted.api(owner)
+    etag, rows = api.tally(owner.version)
+    for number, name in enumerate(adopted.bad_rows, 1):
+        path = keys_path(owner.version, ROOM, name)
+        for _ in range(2):
+            assert tally(api.put(path, WORST), name) == (etag + number, rows), name
+        same(accepted(api.get(path)), WORST, name)
+    adopted.check_count(owner)
+
+
+def test_good_keys_beat_bad_rows_in_one_upload(adopted: Adopted) -> None:
+    """An upload with a key for every bad row stores them all at once."""
+    owner = next(adopted.victims)
+    api = adopted.api(owner)
+    _, rows = api.tally(owner.version)
+    good = {name: key(0, 0, True, "good") for name in adopted.bad_rows}
+    kept = {name: key(9, 9, False, "not kept") for name in GOOD_ROWS}
+    assert api.upload(owner.version, {ROOM: kept | good}) == (1, rows)
+    same(api.download(owner.version)[ROOM], GOOD_ROWS | good)
+    adopted.check_count(owner)
+
+
+def test_bad_rows_can_be_deleted(adopted: Adopted) -> None:
+    """A bad row, hidden or not, is deleted as any other."""
+    owner = next(adopted.victims)
+    api = adopted.api(owner)
+    etag, rows = api.tally(owner.version)
+    for number, name in enumerate(adopted.bad_rows, 1):
+        answer = api.delete(keys_path(owner.version, ROOM, name))
+        assert tally(answer, name) == (etag + number, rows - number)
+    same(api.download(owner.version), {ROOM: GOOD_ROWS, OTHER_ROOM: GOOD_ROWS})
+    adopted.check_count(owner)
+
+
+def test_a_large_backup_of_stock_is_served(adopted: Adopted) -> None:
+    """A backup of many pages comes down whole, those with odd ids between them."""
+    owner = adopted.large
+    same(adopted.api(owner).download(owner.version), owner.rooms)
+    adopted.check_count(owner)
+
+
+def test_long_and_empty_ids_are_tolerated(adopted: Adopted) -> None:
+    """Old rows with an id that is now refused come down, are counted, and can go."""
+    owner = adopted.long
+    api = adopted.api(owner)
+    assert api.tally(owner.version) == (1, 9)
+    same(api.download(owner.version), owner.rooms)
+    answer = api.get(keys_path(owner.version, ROOM))
+    same(accepted(answer), {"sessions": owner.rooms[ROOM]})
+    adopted.check_count(owner)
+    for path in (
+        keys_path(owner.version, LONG_ID),
+        keys_path(owner.version, ROOM, LONG_ID),
+        keys_path(owner.version, ROOM, ""),
+    ):
+        refused(api.get(path), 400, "M_INVALID_PARAM", row=path[:20])
+    new = {ROOM: {"short": key(2), "new": key()}}
+    assert api.upload(owner.version, new) == (2, 10)
+    assert tally(api.delete(keys_path(owner.version, ROOM))) == (3, 6)
+    assert tally(api.delete(keys_path(owner.version))) == (4, 0)
+    adopted.check_count(owner)
+
+
+def test_stock_backups_go_on(new_house: Callable[[], House]) -> None:
+    """A stock backup takes uploads, updates, deletions and a new version."""
+    house = new_house()
+    with house.serve(plugin=False) as stock:
+        owner = back_up(stock, new_user(stock), make_rooms("stock"), "text")
+    with house.serve(plugin=True) as server:
+        api = client(server, owner.user)
+        etag, rows = api.tally(owner.version)
+        change(api, owner.version, rows, etag)
+        house.check_count(owner.user, api, owner.version)
+        old = api.download(owner.version)
+        version = api.create_version()
+        assert int(version) > int(owner.version)
+        assert api.info()["version"] == version
+        same(api.download(owner.version), old)
+        accepted(api.delete(version_path(version)))
+        assert api.info()["version"] == owner.version
+
+
+def change(api: Api, version: str, rows: int, etag: int) -> None:
+    """Do all to `make_rooms` that can be done to a backup; three keys go, one comes."""
+    path = keys_path(version, ROOM, SESSION)
+    assert tally(api.put(path, key(0, 0, True, "better"))) == (etag + 1, rows)
+    assert api.upload(version, {"!new": {SESSION: key()}}) == (etag + 2, rows + 1)
+    answer = api.delete(keys_path(version, ROOM, "string/+="))
+    assert tally(answer) == (etag + 3, rows)
+    answer = api.delete(keys_path(version, OTHER_ROOM))
+    assert tally(answer) == (etag + 4, rows - 2)
+    body = {"algorithm": ALGORITHM, "auth_data": OPAQUE | {"updated": True}}
+    same(accepted(api.put(version_path(version), body)), {})
+    same(api.info(version)["auth_data"], body["auth_data"])
+
+
+# And back
+
+
+@attrs.frozen
+class Left:
+    """What the plugin wrote before it was taken out.
+
+    Attributes:
+        before: a version and all that the plugin said of it, for each there is.
+        current: the version that is current.
+        deleted: the newest one of all.
+    """
+
+    user: User
+    before: dict[str, tuple[Rooms, dict[str, Any]]]
+    older: str
+    current: str
+    deleted: str
+
+
+def test_the_plugin_can_go_and_come_back(new_house: Callable[[], House]) -> None:
+    """Stock serves and continues what the plugin wrote, and the other way round."""
+    house = new_house()
+    with house.serve(plugin=True) as server:
+        left = write_with_plugin(house, server)
+    with house.serve(plugin=False) as stock:
+        check_with_stock(client(stock, left.user), left)
+        new_version = write_with_stock(client(stock, left.user), left)
+        said = stock_says(client(stock, left.user), left.current, new_version)
+    with house.serve(plugin=True) as server:
+        api = client(server, left.user)
+        same(stock_says(api, left.current, new_version), said)
+        check_unknown(api, left.deleted)
+        check_unknown(api, left.older)
+        go_on_with_plugin(house, api, left, new_version)
+
+
+def write_with_plugin(house: House, server: Synapse) -> Left:
+    """Make three versions with all that can be in them; delete the last."""
+    user = new_user(server)
+    api = client(server, user)
+    older = api.create_version("text é")
+    etag, rows = api.upload(older, make_rooms("older"))
+    change(api, older, rows, etag)
+    current = api.create_version(OPAQUE)
+    api.upload(current, make_rooms("current"))
+    deleted = api.create_version()
+    api.upload(deleted, make_rooms("deleted"))
+    accepted(api.delete(version_path(deleted)))
+    before: dict[str, tuple[Rooms, dict[str, Any]]] = {}
+    for version in (older, current):
+        rooms = api.download(version)
+        before[version] = rooms, answers(api, version, rooms)
+        house.check_count(user, api, version)
+    return Left(user, before, older, current, deleted)
+
+
+def check_with_stock(api: Api, left: Left) -> None:
+    """Stock answers as the plugin did."""
+    for version, (rooms, said) in left.before.items():
+        same(answers(api, version, rooms), said)
+    assert api.info()["version"] == left.current
+    check_unknown(api, left.deleted, "No backup found")
+
+
+def write_with_stock(api: Api, left: Left) -> str:
+    """Change the current version past the plugin, and make a newer one."""
+    etag, rows = api.tally(left.current)
+    new = {"!by_stock": {SESSION: key(1), "two": key(2)}}
+    assert api.upload(left.current, new) == (etag + 1, rows + 2)
+    better = key(0, 0, True, {"by": "stock"})
+    answer = api.put(keys_path(left.current, ROOM, SESSION), better)
+    assert tally(answer) == (etag + 2, rows + 2)
+    answer = api.delete(keys_path(left.current, OTHER_ROOM, SESSION))
+    assert tally(answer) == (etag + 3, rows + 1)
+    body = {"algorithm": ALGORITHM, "auth_data": {"updated by": "stock"}}
+    same(accepted(api.put(version_path(left.current), body)), {})
+    assert api.tally(left.current) == (etag + 3, rows + 1)
+    accepted(api.delete(version_path(left.older)))
+    version = api.create_version("made by stock")
+    assert int(version) > int(left.deleted)
+    assert api.upload(version, make_rooms("by stock")) == (1, rows)
+    return version
+
+
+def stock_says(api: Api, *versions: str) -> list[Any]:
+    """All of some versions, and what is current."""
+    said: list[Any] = [api.info()]
+    for version in versions:
+        rooms = api.download(version)
+        said.append(answers(api, version, rooms))
+    return said
+
+
+def go_on_with_plugin(house: House, api: Api, left: Left, version: str) -> None:
+    """Counts are exact after stock's writes, and stay so."""
+    for known in (left.current, version):
+        house.check_count(left.user, api, known)
+    etag, rows = api.tally(version)
+    change(api, version, rows, etag)
+    house.check_count(left.user, api, version)
+    answer = api.put(keys_path(left.current), {"rooms": {}})
+    body = refused(answer, 403, "M_WRONG_ROOM_KEYS_VERSION")
+    assert body["current_version"] == version
+    assert int(api.create_version()) > int(version)
+
+
+def test_the_first_write_after_stock_counts_anew(
+    new_house: Callable[[], House],
+) -> None:
+    """An upload or a deletion after stock's writes answers the exact count at once."""
+    house = new_house()
+    with house.serve(plugin=True) as server:
+        users = [new_user(server) for _ in range(4)]
+        owners = [back_up(server, user, make_rooms("plugin"), {}) for user in users]
+    with house.serve(plugin=False) as stock:
+        for owner in owners:
+            api = client(stock, owner.user)
+            state = api.upload(owner.version, {"!by_stock": {"1": key(), "2": key()}})
+    etag, rows = state
+    with house.serve(plugin=True) as server:
+        writes = (
+            ("PUT", keys_path("%", "!new", "3"), key(), (etag + 1, rows + 1)),
+            ("PUT", keys_path("%", "!by_stock", "1"), key(1), (etag, rows)),
+            ("DELETE", keys_path("%", "!by_stock"), None, (etag + 1, rows - 2)),
+            ("DELETE", keys_path("%", "!none"), None, (etag, rows)),
+        )
+        for owner, (method, path, body, want) in zip(owners, writes, strict=True):
+            api = client(server, owner.user)
+            path = path.replace("%25", owner.version)
+            assert tally(api.request(method, path, body)) == want
+            house.check_count(owner.user, api, owner.version)

@@ -1,0 +1,349 @@
+"""Messages that only the backup brings back, with real Megolm in a real Synapse."""
+
+from __future__ import annotations
+
+import json
+from itertools import chain, count
+from typing import Any
+
+import attrs
+import pytest
+from vodozemac import (
+    Account,
+    Curve25519SecretKey,
+    GroupSession,
+    MegolmDecryptionException,
+    PkDecodeException,
+)
+
+from ..backup_client import (
+    BATCH,
+    Api,
+    Sender,
+    Session,
+    back_up,
+    check_signature,
+    reset,
+    restored,
+    signed_auth_data,
+)
+from ..contract.base import (
+    NO_KEY,
+    NO_VERSION,
+    accepted,
+    keys_path,
+    quoted,
+    refused,
+    same,
+    version_path,
+)
+from ..servers import Synapse, User
+from ..servers.accounts import fetch
+
+CLIENT = "/_matrix/client/v3"
+ROOM_VERSIONS = ("10", "11", "12")
+
+_numbers = count()
+
+
+def private_key() -> str:
+    """A new private backup key, as a user keeps it."""
+    return Curve25519SecretKey().to_base64()
+
+
+def public_key_of(private: str) -> str:
+    return Curve25519SecretKey.from_base64(private).public_key().to_base64()
+
+
+def awkward_outbound() -> GroupSession:
+    """A new Megolm session whose id has the characters that paths must quote."""
+    while not {"/", "+"} <= set((session := GroupSession()).session_id):
+        pass
+    return session
+
+
+@attrs.frozen
+class Device:
+    """One login of a user."""
+
+    synapse: Synapse
+    user: User
+    account: Account = attrs.field(factory=Account)
+
+    @property
+    def api(self) -> Api:
+        return Api(self.synapse.url, self.user.access_token)
+
+    def call(self, method: str, path: str, body: Any = None) -> dict[str, Any]:
+        """A request to the rest of the client-server API."""
+        token = self.user.access_token
+        url = self.synapse.url + CLIENT + path
+        answer = fetch(url, method=method, token=token, body=body)
+        content: dict[str, Any] = json.loads(answer)
+        return content
+
+    def create_room(self, version: str = "10") -> str:
+        body = {"room_version": version}
+        room_id: str = self.call("POST", "/createRoom", body)["room_id"]
+        return room_id
+
+    def write(self, sender: Sender, text: str) -> None:
+        """Send an encrypted message to its room."""
+        path = f"/rooms/{quoted(sender.room_id)}/send/m.room.encrypted"
+        self.call("PUT", f"{path}/{next(_numbers)}", sender.encrypt(text))
+
+    def read(self, room_id: str) -> list[dict[str, Any]]:
+        """The contents of a room's encrypted messages."""
+        path = f"/rooms/{quoted(room_id)}/messages?dir=f&limit=100"
+        events = self.call("GET", path)["chunk"]
+        return [e["content"] for e in events if e["type"] == "m.room.encrypted"]
+
+    def create_backup(self, private: str) -> str:
+        """Make a version whose public key this device vouches for."""
+        user = self.user
+        return self.api.create_version(
+            signed_auth_data(
+                public_key_of(private), self.account, user.user_id, user.device_id
+            )
+        )
+
+    def sender(self, room_id: str) -> Sender:
+        """Start a new session in a room."""
+        return Sender(self.account, room_id, awkward_outbound())
+
+
+@attrs.frozen
+class History:
+    """What is left when a user's only device is gone.
+
+    Attributes:
+        private: the private backup key.
+        said: what was said, by room and session.
+    """
+
+    user: User
+    version: str
+    private: str = attrs.field(repr=False)
+    said: dict[str, dict[str, list[str]]]
+
+    def texts(self, room_id: str) -> list[str]:
+        """What was said in a room, in no order."""
+        return sorted(chain.from_iterable(self.said[room_id].values()))
+
+
+@pytest.fixture
+def device(synapse: Synapse) -> Device:
+    """The first device of a new user."""
+    return Device(synapse, synapse.register(f"megolm{next(_numbers)}"))
+
+
+def live(device: Device) -> History:
+    """Talk in several rooms with several sessions, back them up, lose the device."""
+    private = private_key()
+    version = device.create_backup(private)
+    sessions: list[Session] = []
+    said: dict[str, dict[str, list[str]]] = {}
+    for room_version in ROOM_VERSIONS:
+        room_id = device.create_room(room_version)
+        senders = [device.sender(room_id) for _ in range(3)]
+        sessions += [sender.session() for sender in senders]
+        said[room_id] = {s.outbound.session_id: speak(device, s) for s in senders}
+    assert back_up(device.api, version, sessions) == (1, len(sessions))
+    device.synapse.logout(device.user)
+    return History(device.user, version, private, said)
+
+
+def speak(device: Device, sender: Sender) -> list[str]:
+    """Say something twice in a session; what was said."""
+    texts = [f"message {next(_numbers)}" for _ in range(2)]
+    for text in texts:
+        device.write(sender, text)
+    return texts
+
+
+def decrypted(
+    device: Device, room_id: str, sessions: dict[str, Session]
+) -> tuple[list[str], int]:
+    """What a device can read of a room, in no order, and how many it can't."""
+    contents = device.read(room_id)
+    known = [content for content in contents if content["session_id"] in sessions]
+    texts = [sessions[content["session_id"]].decrypt(content) for content in known]
+    return sorted(texts), len(contents) - len(known)
+
+
+def only_session(device: Device, version: str, private: str) -> Session:
+    """Restore a backup that holds one session."""
+    (session,) = restored(device.api.download(version), private).values()
+    return session
+
+
+def test_the_whole_backup_restores_every_message(device: Device) -> None:
+    """A new device with the private key reads all that the lost one could."""
+    history = live(device)
+    second = Device(device.synapse, device.synapse.login(history.user))
+    version = second.api.info()["version"]
+    sessions = restored(second.api.download(version), history.private)
+    for room_id in history.said:
+        assert decrypted(second, room_id, sessions) == (history.texts(room_id), 0)
+
+
+def test_one_room_restores_its_messages(device: Device) -> None:
+    """A room's keys are enough to read the room, and no other."""
+    history = live(device)
+    second = Device(device.synapse, device.synapse.login(history.user))
+    for room_id in history.said:
+        answer = second.api.get(keys_path(history.version, room_id))
+        room = accepted(answer)["sessions"]
+        sessions = restored({room_id: room}, history.private)
+        assert decrypted(second, room_id, sessions) == (history.texts(room_id), 0)
+        unread = [decrypted(second, o, sessions) for o in history.said if o != room_id]
+        assert unread == [([], 6), ([], 6)]
+
+
+def test_one_session_restores_its_messages(device: Device) -> None:
+    """A session's key, asked for alone, is enough to read what it encrypted."""
+    history = live(device)
+    second = Device(device.synapse, device.synapse.login(history.user))
+    for room_id, room in history.said.items():
+        for session_id, texts in room.items():
+            path = keys_path(history.version, room_id, session_id)
+            rooms = {room_id: {session_id: accepted(second.api.get(path))}}
+            sessions = restored(rooms, history.private)
+            assert decrypted(second, room_id, sessions) == (sorted(texts), 4)
+
+
+def test_a_second_device_trusts_the_version(device: Device) -> None:
+    """The signature over auth_data still holds when another device reads it."""
+    user = device.user
+    private = private_key()
+    device.create_backup(private)
+    second = Device(device.synapse, device.synapse.login(user))
+    auth_data = second.api.info()["auth_data"]
+    check_signature(auth_data, device.account, user.user_id, user.device_id)
+    assert auth_data["public_key"] == public_key_of(private)
+
+
+def test_the_wrong_private_key_reads_nothing(device: Device) -> None:
+    """Only the holder of the private key can read what the server keeps."""
+    history = live(device)
+    second = Device(device.synapse, device.synapse.login(history.user))
+    rooms = second.api.download(history.version)
+    with pytest.raises(PkDecodeException):
+        restored(rooms, private_key())
+
+
+def test_a_better_export_takes_the_place_of_a_worse_one(device: Device) -> None:
+    """A session exported from an earlier message on replaces the later export."""
+    private = private_key()
+    version = device.create_backup(private)
+    sender = device.sender(device.create_room())
+    whole = sender.session()
+    first, *_ = contents = [sender.encrypt(f"text {i}") for i in range(4)]
+    assert back_up(device.api, version, [whole.at(2)]) == (1, 1)
+    late = only_session(device, version, private)
+    assert [late.decrypt(content) for content in contents[2:]] == ["text 2", "text 3"]
+    with pytest.raises(MegolmDecryptionException):
+        late.decrypt(first)
+    assert back_up(device.api, version, [whole]) == (2, 1)
+    assert only_session(device, version, private).decrypt(first) == "text 0"
+
+
+def test_a_worse_export_does_not_take_the_place_of_a_better_one(
+    device: Device,
+) -> None:
+    """A session exported from a later message on is not stored over the earlier."""
+    private = private_key()
+    version = device.create_backup(private)
+    sender = device.sender(device.create_room())
+    whole = sender.session()
+    contents = [sender.encrypt(f"text {i}") for i in range(4)]
+    assert back_up(device.api, version, [whole]) == (1, 1)
+    before = device.api.download(version)
+    for later in (1, 3):
+        assert back_up(device.api, version, [whole.at(later)]) == (1, 1)
+    same(device.api.download(version), before)
+    texts = [only_session(device, version, private).decrypt(c) for c in contents]
+    assert texts == ["text 0", "text 1", "text 2", "text 3"]
+
+
+def test_a_second_device_let_in_later_changes_nothing(device: Device) -> None:
+    """Another device's later view of a session, or the same view, leaves the first."""
+    private = private_key()
+    version = device.create_backup(private)
+    sender = device.sender(device.create_room())
+    early = sender.session()
+    first = sender.encrypt("for the first device alone")
+    late = sender.session()
+    assert (early.session_id, late.first_index) == (late.session_id, 1)
+    assert back_up(device.api, version, [early]) == (1, 1)
+    before = device.api.download(version)
+    second = Device(device.synapse, device.synapse.login(device.user))
+    for session in (late, early):
+        assert back_up(second.api, version, [session]) == (1, 1)
+    same(second.api.download(version), before)
+    text = only_session(second, version, private).decrypt(first)
+    assert text == "for the first device alone"
+
+
+def test_a_verified_export_beats_an_earlier_unverified_one(device: Device) -> None:
+    """Whether a session is verified counts before where it starts."""
+    private = private_key()
+    version = device.create_backup(private)
+    whole = device.sender(device.create_room()).session()
+    assert back_up(device.api, version, [whole]) == (1, 1)
+    assert back_up(device.api, version, [whole.at(3)], verified=True) == (2, 1)
+    assert only_session(device, version, private).first_index == 3
+    assert back_up(device.api, version, [whole]) == (2, 1)
+    assert back_up(device.api, version, [whole], verified=True) == (3, 1)
+    assert only_session(device, version, private).first_index == 0
+
+
+def test_a_large_backup_goes_up_in_batches_and_down_in_one(device: Device) -> None:
+    """Element's batches all arrive, and every one of their sessions comes back."""
+    private = private_key()
+    version = device.create_backup(private)
+    room_ids = [f"!room{number}:test.example" for number in range(7)]
+    senders = [Sender(device.account, room_ids[i % 7]) for i in range(6 * BATCH + 1)]
+    sessions = [sender.session() for sender in senders]
+    contents = [sender.encrypt(sender.outbound.session_id) for sender in senders]
+    assert back_up(device.api, version, sessions) == (7, len(sessions))
+    found = restored(device.api.download(version), private)
+    texts = [found[content["session_id"]].decrypt(content) for content in contents]
+    assert texts == [content["session_id"] for content in contents]
+
+
+def test_a_reset_starts_anew(device: Device) -> None:
+    """After Element's reset the old versions and keys are gone, and a new one works."""
+    private = private_key()
+    old_versions = [device.create_backup(private), device.create_backup(private)]
+    sender = device.sender(device.create_room())
+    session = sender.session()
+    content = sender.encrypt("still here")
+    back_up(device.api, old_versions[1], [session])
+    assert reset(device.api) == old_versions[::-1]
+    new_private = private_key()
+    new_version = device.create_backup(new_private)
+    assert int(new_version) > int(old_versions[1])
+    for version in old_versions:
+        check_gone(device.api, version, session)
+    path = keys_path(new_version, session.room_id, session.session_id)
+    refused(device.api.get(path), 404, "M_NOT_FOUND", error=NO_KEY)
+    assert device.api.download(new_version) == {}
+    assert back_up(device.api, new_version, [session]) == (1, 1)
+    found = only_session(device, new_version, new_private)
+    assert found.decrypt(content) == "still here"
+
+
+def check_gone(api: Api, version: str, session: Session) -> None:
+    """Every request about a version is answered that there is none."""
+    room_id, session_id = session.room_id, session.session_id
+    paths = [
+        version_path(version),
+        keys_path(version),
+        keys_path(version, room_id),
+        keys_path(version, room_id, session_id),
+    ]
+    for path in paths:
+        refused(api.get(path), 404, "M_NOT_FOUND", error=NO_VERSION, row=path)
+    answer = api.put(keys_path(version), {"rooms": {}})
+    refused(answer, 404, "M_NOT_FOUND", error=NO_VERSION)
