@@ -9,8 +9,9 @@ import secrets
 import shutil
 import signal
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any
 
 from .guard import end
@@ -29,20 +30,34 @@ _UNPRIVILEGED = "nobody"
 _TIMEOUT = 60.0
 _IPC_RMID = 0
 _CARELESS = {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off"}
+_DEFAULTS: Mapping[str, str] = MappingProxyType({})
 
 
 class PostgresServer:
     """A database server whose cluster lives as long as this object is in use."""
 
-    def __init__(self, directory: Path, *, durable: bool = False) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        durable: bool = False,
+        settings: Mapping[str, str] = _DEFAULTS,
+    ) -> None:
         """Choose a port and a password, which stay the same over restarts."""
         self.directory = directory
         self.port = free_port()
         self._durable = durable
+        self._extra_settings = settings
         self._password = secrets.token_hex(16)
         self._user = _UNPRIVILEGED if os.geteuid() == 0 else None
         self._home: Path | None = None
         self._process: Process | None = None
+
+    @property
+    def pid(self) -> int:
+        """Identify the running postmaster to the system."""
+        assert self._process is not None, "not started"
+        return self._process.pid
 
     def start(self) -> None:
         """Start the server, creating the cluster the first time."""
@@ -139,6 +154,7 @@ class PostgresServer:
             "max_connections": "200",
             "dynamic_shared_memory_type": "mmap",
             **({} if self._durable else _CARELESS),
+            **self._extra_settings,
         }
         options = [f"--{name}={value}" for name, value in settings.items()]
         return ["-D", str(self._data()), *options]

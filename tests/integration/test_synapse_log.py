@@ -1,0 +1,365 @@
+"""What a Synapse with the plugin tells its operator: the log and the metrics."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Callable, Generator, Mapping
+from pathlib import Path
+from typing import Any
+
+import attrs
+import pytest
+from pytest_twisted import blockon
+from twisted.internet.defer import Deferred, gatherResults, inlineCallbacks
+from twisted.internet.protocol import Protocol, connectionDone
+from twisted.python.failure import Failure
+
+from ..client import HttpHost
+from ..contract import Client, User
+from ..contract.base import (
+    ALGORITHM,
+    PREFIX,
+    accepted,
+    key,
+    keys_path,
+    refused,
+    tally,
+    version_path,
+    wrapped,
+)
+from ..servers import Synapse, config
+from ..servers import User as Account
+from ..servers.accounts import fetch
+from .conftest import host_of
+from .test_synapse import DEADLINE, complaints
+
+SESSION_DATA = "SESSION-DATA-OF-THE-LOG-TEST"
+AUTH_DATA = "AUTH-DATA-OF-THE-LOG-TEST"
+FALSE_TOKEN = "FALSE-TOKEN-OF-THE-LOG-TEST"
+ROOM = "!log:test.example"
+SESSION = "log/session+0"
+
+UPLOADS = 2
+KEYS_AN_UPLOAD = 600
+AT_ONCE = 10
+#: A backup of such keys is longer than what the system buffers of a connection.
+LONG = SESSION_DATA + "." * 14_000
+SERVLETS = (
+    "RoomKeysServlet",
+    "RoomKeysVersionServlet",
+    "RoomKeysNewVersionServlet",
+)
+
+
+@attrs.frozen
+class Remains:
+    """What the run leaves to be looked at.
+
+    Attributes:
+        account: the only user.
+        version: the backup that was used, and deleted in the end.
+        second_version: another one.
+    """
+
+    account: Account
+    version: str
+    second_version: str
+    log: str
+    metrics: str
+
+    def lines(self, *parts: str) -> list[str]:
+        """The lines of the log that hold every one of some texts."""
+        lines = self.log.splitlines()
+        return [line for line in lines if all(part in line for part in parts)]
+
+    def said(self, text: str, *parts: str) -> list[str]:
+        """What the plugin has said of the user's device, at INFO."""
+        who = (self.account.user_id, self.account.device_id)
+        return self.lines(" INFO synapse_roomkeys", text, *who, *parts)
+
+    def requests(self, pattern: str) -> list[str]:
+        """The lines of requests whose method and path match a pattern."""
+        lines = self.lines("Processed request")
+        return [line for line in lines if re.search(f'"{pattern}', line)]
+
+
+def metric(metrics: str, name: str, **labels: str) -> float:
+    """The sum of a metric's samples that have some labels."""
+    wanted = [f'{label}="{value}"' for label, value in labels.items()]
+    samples = re.findall(rf"^{name}(?:{{(.*)}})? (\S+)$", metrics, re.MULTILINE)
+    return sum(
+        float(value)
+        for found, value in samples
+        if all(label in found for label in wanted)
+    )
+
+
+class HangUp(Protocol):
+    """A client that breaks a download off when it has seen some of it."""
+
+    def __init__(self) -> None:
+        self.done: Deferred[None] = Deferred()
+
+    def dataReceived(self, data: bytes) -> None:
+        transport: Any = self.transport
+        transport.loseConnection()
+
+    def connectionLost(self, reason: Failure = connectionDone) -> None:
+        self.done.callback(None)
+
+
+def talkative(directory: Path, database: Mapping[str, Any] | None) -> Synapse:
+    """A Synapse that logs all it can, except the values of its statements.
+
+    Those are in its log for its own endpoints too, by its own doing: an operator who
+    turns that on has them.
+    """
+    settings = config.log(directory / "homeserver.log")
+    settings["loggers"] = {"synapse.storage.SQL": {"level": "INFO"}}
+    settings["root"]["level"] = "DEBUG"
+    file = directory / "debug.yaml"
+    file.write_text(json.dumps(settings))
+    extra = {"log_config": str(file)}
+    return Synapse(directory, database=database, extra_config=extra)
+
+
+def settled_metrics(synapse: Synapse) -> str:
+    """The metrics when every request has ended, as far as Synapse is concerned."""
+    deadline = time.monotonic() + DEADLINE
+    while time.monotonic() < deadline:
+        metrics = fetch(synapse.metrics_url).decode()
+        counts = [
+            sum(
+                metric(metrics, f"synapse_http_server_{name}_total", servlet=servlet)
+                for servlet in SERVLETS
+            )
+            for name in ("requests_received", "response_count")
+        ]
+        if counts[0] == counts[1]:
+            return metrics
+    raise AssertionError(f"requests go on after {DEADLINE} s")
+
+
+@pytest.fixture(scope="module")
+def remains(
+    database: Callable[[], Mapping[str, Any] | None],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Remains:
+    """A run of everything that a client does, right and wrong, on each engine."""
+    with talkative(tmp_path_factory.mktemp("log"), database()) as synapse:
+        host = host_of(synapse)
+        account = synapse.register("user")
+        client = Client(host, User(account.user_id, account.access_token))
+        version, second = blockon(everything(host, client))
+        blockon(host.close())
+        metrics = settled_metrics(synapse)
+    return Remains(account, version, second, synapse.log(), metrics)
+
+
+@inlineCallbacks
+def everything(
+    host: HttpHost, client: Client
+) -> Generator[Deferred[Any], Any, tuple[str, str]]:
+    """Use a backup and another; the numbers of the two."""
+    version: str = yield client.create_version({"public_key": AUTH_DATA})
+    yield upload(client, version)
+    yield read(host, client, version)
+    yield hang_up(host, client, keys_path(version))
+    yield wrong(host, client, version)
+    body = {"algorithm": ALGORITHM, "auth_data": {"other": AUTH_DATA}}
+    accepted((yield client.put(version_path(version), body)))
+    tally((yield client.delete(keys_path(version, ROOM, SESSION))))
+    second: str = yield client.create_version({"public_key": AUTH_DATA})
+    refused(
+        (yield client.put(keys_path(version), wrapped({}))),
+        *(403, "M_WRONG_ROOM_KEYS_VERSION"),
+    )
+    for _ in range(2):
+        accepted((yield client.delete(version_path(version))))
+    return version, second
+
+
+@inlineCallbacks
+def upload(client: Client, version: str) -> Generator[Deferred[Any], Any, None]:
+    """Upload keys, many at a time and at once, a better one and a worse one."""
+    for number in range(UPLOADS):
+        sessions = {f"{number}-{n}": key(data=LONG) for n in range(KEYS_AN_UPLOAD)}
+        yield client.upload(version, {ROOM: sessions})
+    path = keys_path(version, ROOM, SESSION)
+    for index in (7, 5, 6):
+        tally((yield client.put(path, key(index, 2, index == 5, SESSION_DATA))))
+    yield gatherResults(
+        [
+            client.upload(version, {f"!{n}:test.example": {"s": key(data=LONG)}})
+            for n in range(AT_ONCE)
+        ]
+    )
+
+
+@inlineCallbacks
+def read(
+    host: HttpHost, client: Client, version: str
+) -> Generator[Deferred[Any], Any, None]:
+    """Download what there is, as a whole and in parts."""
+    rooms = yield client.download(version)
+    assert len(rooms[ROOM]) == UPLOADS * KEYS_AN_UPLOAD + 1
+    accepted((yield client.get(keys_path(version, ROOM))))
+    accepted((yield client.get(keys_path(version, ROOM, SESSION))))
+    yield client.info()
+    path = f"{PREFIX}/version?access_token={client.user.access_token}"
+    accepted((yield host.request("GET", path, token=None)))
+
+
+@inlineCallbacks
+def hang_up(
+    host: HttpHost, client: Client, path: str
+) -> Generator[Deferred[Any], Any, None]:
+    """Break a download off."""
+    token = client.user.access_token
+    response = yield host.open("GET", PREFIX + path, token=token)
+    reader = HangUp()
+    response.deliverBody(reader)
+    yield reader.done
+
+
+@inlineCallbacks
+def wrong(
+    host: HttpHost, client: Client, version: str
+) -> Generator[Deferred[Any], Any, None]:
+    """Send what is refused, secrets in it."""
+    path = keys_path(version, ROOM, SESSION)
+    answer = yield client.put(path, b'{"session_data": "%s' % SESSION_DATA.encode())
+    refused(answer, 400, "M_NOT_JSON")
+    for body in (
+        {"session_data": SESSION_DATA},
+        key(index=SESSION_DATA),
+        {**key(), "session_data": None, "is_verified": SESSION_DATA},
+    ):
+        refused((yield client.put(path, body)), 400, "M_BAD_JSON")
+    answer = yield client.put(path, key(data=SESSION_DATA * 10_000))
+    refused(answer, 413, "M_TOO_LARGE")
+    body = {"algorithm": 1, "auth_data": AUTH_DATA}
+    refused((yield client.post("/version", body)), 400, "M_BAD_JSON")
+    refused((yield client.get(keys_path("1"))), 404, "M_NOT_FOUND")
+    refused((yield client.get(keys_path(None))), 400, "M_MISSING_PARAM")
+    refused((yield client.request("PATCH", "/version")), 405, "M_UNRECOGNIZED")
+    answer = yield host.request("GET", PREFIX + "/version", token=FALSE_TOKEN)
+    refused(answer, 401, "M_UNKNOWN_TOKEN")
+
+
+# The log
+
+
+def test_secrets(remains: Remains) -> None:
+    """Keys, auth_data and tokens aren't logged, whatever is said about them."""
+    secrets = (SESSION_DATA, AUTH_DATA, FALSE_TOKEN, remains.account.access_token)
+    for secret in secrets:
+        assert remains.lines(secret) == []
+
+
+def test_complaints(remains: Remains) -> None:
+    """Nothing has gone wrong, neither a request nor its log context."""
+    assert remains.lines(" DEBUG "), "the log level isn't DEBUG"
+    assert complaints(remains.log) == []
+    assert remains.lines(" WARNING synapse_roomkeys") == []
+
+
+def test_contexts(remains: Remains) -> None:
+    """What the plugin logs of a request has the request's name on it."""
+    lines = remains.lines(" synapse_roomkeys.")
+    lines = [line for line in lines if "answers /room_keys in Synapse" not in line]
+    for line in lines:
+        assert re.search(r" synapse_roomkeys\S* (PUT|POST|GET|DELETE)-\d+ ", line), line
+    for method in ("PUT", "POST", "DELETE"):
+        assert any(f" {method}-" in line for line in lines)
+
+
+def test_replaced_key(remains: Remains) -> None:
+    """A replaced key is logged once, with what is known of the two."""
+    (line,) = remains.lines("Replaced key")
+    old = ("first_message_index=7", "forwarded_count=2", "is_verified=False")
+    new = ("first_message_index=5", "forwarded_count=2", "is_verified=True")
+    who = (remains.account.user_id, remains.account.device_id, remains.version)
+    assert " INFO synapse_roomkeys" in line
+    for part in (*who, ROOM, SESSION):
+        assert part in line
+    assert re.search(".*".join(map(re.escape, old + new)), line), line
+
+
+def test_deleted_key(remains: Remains) -> None:
+    """A deletion of keys is logged once."""
+    assert len(remains.lines("Deleted keys")) == 1
+    where = (remains.version, ROOM, SESSION)
+    assert len(remains.said("Deleted keys", *where)) == 1
+
+
+def test_versions(remains: Remains) -> None:
+    """A new version is logged once, a deleted one too."""
+    assert len(remains.lines("Created version")) == 2
+    assert len(remains.said("Created version", remains.version)) == 1
+    assert len(remains.said("Created version", remains.second_version)) == 1
+    assert len(remains.lines("Deleted version")) == 1
+    assert len(remains.said("Deleted version", remains.version)) == 1
+
+
+def test_refusals(remains: Remains) -> None:
+    """A refusal that is no ordinary answer is logged with its status and errcode."""
+    for status, errcode, number in (
+        (400, "M_NOT_JSON", 1),
+        (400, "M_BAD_JSON", 4),
+        (413, "M_TOO_LARGE", 1),
+        (400, "M_MISSING_PARAM", 1),
+        (403, "M_WRONG_ROOM_KEYS_VERSION", 1),
+    ):
+        said = remains.lines(" INFO synapse_roomkeys", f"{status} {errcode}")
+        assert len(said) == number, errcode
+        counted = "synapse_roomkeys_refused_requests_total"
+        assert metric(remains.metrics, counted, errcode=errcode) == number
+
+
+def test_transactions(remains: Remains) -> None:
+    """The database's work on a download is put down to its request, page by page."""
+    whole = remains.requests("GET .*/keys.version=" + remains.version)
+    transactions = [int(re.findall(r"/(\d+)\)", line)[-1]) for line in whole]
+    assert max(transactions) >= 3, whole
+
+
+# Metrics
+
+
+@pytest.mark.parametrize(
+    ("servlet", "method", "path"),
+    [
+        ("RoomKeysServlet", "PUT", "keys"),
+        ("RoomKeysServlet", "GET", "keys"),
+        ("RoomKeysServlet", "DELETE", "keys"),
+        ("RoomKeysVersionServlet", "GET", "version"),
+        ("RoomKeysVersionServlet", "PUT", "version"),
+        ("RoomKeysVersionServlet", "DELETE", "version"),
+        ("RoomKeysNewVersionServlet", "POST", "version"),
+    ],
+)
+def test_servlets(servlet: str, method: str, path: str, remains: Remains) -> None:
+    """Each request is logged once, and counted under the name of its servlet."""
+    lines = remains.requests(rf"{method} /_matrix/client/v3/room_keys/{path}\b")
+    responses = "synapse_http_server_response_count_total"
+    labels = {"servlet": servlet, "method": method}
+    assert metric(remains.metrics, responses, **labels) == len(lines) > 0
+    transactions = "synapse_http_server_response_db_txn_count_total"
+    assert metric(remains.metrics, transactions, **labels) > 0
+
+
+def test_plugin_metrics(remains: Remains) -> None:
+    """The plugin's own metrics are among Synapse's and count what was done."""
+    uploaded = "synapse_roomkeys_uploaded_keys_total"
+    stored = UPLOADS * KEYS_AN_UPLOAD + AT_ONCE + 1
+    assert metric(remains.metrics, uploaded, outcome="stored") == stored
+    assert metric(remains.metrics, uploaded, outcome="replaced") == 1
+    assert metric(remains.metrics, uploaded, outcome="kept") == 1
+    downloaded = "synapse_roomkeys_download_bytes_total"
+    assert metric(remains.metrics, downloaded) > stored * len(LONG)
+    broken = "synapse_roomkeys_broken_downloads_total"
+    assert metric(remains.metrics, broken, reason="client") == 1
+    assert metric(remains.metrics, broken, reason="server") == 0

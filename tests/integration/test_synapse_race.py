@@ -1,0 +1,343 @@
+"""Two processes of one homeserver write to the same user's backup at once."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from typing import Any
+
+import attrs
+import pytest
+from pytest_twisted import blockon
+from twisted.internet.defer import Deferred, gatherResults, inlineCallbacks
+
+from ..client import HttpHost
+from ..contract import Answer, Client
+from ..contract.base import (
+    ALGORITHM,
+    AUTH_DATA,
+    NO_VERSION,
+    Rooms,
+    Steps,
+    accepted,
+    key,
+    keys_path,
+    refused,
+    same,
+    tally,
+    version_path,
+    wrapped,
+)
+from ..servers import PostgresServer, RedisServer, Synapse, Worker
+from .conftest import host_of
+from .test_synapse import DEADLINE, complaints, query, rows
+
+ROUNDS = 5
+UPLOADS = 16
+SHARED = 48
+SHARED_IN_AN_UPLOAD = 24
+BESIDE_A_VERSION = 8
+NEW_VERSION = {"algorithm": ALGORITHM, "auth_data": AUTH_DATA}
+
+
+@attrs.frozen
+class Processes:
+    """Two processes, and how to reach each.
+
+    Attributes:
+        main: the first of them.
+    """
+
+    main: Synapse
+    second: Synapse | Worker
+    hosts: Sequence[HttpHost]
+
+    def clients(self) -> tuple[Client, Client]:
+        """The clients of one new user, one at each process."""
+        user = self.hosts[0].new_user()
+        first, second = (Client(host, user) for host in self.hosts)
+        return first, second
+
+    def keys(self, client: Client, version: str) -> int:
+        """How many keys of a version the database holds."""
+        counted = "SELECT COUNT(*) FROM e2e_room_keys WHERE user_id = ? AND version = ?"
+        ((count,),) = query(self.main, counted, client.user.user_id, int(version))
+        number: int = count
+        return number
+
+
+def processes_of(main: Synapse, second: Synapse | Worker) -> Iterator[Processes]:
+    """The two, whose logs hold no complaint in the end."""
+    hosts = [host_of(main), host_of(main, second.url)]
+    yield Processes(main, second, hosts)
+    for host in hosts:
+        blockon(host.close())
+    for server in (main, second):
+        assert not complaints(server.log())
+
+
+@pytest.fixture(scope="module")
+def mains(
+    postgres: PostgresServer, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Processes]:
+    """Two main processes on one database.
+
+    The second starts when the first has finished its background updates, which they
+    would fail at together.
+    """
+    directory = tmp_path_factory.mktemp("mains")
+    database = postgres.create_database()
+    extra = {"background_updates": {"sleep_enabled": False}}
+    with Synapse(directory / "1", database=database, extra_config=extra) as first:
+        wait_for_log(first, "No more background updates to do")
+        with Synapse(directory / "2", database=database) as second:
+            yield from processes_of(first, second)
+
+
+def wait_for_log(server: Synapse, text: str) -> None:
+    """Wait until a server has logged a text."""
+    deadline = time.monotonic() + DEADLINE
+    while text not in server.log():
+        assert time.monotonic() < deadline, f"nothing logged of {text!r}"
+
+
+@pytest.fixture(scope="module")
+def main_and_worker(
+    postgres: PostgresServer, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Processes]:
+    """A main process and a worker, as an operator runs them."""
+    directory = tmp_path_factory.mktemp("worker")
+    database = postgres.create_database()
+    with (
+        RedisServer(directory / "redis") as redis,
+        Synapse(directory / "main", database=database, redis=redis) as main,
+        Worker(main, "worker") as worker,
+    ):
+        yield from processes_of(main, worker)
+
+
+@pytest.fixture(scope="module", params=["mains", "main_and_worker"])
+def processes(request: pytest.FixtureRequest) -> Processes:
+    """Each way to be two."""
+    processes: Processes = request.getfixturevalue(request.param)
+    return processes
+
+
+# Keys
+
+
+def rank(room_key: dict[str, Any]) -> tuple[bool, int, int]:
+    """The place of a key in the specification's order, the best one lowest."""
+    verified, forwarded = room_key["is_verified"], room_key["forwarded_count"]
+    return not verified, room_key["first_message_index"], forwarded
+
+
+def best(uploads: Iterable[Rooms]) -> Rooms:
+    """The best key of each session."""
+    merged: Rooms = {}
+    for rooms in uploads:
+        for room, sessions in rooms.items():
+            held = merged.setdefault(room, {})
+            for session, new in sessions.items():
+                held[session] = min(held.get(session, new), new, key=rank)
+    return merged
+
+
+def overlapping(number: int) -> Rooms:
+    """Some of the sessions that all share, no two uploads' keys of equal rank."""
+    rooms: Rooms = {}
+    for n in range(SHARED_IN_AN_UPLOAD):
+        session = (3 * number + n) % SHARED
+        index = (7 * number + 5 * session) % UPLOADS
+        verified = (number + session) % 2 == 0
+        new = key(index, number % 3, verified, f"{number}/{session}")
+        rooms.setdefault(f"!{session % 3}:h", {})[f"s{session}"] = new
+    return rooms
+
+
+def with_one_more(number: int) -> Rooms:
+    """The same, and a session that no other upload has."""
+    return {**overlapping(number), f"!own{number}:h": {"own": key(number)}}
+
+
+def size(rooms: Rooms) -> int:
+    """How many keys there are."""
+    return sum(map(len, rooms.values()))
+
+
+def at_once(
+    clients: Sequence[Client], version: str, uploads: Sequence[Rooms]
+) -> list[Deferred[Answer]]:
+    """Upload through both processes by turns, without waiting."""
+    path = keys_path(version)
+    return [clients[n % 2].put(path, wrapped(rooms)) for n, rooms in enumerate(uploads)]
+
+
+@inlineCallbacks
+def check_contents(
+    processes: Processes, clients: Sequence[Client], version: str, want: Rooms
+) -> Generator[Deferred[Any], Any, int]:
+    """Both processes tell the same of a version, and it is so; fires with its etag."""
+    tallies = []
+    for client in clients:
+        same((yield client.download(version)), want)
+        tallies.append((yield client.tally(version)))
+    assert tallies[0] == tallies[1]
+    etag, count = tallies[0]
+    assert count == size(want) == processes.keys(clients[0], version)
+    return int(etag)
+
+
+# Uploads
+
+
+@inlineCallbacks
+def test_uploads(processes: Processes) -> Steps:
+    """Nothing is lost, the best keys stay, each upload of a new key moves the etag."""
+    clients = processes.clients()
+    version = yield clients[0].create_version()
+    start, _ = yield clients[1].tally(version)
+    uploads = [with_one_more(number) for number in range(UPLOADS)]
+    answers = yield gatherResults(at_once(clients, version, uploads))
+    tallies = sorted(tally(answer) for answer in answers)
+    assert [etag for etag, _ in tallies] == [start + n for n in range(1, UPLOADS + 1)]
+    counts = [count for _, count in tallies]
+    assert counts == sorted(set(counts)), "each upload adds a key at least"
+    etag = yield check_contents(processes, clients, version, best(uploads))
+    assert (etag, counts[-1]) == tallies[-1]
+
+
+@inlineCallbacks
+def test_uploads_without_news(processes: Processes) -> Steps:
+    """The etag moves once for each upload that changes something, and no other."""
+    clients = processes.clients()
+    version = yield clients[0].create_version()
+    start, _ = yield clients[0].tally(version)
+    uploads = [overlapping(number) for number in range(UPLOADS)] * 2
+    answers = yield gatherResults(at_once(clients, version, uploads))
+    etags = {tally(answer)[0] for answer in answers}
+    final = yield check_contents(processes, clients, version, best(uploads))
+    assert etags - {start} == set(range(start + 1, final + 1))
+    assert final - start <= len(uploads)
+    answers = yield gatherResults(at_once(clients, version, uploads))
+    assert {tally(answer)[0] for answer in answers} == {final}
+    yield check_contents(processes, clients, version, best(uploads))
+
+
+@inlineCallbacks
+def test_uploads_and_deletions(processes: Processes) -> Steps:
+    """Keys that are deleted while others come leave a count that is right."""
+    for _ in range(ROUNDS):
+        clients = processes.clients()
+        version = yield clients[0].create_version()
+        start, _ = yield clients[0].tally(version)
+        sent = at_once(clients, version, [overlapping(n) for n in range(6)])
+        sent[3:3] = [client.delete(keys_path(version, "!1:h")) for client in clients]
+        answers = yield gatherResults(sent)
+        etags = {tally(answer)[0] for answer in answers}
+        rooms = yield clients[0].download(version)
+        final = yield check_contents(processes, clients, version, rooms)
+        assert etags - {start} == set(range(start + 1, final + 1))
+        merged = best(overlapping(n) for n in range(6))
+        same({**rooms, "!1:h": {}}, {**merged, "!1:h": {}})
+
+
+# Versions
+
+
+@inlineCallbacks
+def test_new_versions(processes: Processes) -> Steps:
+    """Two versions never have the same number, and the highest one is current."""
+    clients = processes.clients()
+    numbers: list[str] = []
+    for _ in range(2):
+        numbers += yield gatherResults(
+            [client.create_version() for client in clients * 8]
+        )
+    assert len(set(numbers)) == 32
+    assert min(map(int, numbers[16:])) > max(map(int, numbers[:16]))
+    user_id = clients[0].user.user_id
+    assert rows(processes.main, "e2e_room_keys_versions", user_id) == 32
+    for client in clients:
+        assert (yield client.info())["version"] == max(numbers, key=int)
+
+
+@inlineCallbacks
+def test_uploads_and_a_deleted_version(processes: Processes) -> Steps:
+    """An upload that comes too late is told so, and leaves no key behind."""
+    for number in range(ROUNDS):
+        clients = processes.clients()
+        version = yield clients[0].create_version()
+        uploads = [with_one_more(n) for n in range(BESIDE_A_VERSION)]
+        sent = at_once(clients, version, uploads)
+        place = number % BESIDE_A_VERSION
+        sent.insert(place, clients[number % 2].delete(version_path(version)))
+        answers = yield gatherResults(sent)
+        accepted(answers.pop(place))
+        for answer in answers:
+            if answer.status != 200:
+                refused(answer, 404, "M_NOT_FOUND", error=NO_VERSION)
+        assert processes.keys(clients[0], version) == 0
+        for client in clients:
+            refused((yield client.get(keys_path(version))), 404, "M_NOT_FOUND")
+            refused((yield client.get("/version")), 404, "M_NOT_FOUND")
+        user_id = clients[0].user.user_id
+        assert rows(processes.main, "roomkeys_counts", user_id) == 0
+
+
+@inlineCallbacks
+def test_uploads_and_a_new_version(processes: Processes) -> Steps:
+    """An upload is stored in the version it is for, or told which one is current."""
+    for number in range(ROUNDS):
+        clients = processes.clients()
+        version = yield clients[0].create_version()
+        start, _ = yield clients[0].tally(version)
+        uploads = [with_one_more(n) for n in range(BESIDE_A_VERSION)]
+        sent = at_once(clients, version, uploads)
+        place = number % BESIDE_A_VERSION
+        sent.insert(place, clients[number % 2].post("/version", NEW_VERSION))
+        answers = yield gatherResults(sent)
+        current = accepted(answers.pop(place))["version"]
+        stored: list[Rooms] = []
+        for answer, rooms in zip(answers, uploads, strict=True):
+            if answer.status == 200:
+                stored.append(rooms)
+                continue
+            body = refused(answer, 403, "M_WRONG_ROOM_KEYS_VERSION")
+            assert body["current_version"] == current
+        etag = yield check_contents(processes, clients, version, best(stored))
+        assert etag == start + len(stored)
+        yield check_contents(processes, clients, current, {})
+
+
+# Workers
+
+
+def test_worker_start(main_and_worker: Processes) -> None:
+    """A worker replaces the endpoints too, and says so once."""
+    for server in (main_and_worker.main, main_and_worker.second):
+        assert server.log().count("answers /room_keys in Synapse") == 1
+
+
+@inlineCallbacks
+def test_worker_answers(main_and_worker: Processes) -> Steps:
+    """A worker answers as the plugin does where Synapse's endpoints answer 405."""
+    for client in main_and_worker.clients():
+        answer = yield client.put("/version", NEW_VERSION)
+        refused(answer, 400, "M_MISSING_PARAM")
+
+
+@inlineCallbacks
+def test_worker_shares(main_and_worker: Processes) -> Steps:
+    """What is written through one process is read through the other at once."""
+    for clients in (main_and_worker.clients(), main_and_worker.clients()[::-1]):
+        writer, reader = clients
+        version = yield writer.create_version()
+        assert (yield reader.info())["version"] == version
+        etag_and_count = yield writer.upload(version, overlapping(0))
+        assert (yield reader.tally()) == etag_and_count
+        same((yield reader.download(version)), overlapping(0))
+        tally((yield writer.delete(keys_path(version, "!0:h"))))
+        same(accepted((yield reader.get(keys_path(version, "!0:h")))), {"sessions": {}})
+        accepted((yield writer.delete(version_path(version))))
+        refused((yield reader.get("/version")), 404, "M_NOT_FOUND")

@@ -1,0 +1,250 @@
+"""A Synapse starts with the plugin, or says why it doesn't."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from importlib.metadata import version as version_of
+from pathlib import Path
+from typing import Any
+
+import psycopg2
+import pytest
+
+from synapse_roomkeys import __version__
+from synapse_roomkeys.storage.sql import POSTGRES
+
+from ..servers import PostgresServer, Synapse
+from .test_synapse import DEADLINE, query
+
+MODULE = "synapse_roomkeys.RoomKeysModule"
+SYNAPSE_VERSION = version_of("matrix-synapse")
+LISTENING = "now listening on TCP port"
+
+WITHOUT_NAME = """
+import synapse.rest
+from synapse.rest.client import room_keys
+del room_keys.register_servlets
+"""
+WITHOUT_PLACE = """
+from synapse import rest
+from synapse.rest.client import room_keys
+if hasattr(rest, "SERVLET_GROUPS"):
+    rest.SERVLET_GROUPS["client"] = tuple(
+        function for function in rest.SERVLET_GROUPS["client"]
+        if function is not room_keys.register_servlets
+    )
+else:
+    del room_keys.register_servlets
+"""
+WITHOUT_GROUPS = """
+from synapse import rest
+if hasattr(rest, "SERVLET_GROUPS"):
+    del rest.SERVLET_GROUPS
+else:
+    del rest.client.room_keys.register_servlets
+"""
+OTHER_MOUNT = """
+from synapse.rest import ClientRestResource
+ClientRestResource.register_servlets = staticmethod(lambda *arguments: None)
+"""
+OTHER_API = """
+from synapse.module_api import ModuleApi
+ModuleApi.__init__ = lambda self, hs, auth_handler: None
+"""
+
+
+def refusal(server: Synapse) -> str:
+    """What a Synapse prints that doesn't start, having listened nowhere."""
+    before = server.log().count(LISTENING)
+    output = server.run_to_failure(DEADLINE)
+    assert server.log().count(LISTENING) == before
+    return output
+
+
+# Options
+
+
+def test_unknown_option(tmp_path: Path) -> None:
+    """An option that doesn't exist is named, with those that do."""
+    option = "stalled_donwload_seconds"
+    output = refusal(Synapse(tmp_path, module_config={option: 5}))
+    assert f"Error in configuration at 'modules.<item 0>.config.{option}'" in output
+    assert re.search(f"{option}: .*stalled_download_seconds", output), output
+
+
+@pytest.mark.parametrize("value", ["5", 0, True, None, [5]])
+def test_wrong_value(value: object, tmp_path: Path) -> None:
+    """An option that isn't a positive integer is named."""
+    config = {"max_body_bytes": 1000, "stalled_download_seconds": value}
+    output = refusal(Synapse(tmp_path, module_config=config))
+    where = "'modules.<item 0>.config.stalled_download_seconds'"
+    assert f"Error in configuration at {where}" in output
+    assert "stalled_download_seconds: must be a positive integer" in output
+
+
+@pytest.mark.parametrize("options", [["max_body_bytes"], "max_body_bytes"])
+def test_options_that_are_no_mapping(options: object, tmp_path: Path) -> None:
+    """Options that are no mapping are refused."""
+    modules = [{"module": MODULE, "config": options}]
+    output = refusal(Synapse(tmp_path, extra_config={"modules": modules}))
+    assert "Error in configuration at 'modules.<item 0>.config" in output
+    assert "must be a mapping" in output
+
+
+# Internals
+
+
+@pytest.mark.parametrize(
+    ("preload", "place"),
+    [
+        pytest.param(WITHOUT_NAME, "room_keys.register_servlets", id="name"),
+        pytest.param(WITHOUT_PLACE, "room_keys.register_servlets", id="place"),
+        pytest.param(WITHOUT_GROUPS, "room_keys.register_servlets", id="groups"),
+        pytest.param(OTHER_MOUNT, "ClientRestResource.register_servlets", id="mount"),
+        pytest.param(OTHER_API, "ModuleApi._hs", id="api"),
+    ],
+)
+def test_other_internals(preload: str, place: str, tmp_path: Path) -> None:
+    """A Synapse whose insides have moved is told what was expected and found."""
+    output = refusal(Synapse(tmp_path, preload=preload))
+    versions = f"{__version__} can't be loaded into Synapse {SYNAPSE_VERSION}"
+    said = re.search(
+        rf"ConfigError: synapse_roomkeys {re.escape(versions)}:"
+        r" expected (?P<expected>.+); found (?P<found>.+)",
+        output,
+    )
+    assert said is not None, output
+    assert place in said["expected"]
+    assert said["found"] not in said["expected"], said[0]
+
+
+def test_listed_twice(tmp_path: Path) -> None:
+    """The module can't be loaded twice, with two sets of options."""
+    modules = [{"module": MODULE, "config": {}}] * 2
+    output = refusal(Synapse(tmp_path, extra_config={"modules": modules}))
+    assert re.search("ConfigError: synapse_roomkeys .+ expected .+; found .+", output)
+
+
+# The database
+
+
+@pytest.fixture(scope="module")
+def stopped(
+    database: Callable[[], Mapping[str, Any] | None],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Synapse]:
+    """A Synapse with the plugin that can start, on a database that stock has made."""
+    directory = tmp_path_factory.mktemp("stopped")
+    arguments = database()
+    with Synapse(directory, database=arguments, module_config=None):
+        pass
+    yield Synapse(directory, database=arguments)
+
+
+@pytest.mark.parametrize(
+    ("change", "undo", "table", "found"),
+    [
+        pytest.param(
+            "ALTER TABLE e2e_room_keys DROP COLUMN forwarded_count",
+            "ALTER TABLE e2e_room_keys ADD COLUMN forwarded_count INT",
+            "e2e_room_keys",
+            "session_data",
+            id="column",
+        ),
+        pytest.param(
+            "ALTER TABLE e2e_room_keys_versions RENAME COLUMN etag TO tag",
+            "ALTER TABLE e2e_room_keys_versions RENAME COLUMN tag TO etag",
+            "e2e_room_keys_versions",
+            "tag",
+            id="column of a version",
+        ),
+        pytest.param(
+            "ALTER TABLE e2e_room_keys_versions RENAME TO moved",
+            "ALTER TABLE moved RENAME TO e2e_room_keys_versions",
+            "e2e_room_keys_versions",
+            "e2e_room_keys_versions",
+            id="table",
+        ),
+        pytest.param(
+            "DROP INDEX e2e_room_keys_with_version_idx",
+            "CREATE UNIQUE INDEX e2e_room_keys_with_version_idx"
+            " ON e2e_room_keys (user_id, version, room_id, session_id)",
+            "e2e_room_keys",
+            "ON CONFLICT",
+            id="index",
+        ),
+    ],
+)
+def test_other_tables(
+    change: str, undo: str, table: str, found: str, stopped: Synapse
+) -> None:
+    """Tables that aren't Synapse's are named, with what was expected and found."""
+    query(stopped, change)
+    try:
+        output = refusal(stopped)
+    finally:
+        query(stopped, undo)
+    said = re.search(
+        r"ConfigError: synapse_roomkeys can't work on this database:"
+        r" expected (?P<expected>.+); found (?P<found>.+)",
+        output,
+    )
+    assert said is not None, output
+    assert re.search(rf"\b{table}\b", said[0]), said[0]
+    assert found in said["found"]
+
+
+# A start that succeeds
+
+
+def test_start(stopped: Synapse) -> None:
+    """One line says what was replaced in which version; the plugin's table is there."""
+    with stopped:
+        said = [
+            line
+            for line in stopped.log().splitlines()
+            if f"{__version__} answers /room_keys in Synapse {SYNAPSE_VERSION}" in line
+        ]
+        assert len(said) == 1, said
+        assert "synapse.rest.client.room_keys.register_servlets" in said[0]
+        assert " INFO synapse_roomkeys" in said[0]
+    assert query(stopped, "SELECT * FROM roomkeys_counts") == []
+
+
+def test_start_at_once(postgres: PostgresServer, tmp_path: Path) -> None:
+    """Processes that all find the plugin's table missing at the same moment start."""
+    database = postgres.create_database()
+    with Synapse(tmp_path / "stock", database=database, module_config=None):
+        pass
+    servers = [Synapse(tmp_path / name, database=database) for name in "ab"]
+    try:
+        start_together(servers, database)
+        assert query(servers[0], "SELECT * FROM roomkeys_counts") == []
+    finally:
+        for server in servers:
+            server.stop()
+    for server in servers:
+        assert server.log().count("answers /room_keys") == 1
+
+
+def start_together(servers: Sequence[Synapse], database: Mapping[str, Any]) -> None:
+    """Start servers that are held up until all are about to make the table."""
+    with ThreadPoolExecutor() as threads:
+        with closing(psycopg2.connect(**database)) as connection:
+            connection.cursor().execute(POSTGRES.lock_schema)
+            starts = [threads.submit(server.start) for server in servers]
+            wait_for_locks(servers[0], len(servers))
+        for start in starts:
+            start.result()
+
+
+def wait_for_locks(synapse: Synapse, number: int) -> None:
+    """Wait until so many processes wait for the lock on the plugin's tables."""
+    waiting = "SELECT COUNT(*) FROM pg_locks WHERE locktype = 'advisory'"
+    deadline = time.monotonic() + DEADLINE
+    while query(synapse, f"{waiting} AND NOT granted") != [(number,)]:
+        assert time.monotonic() < deadline, "nobody waits for the lock"
