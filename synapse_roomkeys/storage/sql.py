@@ -158,10 +158,10 @@ def pack_json(rows: Sequence[tuple[Any, ...]], width: int) -> list[str]:
 class Pages:
     """The statements of downloads: keys of one version, in the order of their ids.
 
-    A row is of one room: its id, the last session's id, how many sessions, and these
-    as the members of a JSON object. There is no row when there is no such version,
-    and one of NULLs when it holds no keys. Parameters: user, version, user, version,
-    those that each attribute says, how many keys at most.
+    A row has a key's room and session id, and the key as a member of a JSON object.
+    There is no row when there is no such version, and one of NULLs when it holds no
+    keys. Parameters: user, version, user, version, those that each attribute says, how
+    many keys at most.
 
     Attributes:
         first: the first ones of a backup.
@@ -178,26 +178,26 @@ class Pages:
     one: str
 
 
-def _pages(join: str, string: str, integer: str) -> Pages:
+def _pages(string: str, integer: str, ordered: str = "") -> Pages:
     """The downloads, in the words of an engine.
 
-    The text of the keys is put together by the database, which leaves Python's
+    The text of a key is put together by the database, which leaves Python's
     interpreter to others meanwhile.
 
     Args:
-        join: the function that puts texts together, with something between.
         string: makes a JSON string of a text.
         integer: makes an integer that JSON can hold of a column.
+        ordered: has the rows read in the order of the index, from where the page
+            begins, and not all read, sorted and cut.
     """
 
     def page(condition: str) -> str:
-        return f"""
-    SELECT k.room_id, MAX(k.session_id), COUNT(k.session_id), {join}(
-        {string.format("k.session_id")}
+        return f"""{ordered}
+    SELECT k.room_id, k.session_id, {string.format("k.session_id")}
         || ':{{"first_message_index":' || {integer.format("k.first_message_index")}
         || ',"forwarded_count":' || {integer.format("k.forwarded_count")}
         || ',"is_verified":' || CASE WHEN k.is_verified THEN 'true' ELSE 'false' END
-        || ',"session_data":' || k.session_data, '}},') || '}}'
+        || ',"session_data":' || k.session_data || '}}'
     FROM (SELECT 1 FROM e2e_room_keys_versions
         WHERE user_id = ? AND version = ? AND deleted = 0) AS v
     LEFT JOIN (
@@ -206,7 +206,7 @@ def _pages(join: str, string: str, integer: str) -> Pages:
         FROM e2e_room_keys
         WHERE user_id = ? AND version = ? AND session_data <> 'null'{condition}
         ORDER BY room_id, session_id LIMIT ?
-    ) AS k ON TRUE GROUP BY k.room_id ORDER BY k.room_id"""
+    ) AS k ON TRUE"""
 
     return Pages(
         first=page(""),
@@ -263,7 +263,6 @@ SQLITE = Dialect(
         + " FROM json_each(?)",
     ),
     pages=_pages(
-        join="group_concat",
         string="json_quote({0})",
         integer="CASE WHEN typeof({0}) = 'integer' AND {0} BETWEEN 0 AND"
         " 9007199254740991 THEN {0} ELSE 0 END",
@@ -294,9 +293,9 @@ POSTGRES = Dialect(
         " ?::boolean[], ?::text[]) AS u",
     ),
     pages=_pages(
-        join="string_agg",
         string="to_json({0})::text",
         integer="GREATEST(COALESCE({0}, 0), 0)",
+        ordered="SET LOCAL enable_sort = off; SET LOCAL enable_incremental_sort = off;",
     ),
     pack=pack_arrays,
 )

@@ -1,6 +1,8 @@
 """The backups in the database: one transaction for each operation."""
 
 from collections.abc import Callable, Generator, Sequence
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 import attrs
@@ -320,12 +322,7 @@ class EndToEndRoomKeyStore:
         rows = txn.fetchall()
         if not rows:
             raise unknown_version()
-        rows = [row for row in rows if row[0] is not None]
-        is_full = sum(row[2] for row in rows) == PAGE_KEYS
-        return KeyPage(
-            tuple(RoomPart(row[0], row[3]) for row in rows),
-            (rows[-1][0], rows[-1][1]) if is_full else None,
-        )
+        return _key_page(rows)
 
     def _delete_keys_txn(
         self,
@@ -444,6 +441,16 @@ def _page_statement(
     if after is None:
         return pages.first_of_room, (room_id,)
     return pages.following_of_room, (room_id, after[1])
+
+
+def _key_page(rows: list[tuple[Any, ...]]) -> KeyPage:
+    if rows[0][0] is None:
+        return KeyPage((), None)
+    parts = tuple(
+        RoomPart(room_id, ",".join([row[2] for row in room]))
+        for room_id, room in groupby(rows, itemgetter(0))
+    )
+    return KeyPage(parts, rows[-1][:2] if len(rows) == PAGE_KEYS else None)
 
 
 def _metadata(row: Sequence[Any]) -> KeyMetadata:
