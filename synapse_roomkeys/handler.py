@@ -10,8 +10,15 @@ from . import metrics, wire
 from .clock import Clock
 from .errors import InvalidParamError, NotFoundError, unknown_version
 from .fairness import UserQueues
-from .storage import PAGE_KEYS, EndToEndRoomKeyStore
-from .types import BackupInfo, BackupState, Limits, RoomKey, UploadResult
+from .storage import EndToEndRoomKeyStore
+from .types import (
+    BackupInfo,
+    BackupState,
+    KeyPage,
+    Limits,
+    RoomKey,
+    UploadResult,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -23,20 +30,23 @@ class KeyPages:
     """The keys of a download, a page at a time, so that few are in memory at once.
 
     Attributes:
-        page: the keys at hand.
-        is_last: whether there are no more after them.
+        page: the keys at hand, none at first.
     """
 
     def __init__(
-        self, fetch: "Callable[[RoomKey | None], Deferred[list[RoomKey]]]"
+        self, fetch: "Callable[[tuple[str, str] | None], Deferred[KeyPage]]"
     ) -> None:
         """
         Args:
             fetch: gets the page after a key, or the first one.
         """
         self._fetch = fetch
-        self.page: list[RoomKey] = []
-        self.is_last = False
+        self.page = KeyPage((), None)
+
+    @property
+    def is_last(self) -> bool:
+        """Whether there are no more keys after those at hand."""
+        return self.page.last is None
 
     @inlineCallbacks
     def advance(self) -> "Generator[Deferred[Any], Any, None]":
@@ -45,9 +55,7 @@ class KeyPages:
         Raises:
             NotFoundError: the version is not there, or no longer.
         """
-        last = self.page[-1] if self.page else None
-        self.page = yield self._fetch(last)
-        self.is_last = len(self.page) < PAGE_KEYS
+        self.page = yield self._fetch(self.page.last)
 
 
 class E2eRoomKeysHandler:
@@ -81,7 +89,7 @@ class E2eRoomKeysHandler:
         """
         number = wire.parse_version(version)
 
-        def fetch(after: RoomKey | None) -> "Deferred[list[RoomKey]]":
+        def fetch(after: tuple[str, str] | None) -> "Deferred[KeyPage]":
             return self._reads.run(
                 user_id,
                 self._store.get_page,

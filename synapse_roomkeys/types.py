@@ -20,8 +20,8 @@ class Requester:
 class KeyMetadata:
     """What the server may know of a key: the three fields that rank it.
 
-    A field is None in rows that Synapse's own endpoints let in with a NULL, or,
-    on SQLite, with a value that isn't of the column's type.
+    A field is None in rows that Synapse's own endpoints let in with a NULL, or with a
+    number that no key can have (on SQLite, with any value).
     """
 
     first_message_index: int | None
@@ -54,6 +54,31 @@ class StoredKey:
 
     metadata: KeyMetadata
     has_session_data: bool
+
+
+@attrs.frozen
+class RoomPart:
+    """Some keys of one room, as they stand in a download.
+
+    Attributes:
+        members: JSON text: ``"session_id":key`` for each, with commas between.
+    """
+
+    room_id: str
+    members: str
+
+
+@attrs.frozen
+class KeyPage:
+    """Some keys of a download, in the order of their ids.
+
+    Attributes:
+        parts: each of another room.
+        last: the room and session id of the last key, when more may follow.
+    """
+
+    parts: tuple[RoomPart, ...]
+    last: tuple[str, str] | None
 
 
 @attrs.frozen

@@ -7,7 +7,7 @@ through as the text they came as.
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Annotated, Any, NoReturn
 
 import attrs
@@ -20,7 +20,7 @@ from .errors import (
     TooLargeError,
     unknown_version,
 )
-from .types import BackupInfo, KeyMetadata, Limits, RoomKey
+from .types import BackupInfo, KeyMetadata, KeyPage, Limits, RoomKey, RoomPart
 
 #: The columns of the homeserver's tables are PostgreSQL's ``integer``.
 MAX_INTEGER = 2**31 - 1
@@ -61,6 +61,7 @@ _decode_key = msgspec.json.Decoder(_KeyBody).decode
 _decode_room = msgspec.json.Decoder(_RoomBody).decode
 _decode_backup = msgspec.json.Decoder(_BackupBody).decode
 _decode_version = msgspec.json.Decoder(_VersionBody).decode
+_decode_members = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 _encode_string = msgspec.json.Encoder().encode
 
 
@@ -167,15 +168,10 @@ def parse_version_info(body: bytes, limits: Limits) -> VersionInfo:
     return VersionInfo(info.algorithm, auth_data, version)
 
 
-def encode_key(key: RoomKey) -> bytes:
-    """One key as the specification's ``KeyBackupData``; a NULL reads as 0 or false."""
-    metadata = key.metadata
-    return (
-        f'{{"first_message_index":{metadata.first_message_index or 0},'
-        f'"forwarded_count":{metadata.forwarded_count or 0},'
-        f'"is_verified":{"true" if metadata.is_verified else "false"},'
-        f'"session_data":{key.session_data}}}'
-    ).encode()
+def encode_key(part: RoomPart) -> bytes:
+    """The only key of a part, as the specification's ``KeyBackupData``."""
+    [key] = _decode_members(f"{{{part.members}}}").values()
+    return bytes(key)
 
 
 def encode_backup_info(info: BackupInfo) -> bytes:
@@ -205,29 +201,27 @@ class BackupEncoder:
         self._room_id: str | None = None
         self._opened = False
 
-    def encode(self, keys: Iterable[RoomKey]) -> bytes:
+    def encode(self, page: KeyPage) -> bytes:
         """The next chunk. It is never empty at the first call."""
-        parts: list[bytes] = []
+        texts: list[str] = []
         if not self._opened:
             self._opened = True
-            parts.append(b'{"rooms":{' if self._with_rooms else b'{"sessions":{')
-        for key in keys:
-            parts.append(self._before(key.room_id))
-            parts.append(_encode_string(key.session_id))
-            parts.append(b":")
-            parts.append(encode_key(key))
-        return b"".join(parts)
+            texts.append('{"rooms":{' if self._with_rooms else '{"sessions":{')
+        for part in page.parts:
+            texts.append(self._before(part.room_id))
+            texts.append(part.members)
+        return "".join(texts).encode()
 
-    def _before(self, room_id: str) -> bytes:
+    def _before(self, room_id: str) -> str:
         """What stands between the key before and one of this room."""
         if room_id == self._room_id:
-            return b","
+            return ","
         first = self._room_id is None
         self._room_id = room_id
         if not self._with_rooms:
-            return b""
-        end = b"" if first else b"}},"
-        return b'%b%b:{"sessions":{' % (end, _encode_string(room_id))
+            return ""
+        end = "" if first else "}},"
+        return f'{end}{json.dumps(room_id)}:{{"sessions":{{'
 
     def finish(self) -> bytes:
         """The last chunk."""

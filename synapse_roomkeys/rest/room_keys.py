@@ -110,9 +110,9 @@ class RoomKeysServlet(RestServlet):
             requester.user_id, version, room_id, session_id
         )
         if session_id is not None:
-            if not pages.page:
+            if not pages.page.parts:
                 raise no_room_keys()
-            return 200, encode_key(pages.page[0])
+            return 200, encode_key(pages.page.parts[0])
         encoder = BackupEncoder(with_rooms=room_id is None)
         if pages.is_last:
             return 200, encoder.encode(pages.page) + encoder.finish()

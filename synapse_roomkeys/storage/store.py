@@ -1,8 +1,11 @@
 """The backups in the database: one transaction for each operation."""
 
 from collections.abc import Callable, Generator, Sequence
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
+import attrs
 from twisted.internet.defer import Deferred, inlineCallbacks
 
 from ..errors import InvalidParamError, RoomKeysVersionError, unknown_version
@@ -11,7 +14,9 @@ from ..types import (
     BackupInfo,
     BackupState,
     KeyMetadata,
+    KeyPage,
     RoomKey,
+    RoomPart,
     StoredKey,
     UploadResult,
 )
@@ -59,16 +64,12 @@ class EndToEndRoomKeyStore:
         version: int,
         room_id: str | None,
         session_id: str | None,
-        after: RoomKey | None,
-    ) -> "Deferred[list[RoomKey]]":
+        after: tuple[str, str] | None,
+    ) -> "Deferred[KeyPage]":
         """The next keys of a version, of a room, or of a session, ordered by id.
 
         Args:
-            after: the last key of the page before, None for the first page.
-
-        Returns:
-            A Deferred that fires with `PAGE_KEYS` keys, or fewer when they are the
-            last.
+            after: the ids of the last key of the page before, None for the first.
 
         Raises:
             NotFoundError: there is no such version, or no longer.
@@ -170,55 +171,77 @@ class EndToEndRoomKeyStore:
     def _upload_txn(
         self, txn: Transaction, user_id: str, version: int, keys: Sequence[RoomKey]
     ) -> UploadResult:
-        etag = self._lock(txn, user_id, version)
-        current, count, stored = self._find(txn, user_id, version, etag, keys)
-        if current != version:
-            raise RoomKeysVersionError(str(current))
-        plan = merge(stored, keys)
+        """Look first, and lock only what is to change.
+
+        What is found needn't be locked: the etag moves from what it was then, or the
+        upload looks again. At the second time it locks first, so there is no third.
+        """
+        txn.execute(self._dialect.begin_write)
+        for locks in (False, True):
+            if locks:
+                self._lock(txn, user_id, version)
+            found = self._find(txn, user_id, version, keys)
+            if found.current != version:
+                raise RoomKeysVersionError(str(found.current))
+            plan = merge(found.stored, keys)
+            if not plan.writes or self._claim(txn, user_id, version, found.etag):
+                break
         if plan.writes:
             self._write(txn, user_id, version, plan.writes)
-            etag += 1
-            txn.execute(sql.SET_ETAG, (etag, user_id, version))
-        if count is not None:
-            count += plan.stored
-        state = self._settle(txn, user_id, version, etag, count, bool(plan.writes))
+        changed = bool(plan.writes)
+        state = self._settle(txn, user_id, version, found, plan.stored, changed)
         return UploadResult(state, plan.stored, plan.replaced, plan.kept)
 
-    def _lock(self, txn: Transaction, user_id: str, version: int) -> int:
-        """Lock a version until the commit; its etag."""
-        txn.execute(self._dialect.begin_write)
+    def _lock(self, txn: Transaction, user_id: str, version: int) -> str:
+        """Lock a version until the commit; its algorithm.
+
+        Raises:
+            NotFoundError: there is no such version.
+        """
         txn.execute(self._dialect.lock_version, (user_id, version))
         row = txn.fetchone()
-        if row is None or row[2]:
+        if row is None or row[1]:
             raise unknown_version()
-        etag: int = row[1]
-        return etag
+        algorithm: str = row[0]
+        return algorithm
 
     def _find(
-        self,
-        txn: Transaction,
-        user_id: str,
-        version: int,
-        etag: int,
-        keys: Sequence[RoomKey],
-    ) -> tuple[int, int | None, dict[tuple[str, str], StoredKey]]:
-        """The current version, the cached count, and what is stored of some keys."""
+        self, txn: Transaction, user_id: str, version: int, keys: Sequence[RoomKey]
+    ) -> "_Found":
+        """What a version holds of some sessions, and what it is like.
+
+        Raises:
+            NotFoundError: there is no such version.
+        """
         ids = [(key.room_id, key.session_id) for key in keys]
-        sessions = self._dialect.pack(ids, 2)
-        parameters = [user_id, user_id, version, etag, *self._count_times()]
-        parameters += [*sessions, user_id, version]
+        parameters = [user_id, user_id, *self._count_times(), user_id, version]
+        parameters += [*self._dialect.pack(ids, 2), user_id, version]
         txn.execute(self._dialect.find_sessions, parameters)
         rows = txn.fetchall()
+        if not rows:
+            raise unknown_version()
         stored = {
-            (row[2], row[3]): StoredKey(_metadata(row[4:7]), bool(row[7]))
+            (row[3], row[4]): StoredKey(_metadata(row[5:8]), bool(row[8]))
             for row in rows
-            if row[2] is not None
+            if row[3] is not None
         }
-        return rows[0][0], rows[0][1], stored
+        etag, current, count = rows[0][:3]
+        return _Found(etag, current, count, stored)
+
+    def _claim(self, txn: Transaction, user_id: str, version: int, etag: int) -> bool:
+        """Move a version's etag, and lock it until the commit, unless the etag is no
+        longer what it was."""
+        txn.execute(sql.CLAIM, (user_id, version, etag))
+        return txn.rowcount == 1
 
     def _write(
         self, txn: Transaction, user_id: str, version: int, keys: Sequence[RoomKey]
     ) -> None:
+        """Write keys to a version that is locked.
+
+        Raises:
+            RoomKeysVersionError: another has become the current one before the lock.
+        """
         rows = [
             (
                 key.room_id,
@@ -231,28 +254,39 @@ class EndToEndRoomKeyStore:
             for key in keys
         ]
         txn.execute(
-            self._dialect.write_keys, (user_id, version, *self._dialect.pack(rows, 6))
+            self._dialect.write_keys,
+            (user_id, version, *self._dialect.pack(rows, 6), user_id, version),
         )
+        if not txn.rowcount:
+            raise RoomKeysVersionError(str(self._current(txn, user_id)))
+
+    def _current(self, txn: Transaction, user_id: str) -> int | None:
+        txn.execute(sql.CURRENT_VERSION, (user_id,))
+        current: int | None = txn.fetchone()[0]
+        return current
 
     def _settle(
         self,
         txn: Transaction,
         user_id: str,
         version: int,
-        etag: int,
-        count: int | None,
+        found: "_Found",
+        added: int,
         changed: bool,
     ) -> BackupState:
-        """What a backup is like after a write, with its count cached.
+        """What a version is like after a write, with its count cached.
 
         Args:
-            count: of the keys now, None when no count was cached.
+            found: what it was like before.
+            added: how many keys more it holds now.
+            changed: whether the etag has moved.
         """
-        if count is None:
+        if found.count is None:
             return self._count_anew(txn, user_id, version)
+        state = BackupState(found.etag + changed, found.count + added)
         if changed:
-            txn.execute(sql.MOVE_COUNT, (etag, count, user_id, version))
-        return BackupState(etag, count)
+            txn.execute(sql.MOVE_COUNT, (state.etag, state.count, user_id, version))
+        return state
 
     def _count_anew(self, txn: Transaction, user_id: str, version: int) -> BackupState:
         """Count the keys of a version and cache the count.
@@ -280,18 +314,15 @@ class EndToEndRoomKeyStore:
         version: int,
         room_id: str | None,
         session_id: str | None,
-        after: RoomKey | None,
-    ) -> list[RoomKey]:
-        statement, ids = _page_statement(room_id, session_id, after)
+        after: tuple[str, str] | None,
+    ) -> KeyPage:
+        pages = self._dialect.pages
+        statement, ids = _page_statement(pages, room_id, session_id, after)
         txn.execute(statement, (user_id, version, user_id, version, *ids, PAGE_KEYS))
         rows = txn.fetchall()
         if not rows:
             raise unknown_version()
-        return [
-            RoomKey(row[0], row[1], _metadata(row[2:5]), row[5])
-            for row in rows
-            if row[0] is not None
-        ]
+        return _key_page(rows)
 
     def _delete_keys_txn(
         self,
@@ -301,8 +332,9 @@ class EndToEndRoomKeyStore:
         room_id: str | None,
         session_id: str | None,
     ) -> tuple[BackupState, int]:
-        etag = self._lock(txn, user_id, version)
-        _, count, _ = self._find(txn, user_id, version, etag, ())
+        txn.execute(self._dialect.begin_write)
+        self._lock(txn, user_id, version)
+        found = self._find(txn, user_id, version, ())
         if room_id is None:
             txn.execute(sql.DELETE_KEYS, (user_id, version))
         elif session_id is None:
@@ -311,11 +343,8 @@ class EndToEndRoomKeyStore:
             txn.execute(sql.DELETE_ROOM_KEY, (user_id, version, room_id, session_id))
         deleted = txn.rowcount
         if deleted:
-            etag += 1
-            txn.execute(sql.SET_ETAG, (etag, user_id, version))
-        if count is not None:
-            count -= deleted
-        state = self._settle(txn, user_id, version, etag, count, bool(deleted))
+            self._claim(txn, user_id, version, found.etag)
+        state = self._settle(txn, user_id, version, found, -deleted, bool(deleted))
         return state, deleted
 
     def _create_version_txn(
@@ -334,11 +363,7 @@ class EndToEndRoomKeyStore:
         """Lock the version that is current, so that no upload to it is under way when
         another takes its place."""
         locked: int | None = None
-        while True:
-            txn.execute(sql.CURRENT_VERSION, (user_id,))
-            current: int | None = txn.fetchone()[0]
-            if current == locked:
-                return
+        while (current := self._current(txn, user_id)) != locked:
             txn.execute(self._dialect.lock_version, (user_id, current))
             locked = current
 
@@ -365,11 +390,7 @@ class EndToEndRoomKeyStore:
         auth_data: str,
     ) -> None:
         txn.execute(self._dialect.begin_write)
-        txn.execute(self._dialect.lock_version, (user_id, version))
-        row = txn.fetchone()
-        if row is None or row[2]:
-            raise unknown_version()
-        if row[0] != algorithm:
+        if self._lock(txn, user_id, version) != algorithm:
             raise InvalidParamError("The algorithm of a version can't be changed")
         txn.execute(sql.SET_AUTH_DATA, (auth_data, user_id, version))
 
@@ -379,7 +400,7 @@ class EndToEndRoomKeyStore:
         row = txn.fetchone()
         if row is None:
             raise unknown_version()
-        if row[2]:
+        if row[1]:
             return False
         txn.execute(sql.DELETE_KEYS, (user_id, version))
         txn.execute(sql.MARK_DELETED, (user_id, version))
@@ -390,26 +411,54 @@ class EndToEndRoomKeyStore:
         txn.execute(sql.FORGET_USER, (user_id,))
 
 
+@attrs.frozen
+class _Found:
+    """What a look at a version found.
+
+    Attributes:
+        current: the number of the user's current version.
+        count: of its keys, where it is cached.
+        stored: the sessions that were looked for, by room and session id.
+    """
+
+    etag: int
+    current: int
+    count: int | None
+    stored: dict[tuple[str, str], StoredKey]
+
+
 def _page_statement(
-    room_id: str | None, session_id: str | None, after: RoomKey | None
-) -> tuple[str, tuple[Any, ...]]:
+    pages: sql.Pages,
+    room_id: str | None,
+    session_id: str | None,
+    after: tuple[str, str] | None,
+) -> tuple[str, tuple[str, ...]]:
     """The statement that gets a page, and the ids it takes."""
     if room_id is None:
-        if after is None:
-            return sql.FIRST_PAGE, ()
-        return sql.NEXT_PAGE, (after.room_id, after.session_id)
+        return (pages.first, ()) if after is None else (pages.following, after)
     if session_id is not None:
-        return sql.ONE_KEY, (room_id, session_id)
+        return pages.one, (room_id, session_id)
     if after is None:
-        return sql.FIRST_ROOM_PAGE, (room_id,)
-    return sql.NEXT_ROOM_PAGE, (room_id, after.session_id)
+        return pages.first_of_room, (room_id,)
+    return pages.following_of_room, (room_id, after[1])
+
+
+def _key_page(rows: list[tuple[Any, ...]]) -> KeyPage:
+    if rows[0][0] is None:
+        return KeyPage((), None)
+    parts = tuple(
+        RoomPart(room_id, ",".join([row[2] for row in room]))
+        for room_id, room in groupby(rows, itemgetter(0))
+    )
+    return KeyPage(parts, rows[-1][:2] if len(rows) == PAGE_KEYS else None)
 
 
 def _metadata(row: Sequence[Any]) -> KeyMetadata:
-    """The three fields of a row; SQLite may hold any value in any of them."""
+    """The three fields of a row, as far as they are what a key can have."""
     index, forwarded, verified = row
-    return KeyMetadata(
-        index if isinstance(index, int) else None,
-        forwarded if isinstance(forwarded, int) else None,
-        None if verified is None else bool(verified),
-    )
+    is_verified = None if verified is None else bool(verified)
+    return KeyMetadata(_natural(index), _natural(forwarded), is_verified)
+
+
+def _natural(value: Any) -> int | None:
+    return value if isinstance(value, int) and value >= 0 else None

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import attrs
 from twisted.trial.unittest import SynchronousTestCase
 
 import synapse_roomkeys
@@ -140,8 +141,10 @@ def statements() -> dict[str, str]:
         if name.isupper() and not name.startswith("_") and isinstance(value, str)
     }
     for dialect in (sql.SQLITE, sql.POSTGRES):
-        for name in ("lock_version", "find_sessions", "write_keys"):
-            shared[f"{name} {dialect.begin_write[:5]}"] = getattr(dialect, name)
+        own = attrs.asdict(dialect)
+        names = ("lock_version", "find_sessions", "write_keys")
+        for name, statement in (*own["pages"].items(), *((n, own[n]) for n in names)):
+            shared[f"{name} {dialect.begin_write[:5]}"] = statement
     del shared["COLUMNS"]
     return shared
 

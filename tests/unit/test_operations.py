@@ -50,23 +50,23 @@ class Operations(SynchronousTestCase):
 class CostTests(Operations):
     """What an operation asks of the database."""
 
-    def test_an_upload_is_five_statements_whatever_it_holds(self) -> None:
-        """Lock, look up, write, move the etag, keep the count; none of them counts."""
+    def test_an_upload_is_four_statements_whatever_it_holds(self) -> None:
+        """Look up, move the etag, write, keep the count; none of them counts."""
         self.upload({"!a": {"first": key()}})
         for number in (1, 1000):
             rooms = {"!b": {f"{number}.{i}": key(index=9) for i in range(number)}}
             better = {"!b": {f"{number}.{i}": key(index=1) for i in range(number)}}
             for upload in (rooms, better):
                 statements = self.statements_of(upload)
-                self.assertEqual(len(statements), 5, statements)
+                self.assertEqual(len(statements), 4, statements)
                 self.assertNotIn(COUNT, "".join(statements))
 
     def test_an_upload_that_changes_nothing_writes_nothing(self) -> None:
-        """Equal keys cost the lock and the look-up."""
+        """Equal keys cost one look, and no lock."""
         rooms: Rooms = {"!a": {str(i): key() for i in range(100)}}
         self.upload(rooms)
         statements = self.statements_of(rooms)
-        self.assertEqual(len(statements), 2, statements)
+        self.assertEqual(len(statements), 1, statements)
 
     def test_a_version_is_one_statement(self) -> None:
         """While the count is cached, nothing is counted for it."""

@@ -1,5 +1,7 @@
 """Bodies in and out."""
 
+import json
+
 from twisted.trial.unittest import SynchronousTestCase
 
 from synapse_roomkeys.errors import (
@@ -9,10 +11,11 @@ from synapse_roomkeys.errors import (
     NotJsonError,
     TooLargeError,
 )
-from synapse_roomkeys.types import BackupInfo, KeyMetadata, Limits, RoomKey
+from synapse_roomkeys.types import BackupInfo, KeyPage, Limits, RoomKey, RoomPart
 from synapse_roomkeys.wire import (
     BackupEncoder,
     encode_backup_info,
+    encode_key,
     parse_upload,
     parse_version,
     parse_version_info,
@@ -126,31 +129,31 @@ class ParseVersionTests(SynchronousTestCase):
 class EncodeTests(SynchronousTestCase):
     """What goes out."""
 
-    def key(self, room: str, session: str) -> RoomKey:
-        """A key as an old row may hold one."""
-        return RoomKey(room, session, KeyMetadata(None, None, None), "1")
-
     def test_chunks_make_one_object(self) -> None:
         """Wherever the pages end, the same object comes out."""
-        keys = [self.key("!a", "1"), self.key("!a", '"'), self.key("!b", "1")]
-        for cut in range(len(keys) + 1):
+        parts = (RoomPart("!a", '"1":1'), RoomPart("!a", '"2":2'), RoomPart('"', "3"))
+        for cut in range(len(parts) + 1):
             encoder = BackupEncoder(with_rooms=True)
-            chunks = [encoder.encode(keys[:cut]), encoder.encode(keys[cut:])]
-            one = (
-                b'{"first_message_index":0,"forwarded_count":0,"is_verified":false,'
-                b'"session_data":1}'
-            )
+            pages = [KeyPage(parts[:cut], None), KeyPage(parts[cut:], None)]
             self.assertEqual(
-                b"".join(chunks) + encoder.finish(),
-                b'{"rooms":{"!a":{"sessions":{"1":%b,"\\"":%b}},"!b":{"sessions":'
-                b'{"1":%b}}}}' % (one, one, one),
+                b"".join(map(encoder.encode, pages)) + encoder.finish(),
+                b'{"rooms":{"!a":{"sessions":{"1":1,"2":2}},"\\"":{"sessions":{3}}}}',
             )
+
+    def test_one_key_comes_alone(self) -> None:
+        """Whatever its id looks like, and whatever is in it."""
+        for session in ("s", '"', '":{"', "é\n", "\\"):
+            key = b'{"first_message_index":0,"session_data":{ "a" : "\\u00e9" }}'
+            part = RoomPart("!a", f"{json.dumps(session)}:{key.decode()}")
+            self.assertEqual(encode_key(part), key)
 
     def test_nothing_is_an_empty_object(self) -> None:
         """A backup or a room without keys has no members."""
         for with_rooms, whole in ((True, b'{"rooms":{}}'), (False, b'{"sessions":{}}')):
             encoder = BackupEncoder(with_rooms)
-            self.assertEqual(encoder.encode([]) + encoder.finish(), whole)
+            self.assertEqual(
+                encoder.encode(KeyPage((), None)) + encoder.finish(), whole
+            )
 
     def test_numbers_of_a_version_are_strings(self) -> None:
         """Clients stumble over an etag or a version that is a number."""
