@@ -9,7 +9,7 @@ built, so the module puts its own function there.
 import inspect
 import logging
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from importlib.metadata import version as version_of
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -45,6 +45,9 @@ T = TypeVar("T")
 P = ParamSpec("P")
 
 Register = Callable[[Any, HttpServer], None]
+
+#: What mounts Synapse's own endpoints.
+BUILTIN = "synapse.rest.client.room_keys.register_servlets"
 
 
 class RoomKeysModule:
@@ -167,16 +170,20 @@ def replace_servlets(register: Register) -> str:
         The name of the place.
 
     Raises:
-        ConfigError: the place is not where it is expected.
+        ConfigError: the place, or the function, is not what is expected.
     """
+    builtin: Any = getattr(room_keys, "register_servlets", None)
+    if builtin is None:
+        raise _unexpected(f"a function {BUILTIN}", "no such name")
     resource: Any = getattr(rest, "ClientRestResource", None)
     mount = getattr(resource, "register_servlets", None)
     names = getattr(getattr(mount, "__code__", None), "co_names", ())
     if "SERVLET_GROUPS" in names:
-        return _replace_in_group(register)
-    if "room_keys" in names and hasattr(room_keys, "register_servlets"):
+        return _replace_in_group(builtin, register)
+    if "room_keys" in names:
+        _refuse_second((builtin,))
         vars(room_keys)["register_servlets"] = register
-        return "synapse.rest.client.room_keys.register_servlets"
+        return BUILTIN
     raise _unexpected(
         "synapse.rest.ClientRestResource.register_servlets to mount SERVLET_GROUPS"
         " or room_keys.register_servlets",
@@ -184,19 +191,21 @@ def replace_servlets(register: Register) -> str:
     )
 
 
-def _replace_in_group(register: Register) -> str:
+def _replace_in_group(builtin: Any, register: Register) -> str:
     place = 'synapse.rest.SERVLET_GROUPS["client"]'
-    builtin = getattr(room_keys, "register_servlets", None)
     groups: Any = getattr(rest, "SERVLET_GROUPS", {})
     functions = tuple(groups.get("client", ()))
-    if functions.count(builtin) != 1:
-        found = [f"{f.__module__}.{f.__name__}" for f in functions]
-        raise _unexpected(
-            f"synapse.rest.client.room_keys.register_servlets once in {place}",
-            ", ".join(name for name in found if "room_keys" in name) or "none",
-        )
+    _refuse_second(functions)
+    times = functions.count(builtin)
+    if times != 1:
+        raise _unexpected(f"{BUILTIN} once in {place}", f"it {times} times")
     groups["client"] = tuple(register if f is builtin else f for f in functions)
-    return f"synapse.rest.client.room_keys.register_servlets in {place}"
+    return f"{BUILTIN} in {place}"
+
+
+def _refuse_second(functions: Iterable[Any]) -> None:
+    if any(function.__module__ == __name__ for function in functions):
+        raise _unexpected("this module once under modules:", "it there twice")
 
 
 def _internals(api: ModuleApi) -> tuple[Any, Any]:
@@ -244,13 +253,11 @@ def _prepare_database(hs: Any, database: Any, engine: Engine) -> None:
     connection: Any = make_conn(**arguments)
     try:
         txn = connection.cursor()
-        problem = check_tables(txn)
+        problem = check_tables(txn, engine)
         connection.rollback()
         if problem is None:
             create_tables(txn, engine, own_backups=False)
             connection.commit()
-    except database.engine.module.Error as error:
-        problem = f"expected Synapse's tables of room keys; found {error}"
     finally:
         connection.close()
     if problem is not None:

@@ -72,14 +72,16 @@ class Engine:
     """A database engine: how it is spoken to and how it says that it is away.
 
     Attributes:
-        transient: the driver's exceptions after which trying again may help.
+        error: what all of the driver's exceptions are.
+        transient: those after which trying again may help.
     """
 
     dialect: sql.Dialect
+    error: type[Exception]
     transient: tuple[type[Exception], ...]
 
 
-SQLITE = Engine(sql.SQLITE, (sqlite3.OperationalError,))
+SQLITE = Engine(sql.SQLITE, sqlite3.Error, (sqlite3.OperationalError,))
 
 
 def postgres() -> Engine:
@@ -92,6 +94,7 @@ def postgres() -> Engine:
 
     return Engine(
         sql.POSTGRES,
+        psycopg2.Error,
         (psycopg2.OperationalError, psycopg2.InterfaceError, adbapi.ConnectionLost),
     )
 
@@ -224,21 +227,20 @@ def _schema(name: str) -> str:
     return "\n".join(line for line in lines if not line.startswith("--"))
 
 
-def check_tables(txn: Transaction) -> str | None:
+def check_tables(txn: Transaction, engine: Engine) -> str | None:
     """What is wrong with the homeserver's tables, or None.
 
-    Raises:
-        Exception: the driver's own, for a table or an index that is not there.
+    The transaction is of no more use afterwards.
     """
     for table, columns in sql.TABLES.items():
-        txn.execute(sql.COLUMNS.format(table=table))
-        found = [column[0] for column in txn.description]
-        missing = set(columns) - set(found)
-        if missing:
-            return (
-                f"expected table {table} with columns {', '.join(columns)};"
-                f" found {', '.join(found)}"
-            )
-    for probe in sql.PROBES:
-        txn.execute(probe)
+        expected = f"expected table {table} with columns {', '.join(columns)}"
+        try:
+            txn.execute(sql.COLUMNS.format(table=table))
+            found = [column[0] for column in txn.description]
+            if not set(columns) <= set(found):
+                return f"{expected}; found {', '.join(found)}"
+            expected = f"expected table {table} with its unique index"
+            txn.execute(sql.PROBES[table])
+        except engine.error as error:
+            return f"{expected}; found {error}"
     return None

@@ -39,14 +39,18 @@ TABLES = {
 
 #: The columns of a table, without reading a row of it.
 COLUMNS = "SELECT * FROM {table} LIMIT 0"
-#: Fails unless the unique indexes that a conflict target needs are there.
-PROBES = (
-    "EXPLAIN INSERT INTO e2e_room_keys (user_id, version, room_id, session_id,"
-    " session_data) VALUES ('', 0, '', '', '')"
-    " ON CONFLICT (user_id, version, room_id, session_id) DO NOTHING",
-    "EXPLAIN INSERT INTO e2e_room_keys_versions (user_id, version, algorithm,"
-    " auth_data) VALUES ('', 0, '', '') ON CONFLICT (user_id, version) DO NOTHING",
-)
+#: They fail unless the unique index is there that a conflict target needs.
+PROBES = {
+    "e2e_room_keys": (
+        "EXPLAIN INSERT INTO e2e_room_keys (user_id, version, room_id, session_id,"
+        " session_data) VALUES ('', 0, '', '', '')"
+        " ON CONFLICT (user_id, version, room_id, session_id) DO NOTHING"
+    ),
+    "e2e_room_keys_versions": (
+        "EXPLAIN INSERT INTO e2e_room_keys_versions (user_id, version, algorithm,"
+        " auth_data) VALUES ('', 0, '', '') ON CONFLICT (user_id, version) DO NOTHING"
+    ),
+}
 
 #: A cached count is one of these seconds at most.
 COUNT_LIFETIME = 3600

@@ -47,7 +47,7 @@ def test_tables_may_be_made_by_several_at_once(backend: Backend) -> Steps:
     yield gatherResults(
         [pool.run("create", create_tables, engine, True) for pool in pools * 3]
     )
-    problem: str | None = yield pools[0].run("check", check_tables)
+    problem: str | None = yield pools[0].run("check", check_tables, engine)
     assert problem is None
     for pool in pools:
         pool.close()
