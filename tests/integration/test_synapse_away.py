@@ -1,0 +1,98 @@
+"""A database that goes away under a Synapse with the plugin."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Generator, Iterator
+from typing import Any
+
+import pytest
+from pytest_twisted import blockon
+from twisted.internet.defer import Deferred, gatherResults, inlineCallbacks
+
+from ..client import HttpHost
+from ..contract import Answer, Client
+from ..contract.base import key, keys_path, wrapped
+from ..servers import PostgresServer, Synapse
+from .conftest import host_of
+
+Steps = Generator[Deferred[Any], Any, None]
+ROOM = "!room"
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PostgresServer]:
+    """A PostgreSQL of its own, to be stopped."""
+    with PostgresServer(tmp_path_factory.mktemp("postgres"), durable=True) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def host(
+    server: PostgresServer, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[HttpHost]:
+    """A Synapse with the plugin on that database."""
+    directory = tmp_path_factory.mktemp("synapse")
+    with Synapse(directory, database=server.create_database()) as synapse:
+        host = host_of(synapse)
+        yield host
+        blockon(host.close())
+
+
+@inlineCallbacks
+def test_a_restart_costs_a_moment(host: HttpHost, server: PostgresServer) -> Steps:
+    """After each restart or crash, requests at once on all connections that died are
+    answered as if nothing had been."""
+    client = Client(host, host.new_user())
+    version: str = yield client.create_version()
+    for number, again in enumerate((server.restart, server.kill)):
+        yield gatherResults([client.info() for _ in range(20)])
+        again()
+        if again == server.kill:
+            server.start()
+        rooms = {ROOM: {f"{number}.{i}": key() for i in range(10)}}
+        uploads = [
+            client.put(keys_path(version), wrapped({ROOM: {session: one}}))
+            for session, one in rooms[ROOM].items()
+        ]
+        answers = yield gatherResults([*uploads, client.get("/version")])
+        assert [answer.status for answer in answers] == [200] * len(answers)
+    info: dict[str, Any] = yield client.info()
+    assert (info["etag"], info["count"]) == ("20", 20)
+
+
+@inlineCallbacks
+def test_away_is_503(host: HttpHost, server: PostgresServer) -> Steps:
+    """While the database stays away the client is told when to come again; nothing is
+    stored, and nothing is said to be missing."""
+    client = Client(host, host.new_user())
+    version: str = yield client.create_version()
+    server.stop()
+    try:
+        path = keys_path(version)
+        requests = [
+            ("GET", "/version", None),
+            ("GET", path, None),
+            ("PUT", path, wrapped({ROOM: {"s": key()}})),
+            ("DELETE", path, None),
+        ]
+        answers: list[Answer] = yield gatherResults(
+            [
+                host.request(
+                    method,
+                    client.prefix + where,
+                    token=client.user.access_token,
+                    body=None if body is None else json.dumps(body).encode(),
+                )
+                for method, where, body in requests
+            ]
+        )
+    finally:
+        server.start()
+    for answer in answers:
+        assert answer.status == 503, answer
+        assert int(answer.headers["retry-after"]) > 0
+        assert answer.headers["content-type"] == "application/json"
+        assert answer.json["errcode"] == "M_UNKNOWN"
+    assert (yield client.tally()) == (0, 0)
+    assert (yield client.upload(version, {ROOM: {"s": key()}})) == (1, 1)
