@@ -164,8 +164,8 @@ class Pages:
 
     A row has a key's room and session id, and the key as a member of a JSON object.
     There is no row when there is no such version, and one of NULLs when it holds no
-    keys. Parameters: user, version, user, version, those that each attribute says, how
-    many keys at most.
+    keys. Parameters: user, version, user, version, those that each attribute says, and,
+    but for a single key, how many keys at most.
 
     Attributes:
         first: the first ones of a backup.
@@ -195,16 +195,17 @@ def _pages(string: str, integer: str, ordered: str = "") -> Pages:
             begins, and not all read, sorted and cut.
     """
 
-    def page(condition: str) -> str:
-        return f"""{ordered}
+    keys = f"""
     SELECT k.room_id, k.session_id, {string.format("k.session_id")}
         || ':{{"first_message_index":' || {integer.format("k.first_message_index")}
         || ',"forwarded_count":' || {integer.format("k.forwarded_count")}
         || ',"is_verified":' || CASE WHEN k.is_verified THEN 'true' ELSE 'false' END
         || ',"session_data":' || k.session_data || '}}'
     FROM (SELECT 1 FROM e2e_room_keys_versions
-        WHERE user_id = ? AND version = ? AND deleted = 0) AS v
-    LEFT JOIN (
+        WHERE user_id = ? AND version = ? AND deleted = 0) AS v"""
+
+    def page(condition: str) -> str:
+        return f"""{ordered}{keys} LEFT JOIN (
         SELECT room_id, session_id, first_message_index, forwarded_count,
             is_verified, session_data
         FROM e2e_room_keys
@@ -217,7 +218,9 @@ def _pages(string: str, integer: str, ordered: str = "") -> Pages:
         following=page(" AND (room_id, session_id) > (?, ?)"),
         first_of_room=page(" AND room_id = ?"),
         following_of_room=page(" AND room_id = ? AND session_id > ?"),
-        one=page(" AND room_id = ? AND session_id = ?"),
+        one=f"""{keys} LEFT JOIN e2e_room_keys AS k
+        ON k.user_id = ? AND k.version = ? AND k.room_id = ? AND k.session_id = ?
+        AND k.session_data <> 'null'""",
     )
 
 

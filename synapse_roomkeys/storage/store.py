@@ -317,8 +317,8 @@ class EndToEndRoomKeyStore:
         after: tuple[str, str] | None,
     ) -> KeyPage:
         pages = self._dialect.pages
-        statement, ids = _page_statement(pages, room_id, session_id, after)
-        txn.execute(statement, (user_id, version, user_id, version, *ids, PAGE_KEYS))
+        statement, further = _page_statement(pages, room_id, session_id, after)
+        txn.execute(statement, (user_id, version, user_id, version, *further))
         rows = txn.fetchall()
         if not rows:
             raise unknown_version()
@@ -432,15 +432,17 @@ def _page_statement(
     room_id: str | None,
     session_id: str | None,
     after: tuple[str, str] | None,
-) -> tuple[str, tuple[str, ...]]:
-    """The statement that gets a page, and the ids it takes."""
-    if room_id is None:
-        return (pages.first, ()) if after is None else (pages.following, after)
-    if session_id is not None:
+) -> tuple[str, tuple[str | int, ...]]:
+    """The statement that gets a page, and the parameters that it has of its own."""
+    if session_id is not None and room_id is not None:
         return pages.one, (room_id, session_id)
+    if room_id is not None:
+        if after is None:
+            return pages.first_of_room, (room_id, PAGE_KEYS)
+        return pages.following_of_room, (room_id, after[1], PAGE_KEYS)
     if after is None:
-        return pages.first_of_room, (room_id,)
-    return pages.following_of_room, (room_id, after[1])
+        return pages.first, (PAGE_KEYS,)
+    return pages.following, (*after, PAGE_KEYS)
 
 
 def _key_page(rows: list[tuple[Any, ...]]) -> KeyPage:

@@ -41,7 +41,8 @@ from ..servers import Synapse, User
 from ..servers.accounts import fetch
 
 CLIENT = "/_matrix/client/v3"
-ROOM_VERSIONS = ("10", "11", "12")
+#: Those of version 12 have ids without the name of a server.
+ROOM_VERSIONS = {"10", "11", "12"}
 
 _numbers = count()
 
@@ -81,6 +82,11 @@ class Device:
         answer = fetch(url, method=method, token=token, body=body)
         content: dict[str, Any] = json.loads(answer)
         return content
+
+    def room_versions(self) -> list[str]:
+        """Those that are tried here, as far as the server knows them."""
+        known = self.call("GET", "/capabilities")["capabilities"]["m.room_versions"]
+        return sorted(ROOM_VERSIONS & known["available"].keys())
 
     def create_room(self, version: str = "10") -> str:
         body = {"room_version": version}
@@ -143,7 +149,7 @@ def live(device: Device) -> History:
     version = device.create_backup(private)
     sessions: list[Session] = []
     said: dict[str, dict[str, list[str]]] = {}
-    for room_version in ROOM_VERSIONS:
+    for room_version in device.room_versions():
         room_id = device.create_room(room_version)
         senders = [device.sender(room_id) for _ in range(3)]
         sessions += [sender.session() for sender in senders]
@@ -197,7 +203,7 @@ def test_one_room_restores_its_messages(device: Device) -> None:
         sessions = restored({room_id: room}, history.private)
         assert decrypted(second, room_id, sessions) == (history.texts(room_id), 0)
         unread = [decrypted(second, o, sessions) for o in history.said if o != room_id]
-        assert unread == [([], 6), ([], 6)]
+        assert unread == [([], 6)] * (len(history.said) - 1) != []
 
 
 def test_one_session_restores_its_messages(device: Device) -> None:

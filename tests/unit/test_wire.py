@@ -48,7 +48,13 @@ class ParseUploadTests(SynchronousTestCase):
 
     def test_numbers_that_no_double_holds(self) -> None:
         """They are refused wherever they stand; digits in strings are just text."""
-        for number in (b"1e999", b"-1E+0400", b"[1.5e309]", b"9" * 400, b'{"a":2e308}'):
+        for number in (
+            b"1e999",
+            b"-1E+0400",
+            b"[1.5e309]",
+            b"9" * 5000,
+            b'{"a":2e308}',
+        ):
             self.assertRaises(
                 BadJsonError,
                 parse_upload,
