@@ -13,7 +13,8 @@ from .database import (
     postgres_database,
     sqlite_database,
 )
-from .store import PAGE_KEYS, EndToEndRoomKeyStore
+from .rows import PAGE_KEYS
+from .store import EndToEndRoomKeyStore
 
 __all__ = [
     "PAGE_KEYS",

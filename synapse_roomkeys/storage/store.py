@@ -1,11 +1,8 @@
 """The backups in the database: one transaction for each operation."""
 
 from collections.abc import Callable, Generator, Sequence
-from itertools import groupby
-from operator import itemgetter
 from typing import Any
 
-import attrs
 from twisted.internet.defer import Deferred, inlineCallbacks
 
 from ..errors import InvalidParamError, RoomKeysVersionError, unknown_version
@@ -13,18 +10,13 @@ from ..merge import merge
 from ..types import (
     BackupInfo,
     BackupState,
-    KeyMetadata,
     KeyPage,
     RoomKey,
-    RoomPart,
-    StoredKey,
     UploadResult,
 )
 from . import sql
 from .database import Database, Transaction
-
-#: How many keys a page of a download holds: about half a MiB of real ones.
-PAGE_KEYS = 500
+from .rows import Found, found_of, key_page, page_statement
 
 
 class EndToEndRoomKeyStore:
@@ -207,7 +199,7 @@ class EndToEndRoomKeyStore:
 
     def _find(
         self, txn: Transaction, user_id: str, version: int, keys: Sequence[RoomKey]
-    ) -> "_Found":
+    ) -> Found:
         """What a version holds of some sessions, and what it is like.
 
         Raises:
@@ -220,13 +212,7 @@ class EndToEndRoomKeyStore:
         rows = txn.fetchall()
         if not rows:
             raise unknown_version()
-        stored = {
-            (row[3], row[4]): StoredKey(_metadata(row[5:8]), bool(row[8]))
-            for row in rows
-            if row[3] is not None
-        }
-        etag, current, count = rows[0][:3]
-        return _Found(etag, current, count, stored)
+        return found_of(rows)
 
     def _claim(self, txn: Transaction, user_id: str, version: int, etag: int) -> bool:
         """Move a version's etag, and lock it until the commit, unless the etag is no
@@ -270,7 +256,7 @@ class EndToEndRoomKeyStore:
         txn: Transaction,
         user_id: str,
         version: int,
-        found: "_Found",
+        found: Found,
         added: int,
         changed: bool,
     ) -> BackupState:
@@ -317,12 +303,12 @@ class EndToEndRoomKeyStore:
         after: tuple[str, str] | None,
     ) -> KeyPage:
         pages = self._dialect.pages
-        statement, further = _page_statement(pages, room_id, session_id, after)
+        statement, further = page_statement(pages, room_id, session_id, after)
         txn.execute(statement, (user_id, version, user_id, version, *further))
         rows = txn.fetchall()
         if not rows:
             raise unknown_version()
-        return _key_page(rows)
+        return key_page(rows)
 
     def _delete_keys_txn(
         self,
@@ -409,58 +395,3 @@ class EndToEndRoomKeyStore:
 
     def _forget_user_txn(self, txn: Transaction, user_id: str) -> None:
         txn.execute(sql.FORGET_USER, (user_id,))
-
-
-@attrs.frozen
-class _Found:
-    """What a look at a version found.
-
-    Attributes:
-        current: the number of the user's current version.
-        count: of its keys, where it is cached.
-        stored: the sessions that were looked for, by room and session id.
-    """
-
-    etag: int
-    current: int
-    count: int | None
-    stored: dict[tuple[str, str], StoredKey]
-
-
-def _page_statement(
-    pages: sql.Pages,
-    room_id: str | None,
-    session_id: str | None,
-    after: tuple[str, str] | None,
-) -> tuple[str, tuple[str | int, ...]]:
-    """The statement that gets a page, and the parameters that it has of its own."""
-    if session_id is not None and room_id is not None:
-        return pages.one, (room_id, session_id)
-    if room_id is not None:
-        if after is None:
-            return pages.first_of_room, (room_id, PAGE_KEYS)
-        return pages.following_of_room, (room_id, after[1], PAGE_KEYS)
-    if after is None:
-        return pages.first, (PAGE_KEYS,)
-    return pages.following, (*after, PAGE_KEYS)
-
-
-def _key_page(rows: list[tuple[Any, ...]]) -> KeyPage:
-    if rows[0][0] is None:
-        return KeyPage((), None)
-    parts = tuple(
-        RoomPart(room_id, ",".join([row[2] for row in room]))
-        for room_id, room in groupby(rows, itemgetter(0))
-    )
-    return KeyPage(parts, rows[-1][:2] if len(rows) == PAGE_KEYS else None)
-
-
-def _metadata(row: Sequence[Any]) -> KeyMetadata:
-    """The three fields of a row, as far as they are what a key can have."""
-    index, forwarded, verified = row
-    is_verified = None if verified is None else bool(verified)
-    return KeyMetadata(_natural(index), _natural(forwarded), is_verified)
-
-
-def _natural(value: Any) -> int | None:
-    return value if isinstance(value, int) and value >= 0 else None

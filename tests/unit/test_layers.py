@@ -27,6 +27,7 @@ ORDER = [
     "config",
     "storage.sql",
     "storage.database",
+    "storage.rows",
     "storage.store",
     "storage",
     "handler",

@@ -1,0 +1,81 @@
+"""Rows of the database as values."""
+
+from collections.abc import Sequence
+from itertools import groupby
+from operator import itemgetter
+from typing import Any
+
+import attrs
+
+from ..types import KeyMetadata, KeyPage, RoomPart, StoredKey
+from . import sql
+
+#: How many keys a page of a download holds: about half a MiB of real ones.
+PAGE_KEYS = 500
+
+
+@attrs.frozen
+class Found:
+    """What a look at a version found.
+
+    Attributes:
+        current: the number of the user's current version.
+        count: of its keys, where it is cached.
+        stored: the sessions that were looked for, by room and session id.
+    """
+
+    etag: int
+    current: int
+    count: int | None
+    stored: dict[tuple[str, str], StoredKey]
+
+
+def found_of(rows: list[tuple[Any, ...]]) -> Found:
+    """What the rows of ``find_sessions`` say; there is at least one."""
+    etag, current, count = rows[0][:3]
+    stored = {
+        (row[3], row[4]): StoredKey(metadata(row[5:8]), bool(row[8]))
+        for row in rows
+        if row[3] is not None
+    }
+    return Found(etag, current, count, stored)
+
+
+def page_statement(
+    pages: sql.Pages,
+    room_id: str | None,
+    session_id: str | None,
+    after: tuple[str, str] | None,
+) -> tuple[str, tuple[str | int, ...]]:
+    """The statement that gets a page, and the parameters that it has of its own."""
+    if session_id is not None and room_id is not None:
+        return pages.one, (room_id, session_id)
+    if room_id is not None:
+        if after is None:
+            return pages.first_of_room, (room_id, PAGE_KEYS)
+        return pages.following_of_room, (room_id, after[1], PAGE_KEYS)
+    if after is None:
+        return pages.first, (PAGE_KEYS,)
+    return pages.following, (*after, PAGE_KEYS)
+
+
+def key_page(rows: list[tuple[Any, ...]]) -> KeyPage:
+    """A page of the rows of a download; there is at least one."""
+    if rows[0][0] is None:
+        return KeyPage((), None)
+    parts = tuple(
+        RoomPart(room_id, ",".join([row[2] for row in room]))
+        for room_id, room in groupby(rows, itemgetter(0))
+    )
+    return KeyPage(parts, rows[-1][:2] if len(rows) == PAGE_KEYS else None)
+
+
+def metadata(row: Sequence[Any]) -> KeyMetadata:
+    """The three fields of a row, as far as they are what a key can have."""
+    index, forwarded, verified = row
+    is_verified = None if verified is None else bool(verified)
+    return KeyMetadata(natural(index), natural(forwarded), is_verified)
+
+
+def natural(value: Any) -> int | None:
+    return value if isinstance(value, int) and value >= 0 else None
