@@ -29,6 +29,11 @@ def as_it_is(deferred: "Deferred[T]") -> "Deferred[T]":
     return deferred
 
 
+def at_once(call: "Callable[..., Deferred[T]]", *args: Any) -> "Deferred[T]":
+    """The ``background`` of a host that follows no log contexts."""
+    return call(*args)
+
+
 class Clock:
     """The host's time, and the one way to wait for a Deferred of our own.
 
@@ -42,18 +47,26 @@ class Clock:
         self,
         reactor: ReactorTime,
         yieldable: "Callable[[Deferred[Any]], Deferred[Any]]" = as_it_is,
+        background: "Callable[..., Deferred[Any]]" = at_once,
     ) -> None:
         """
         Args:
             yieldable: what the host does to a Deferred before it is waited for:
                 Synapse's ``make_deferred_yieldable``.
+            background: how the host makes a call that isn't waited for at once:
+                Synapse's ``run_in_background``.
         """
         self._reactor = reactor
         self._yieldable = yieldable
+        self._background = background
 
     def wait(self, deferred: "Deferred[T]") -> "Deferred[T]":
         """A Deferred that fires as the given one does, in the waiter's context."""
         return self._yieldable(deferred)
+
+    def begin(self, call: "Callable[..., Deferred[T]]", *args: Any) -> "Deferred[T]":
+        """Make a call whose Deferred is waited for later, through `wait`."""
+        return self._background(call, *args)
 
     def call_later(self, seconds: float, call: Callable[[], object]) -> DelayedCall:
         """Have the reactor call something, outside of any request's context."""

@@ -34,13 +34,17 @@ class KeyPages:
     """
 
     def __init__(
-        self, fetch: "Callable[[tuple[str, str] | None], Deferred[KeyPage]]"
+        self,
+        fetch: "Callable[[tuple[str, str] | None], Deferred[KeyPage]]",
+        clock: Clock,
     ) -> None:
         """
         Args:
             fetch: gets the page after a key, or the first one.
         """
         self._fetch = fetch
+        self._clock = clock
+        self._next: Deferred[KeyPage] | None = None
         self.page = KeyPage((), None)
 
     @property
@@ -48,14 +52,25 @@ class KeyPages:
         """Whether there are no more keys after those at hand."""
         return self.page.last is None
 
+    def begin_next(self) -> "Deferred[KeyPage]":
+        """Have the next page fetched, while something else is done."""
+        self._next = self._clock.begin(self._fetch, self.page.last)
+        return self._next
+
     @inlineCallbacks
     def advance(self) -> "Generator[Deferred[Any], Any, None]":
-        """Get the next page.
+        """Take the next page, once it is fetched.
 
         Raises:
             NotFoundError: the version is not there, or no longer.
         """
-        self.page = yield self._fetch(self.page.last)
+        fetched, self._next = self._next or self.begin_next(), None
+        self.page = yield self._clock.wait(fetched)
+
+    def abandon(self) -> None:
+        """Have the page that is being fetched, if any is, come to nothing."""
+        if self._next is not None:
+            self._next.addErrback(lambda _: None)
 
 
 class E2eRoomKeysHandler:
@@ -70,6 +85,7 @@ class E2eRoomKeysHandler:
         self, store: EndToEndRoomKeyStore, clock: Clock, limits: Limits
     ) -> None:
         self._store = store
+        self._clock = clock
         waiting = limits.max_waiting_requests
         self._reads = UserQueues(clock, READS_AT_ONCE, waiting)
         self._writes = UserQueues(clock, 1, waiting)
@@ -96,7 +112,7 @@ class E2eRoomKeysHandler:
                 *(user_id, number, room_id, session_id, after),
             )
 
-        pages = KeyPages(fetch)
+        pages = KeyPages(fetch, self._clock)
         yield pages.advance()
         return pages
 

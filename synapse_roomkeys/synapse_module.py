@@ -15,7 +15,11 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import attrs
 from synapse import rest
-from synapse.module_api import ModuleApi, make_deferred_yieldable
+from synapse.module_api import (
+    ModuleApi,
+    make_deferred_yieldable,
+    run_in_background,
+)
 from synapse.module_api.errors import ConfigError
 from synapse.rest.client import room_keys
 from synapse.storage.database import make_conn
@@ -62,7 +66,9 @@ class RoomKeysModule:
         hs, database = _internals(api)
         engine = _engine(database)
         _prepare_database(hs, database, engine)
-        self._clock = Clock(hs.get_reactor(), make_deferred_yieldable)
+        self._clock = Clock(
+            hs.get_reactor(), make_deferred_yieldable, run_in_background
+        )
         self._store = EndToEndRoomKeyStore(
             RetryingDatabase(ModuleApiDatabase(api), engine, self._clock),
             engine.dialect,

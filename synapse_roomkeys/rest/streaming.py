@@ -117,13 +117,17 @@ def stream_pages(
 ) -> "Generator[Deferred[Any], Any, None]":
     """Write the keys of a download, page by page, or break the connection.
 
+    While one page is written, the next is fetched.
+
     Args:
         pages: the first page at hand.
     """
     try:
         while True:
-            yield writer.ready()
+            if not pages.is_last:
+                pages.begin_next()
             chunk = encoder.encode(pages.page)
+            yield writer.ready()
             writer.write(chunk)
             metrics.download_bytes.inc(len(chunk))
             if pages.is_last:
@@ -142,3 +146,5 @@ def stream_pages(
         metrics.broken_downloads.labels("server").inc()
         logger.exception("Download broken off")
         writer.abort()
+    finally:
+        pages.abandon()
