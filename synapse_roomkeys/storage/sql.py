@@ -114,13 +114,12 @@ _LOCK_VERSION = """
     WHERE user_id = ? AND version = ?"""
 
 _FIND_SESSIONS = f"""
-    SELECT b.etag, b.current_version, b.key_count, k.*
-    FROM (SELECT COALESCE(v.etag, 0) AS etag, ({CURRENT_VERSION}) AS current_version,
-        ({_CACHED_COUNT.format(version="v.version", etag="COALESCE(v.etag, 0)")})
-            AS key_count
+    WITH b AS MATERIALIZED (
+        SELECT COALESCE(v.etag, 0), ({CURRENT_VERSION}),
+            ({_CACHED_COUNT.format(version="v.version", etag="COALESCE(v.etag, 0)")})
         FROM e2e_room_keys_versions AS v
-        WHERE v.user_id = ? AND v.version = ? AND v.deleted = 0) AS b
-    LEFT JOIN ({{lookup}}) AS k ON TRUE"""
+        WHERE v.user_id = ? AND v.version = ? AND v.deleted = 0)
+    SELECT b.*, k.* FROM b LEFT JOIN ({{lookup}}) AS k ON TRUE"""
 
 _FOUND = """k.room_id, k.session_id, k.first_message_index, k.forwarded_count,
         k.is_verified, k.session_data <> 'null'"""
