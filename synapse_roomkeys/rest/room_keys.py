@@ -113,15 +113,12 @@ class RoomKeysServlet(RestServlet):
             if not pages.page.parts:
                 raise no_room_keys()
             return 200, encode_key(pages.page.parts[0])
-        encoder = BackupEncoder(with_rooms=room_id is None)
-        if pages.is_last:
-            return 200, encoder.encode(pages.page) + encoder.finish()
         set_headers(request, b"application/json")
         if request.method == b"HEAD":
             request.finish()
             return None
         writer = PacedWriter(request, self.hs.clock, self.hs.stalled_download_seconds)
-        yield stream_pages(writer, pages, encoder)
+        yield stream_pages(writer, pages, BackupEncoder(with_rooms=room_id is None))
         return None
 
     @inlineCallbacks

@@ -117,7 +117,9 @@ def stream_pages(
 ) -> "Generator[Deferred[Any], Any, None]":
     """Write the keys of a download, page by page, or break the connection.
 
-    While one page is written, the next is fetched.
+    While one page is written, the next is fetched. The answer isn't ended before the
+    last page is taken: from then on the server waits a minute for the connection's next
+    request and drops it, with what a slow reader hasn't read (twisted/twisted#12498).
 
     Args:
         pages: the first page at hand.
@@ -127,13 +129,15 @@ def stream_pages(
             if not pages.is_last:
                 pages.begin_next()
             chunk = encoder.encode(pages.page)
+            if pages.is_last:
+                chunk += encoder.finish()
             yield writer.ready()
             writer.write(chunk)
             metrics.download_bytes.inc(len(chunk))
             if pages.is_last:
                 break
             yield pages.advance()
-        writer.write(encoder.finish())
+        yield writer.ready()
         writer.finish()
     except Disconnected as error:
         metrics.broken_downloads.labels("client").inc()

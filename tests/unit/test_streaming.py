@@ -79,6 +79,15 @@ class DownloadTests(SynchronousTestCase):
         transport.take_more()
         self.assertEqual(read_answer(transport.value(), "GET").status, 200)
 
+    def test_the_answer_ends_when_the_last_page_is_taken(self) -> None:
+        """A slow reader isn't taken for an idle connection while it has yet to read."""
+        transport = self.begin(path="/keys/!room1", slow=True)
+        self.assertIn(b'"s0006"', transport.value())
+        self.assertFalse(transport.value().endswith(b"0\r\n\r\n"))
+        transport.take_more()
+        answer = read_answer(transport.value(), "GET")
+        self.assertEqual(answer.json, {"sessions": ROOMS["!room1"]})
+
     def test_a_reader_that_stops_is_dropped(self) -> None:
         """After the set time, the connection of a client that reads nothing breaks."""
         transport = self.begin(slow=True)
