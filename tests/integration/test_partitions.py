@@ -1,0 +1,299 @@
+"""The plugin on tables that are partitioned by user: each statement goes to one."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any, TypeVar
+
+import attrs
+import psycopg2
+import pytest
+from twisted.internet.defer import Deferred, inlineCallbacks
+
+from synapse_roomkeys.storage import (
+    EndToEndRoomKeyStore,
+    PoolDatabase,
+    Transaction,
+    check_tables,
+    create_tables,
+    sql,
+)
+from synapse_roomkeys.types import KeyMetadata, KeyPage, RoomKey
+
+from ..servers import PostgresServer
+from ..sites import Backend
+from . import test_contract
+
+Steps = Generator[Deferred[Any], Any, None]
+T = TypeVar("T")
+
+PARTITIONS = 16
+TABLES = ("e2e_room_keys", "e2e_room_keys_versions", "roomkeys_counts")
+#: As the plugin makes them, index by index, but partitioned.
+PARTITIONED = """
+    CREATE TABLE e2e_room_keys (
+        user_id TEXT NOT NULL, room_id TEXT NOT NULL, session_id TEXT NOT NULL,
+        version BIGINT NOT NULL, first_message_index INT, forwarded_count INT,
+        is_verified BOOLEAN, session_data TEXT NOT NULL
+    ) PARTITION BY HASH (user_id);
+    CREATE UNIQUE INDEX e2e_room_keys_with_version_idx
+        ON e2e_room_keys (user_id, version, room_id, session_id);
+    CREATE TABLE e2e_room_keys_versions (
+        user_id TEXT NOT NULL, version BIGINT NOT NULL, algorithm TEXT NOT NULL,
+        auth_data TEXT NOT NULL, deleted SMALLINT DEFAULT 0 NOT NULL, etag BIGINT
+    ) PARTITION BY HASH (user_id);
+    CREATE UNIQUE INDEX e2e_room_keys_versions_idx
+        ON e2e_room_keys_versions (user_id, version);
+    CREATE TABLE roomkeys_counts (
+        user_id TEXT NOT NULL, version BIGINT NOT NULL, etag BIGINT NOT NULL,
+        key_count BIGINT NOT NULL, counted_ts BIGINT NOT NULL,
+        PRIMARY KEY (user_id, version)
+    ) PARTITION BY HASH (user_id)"""
+PARTITION = """
+    CREATE TABLE {table}_{number} PARTITION OF {table}
+        FOR VALUES WITH (MODULUS {partitions}, REMAINDER {number})"""
+
+#: The partitions that the transaction has locked, and so read or written, so far.
+LOCKED = """
+    SELECT relation::regclass::text FROM pg_locks JOIN pg_inherits
+    ON inhrelid = relation WHERE pid = pg_backend_pid()"""
+RELATIONS = """
+    SELECT relname, relkind FROM pg_class
+    WHERE relnamespace = 'public'::regnamespace AND NOT relispartition"""
+
+# The contract, on the backend below.
+test_own_site = test_contract.test_own_site
+
+
+@pytest.fixture(scope="module")
+def backend(postgres: PostgresServer) -> Backend:
+    """A new database with tables that are partitioned."""
+    arguments = postgres.create_database()
+    with closing(psycopg2.connect(**arguments)) as connection:
+        with connection.cursor() as cursor:
+            cursor.execute(PARTITIONED)
+            for table in TABLES:
+                for number in range(PARTITIONS):
+                    cursor.execute(
+                        PARTITION.format(
+                            table=table, number=number, partitions=PARTITIONS
+                        )
+                    )
+        connection.commit()
+    return Backend("partitioned", arguments, Path())
+
+
+@pytest.fixture
+def database(backend: Backend) -> Iterator[PoolDatabase]:
+    """Connections to it."""
+    database = backend.connect()
+    yield database
+    database.close()
+
+
+@attrs.frozen
+class Sent:
+    """A statement that was sent.
+
+    Attributes:
+        touched: the partitions that it read or wrote.
+    """
+
+    statement: str
+    touched: frozenset[str]
+
+    @property
+    def numbers(self) -> dict[str, list[str]]:
+        """The numbers of the partitions by table."""
+        numbers: dict[str, list[str]] = {}
+        for partition in self.touched:
+            table, _, number = partition.rpartition("_")
+            numbers.setdefault(table, []).append(number)
+        return numbers
+
+
+class Explained:
+    """A transaction that has each statement explained just before it is run."""
+
+    def __init__(self, txn: Transaction, sent: list[Sent]) -> None:
+        self._txn = txn
+        self._sent = sent
+
+    @property
+    def rowcount(self) -> int:
+        """As `Transaction.rowcount`."""
+        return self._txn.rowcount
+
+    @property
+    def description(self) -> Any:
+        """As `Transaction.description`."""
+        return self._txn.description
+
+    def execute(self, statement: str, parameters: Any = ()) -> Any:
+        """As `Transaction.execute`, but twice, the first time for nothing."""
+        *settings, query = statement.split(";")
+        if query.split()[0] != "SET":
+            touched = self._explain(settings, query, parameters)
+            self._sent.append(Sent(statement, frozenset(touched)))
+        return self._txn.execute(statement, parameters)
+
+    def fetchone(self) -> Any:
+        """As `Transaction.fetchone`."""
+        return self._txn.fetchone()
+
+    def fetchall(self) -> list[tuple[Any, ...]]:
+        """As `Transaction.fetchall`."""
+        return self._txn.fetchall()
+
+    def _explain(self, settings: list[str], query: str, parameters: Any) -> set[str]:
+        """The partitions that a statement touches: those in its plan, and those that
+        it locks, as the plan of an INSERT doesn't say where the rows go."""
+        self._txn.execute("SAVEPOINT explained")
+        for setting in settings:
+            self._txn.execute(setting)
+        self._txn.execute(f"EXPLAIN (ANALYZE, FORMAT JSON) {query}", parameters)
+        planned = set(relations_of(self._txn.fetchone()[0]))
+        self._txn.execute(LOCKED)
+        locked = {row[0] for row in self._txn.fetchall()}
+        self._txn.execute("ROLLBACK TO SAVEPOINT explained")
+        return {name for name in planned | locked if is_partition(name)}
+
+
+@attrs.frozen
+class ExplainedDatabase:
+    """A database that keeps what is sent to it."""
+
+    database: PoolDatabase
+    sent: list[Sent] = attrs.field(factory=list)
+
+    def run(
+        self, desc: str, function: Callable[..., T], *args: Any, **kwargs: Any
+    ) -> Deferred[T]:
+        """As `Database.run`."""
+
+        def explained(txn: Transaction) -> T:
+            return function(Explained(txn, self.sent), *args, **kwargs)
+
+        return self.database.run(desc, explained)
+
+
+def relations_of(plan: Any) -> Iterator[str]:
+    """The relations that a plan has anywhere in it."""
+    if isinstance(plan, list):
+        for part in plan:
+            yield from relations_of(part)
+    elif isinstance(plan, dict):
+        if "Relation Name" in plan:
+            yield plan["Relation Name"]
+        yield from relations_of(list(plan.values()))
+
+
+def is_partition(relation: str) -> bool:
+    """Whether a relation is a partition of a table, not of an index."""
+    table, _, number = relation.rpartition("_")
+    return table in TABLES and number.isdecimal()
+
+
+def named(statement: str) -> set[str]:
+    """The tables that a statement names."""
+    return {table for table in TABLES if re.search(rf"\b{table}\b", statement)}
+
+
+def all_statements() -> set[str]:
+    """Every statement there is in the plugin, but for those of its start."""
+    everywhere = {
+        value
+        for name, value in vars(sql).items()
+        if name.isupper() and not name.startswith("_") and isinstance(value, str)
+    }
+    own = sql.POSTGRES
+    locks = {own.lock_version, own.find_sessions, own.write_keys}
+    return (everywhere - {sql.COLUMNS}) | locks | set(attrs.astuple(own.pages))
+
+
+def keys(index: int, count: int, room_id: str = "!room") -> list[RoomKey]:
+    """Keys of one room, of sessions that are the same each time."""
+    metadata = KeyMetadata(index, 0, False)
+    return [RoomKey(room_id, f"{i}", metadata, '"secret"') for i in range(count)]
+
+
+@inlineCallbacks
+def upload_and_download(store: EndToEndRoomKeyStore, user: str, version: int) -> Steps:
+    """New keys, better ones and equal ones, and each kind of download."""
+    for index, room_id in ((5, "!room"), (5, "!other"), (4, "!room"), (4, "!room")):
+        yield store.upload_keys(user, version, keys(index, 600, room_id))
+    page: KeyPage
+    for of_room in (None, "!room"):
+        page = yield store.get_page(user, version, of_room, None, None)
+        assert page.last is not None
+        yield store.get_page(user, version, of_room, None, page.last)
+    page = yield store.get_page(user, version, "!room", "7", None)
+    assert [part.room_id for part in page.parts] == ["!room"]
+
+
+@inlineCallbacks
+def do_everything(store: EndToEndRoomKeyStore, user: str) -> Steps:
+    """Every operation there is, with whatever it depends on this way and that."""
+    version: int = yield store.create_version(user, "algorithm", "{}")
+    yield upload_and_download(store, user, version)
+    yield store.get_info(user, version)
+    yield store.update_version(user, version, "algorithm", '{"a": 1}')
+    for room_id, session_id in (("!room", "7"), ("!room", None), (None, None)):
+        _, deleted = yield store.delete_keys(user, version, room_id, session_id)
+        assert deleted
+    newer: int = yield store.create_version(user, "algorithm", "{}")
+    assert newer > version
+    yield store.get_info(user, None)
+    assert (yield store.delete_version(user, newer))
+    yield store.forget_user(user)
+
+
+@inlineCallbacks
+def test_partitioned_tables_are_taken_as_they_are(
+    backend: Backend, database: PoolDatabase
+) -> Steps:
+    """The plugin finds nothing missing in partitioned tables and adds nothing."""
+    before = yield database.run("relations", relations)
+    assert {name for name, kind in before if kind == "p"} == set(TABLES)
+    yield database.run("create", create_tables, backend.engine, True)
+    problem: str | None = yield database.run("check", check_tables, backend.engine)
+    assert problem is None
+    after = yield database.run("relations", relations)
+    assert after == before
+
+
+@inlineCallbacks
+def test_each_statement_touches_one_partition(
+    backend: Backend, database: PoolDatabase
+) -> Steps:
+    """Every statement of the plugin reads and writes one partition of each table that
+    it names, the same for all of a user's rows."""
+    explained = ExplainedDatabase(database)
+    store = EndToEndRoomKeyStore(explained, backend.engine.dialect, time.time)
+    homes: set[str] = set()
+    for i in range(8):
+        first = len(explained.sent)
+        yield do_everything(store, f"@user{i}:test.example")
+        (home,) = {check(sent) for sent in explained.sent[first:]}
+        homes.add(home)
+    assert len(homes) > 1
+    assert {sent.statement for sent in explained.sent} == all_statements()
+
+
+def check(sent: Sent) -> str:
+    """The number of the only partition that a statement touched, of each table."""
+    tables = named(sent.statement)
+    assert tables, sent.statement
+    (home,) = {tuple(numbers) for numbers in sent.numbers.values()}
+    assert len(home) == 1 and tables <= sent.numbers.keys(), sent
+    return home[0]
+
+
+def relations(txn: Transaction) -> set[tuple[Any, ...]]:
+    """The tables and indexes that are no partitions, and of which kind they are."""
+    txn.execute(RELATIONS)
+    return set(txn.fetchall())
