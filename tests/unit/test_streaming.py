@@ -68,7 +68,7 @@ class DownloadTests(SynchronousTestCase):
         self.assertEqual(self.host.database.transactions, 1)
 
     def test_no_page_is_written_before_the_one_before_it_was_taken(self) -> None:
-        """A slow reader has two pages waiting for it, and the rest stays where it is."""
+        """A slow reader has two pages waiting for it; the rest stays where it is."""
         transport = self.begin(slow=True)
         sizes = [len(transport.value())]
         for _ in range(PAGES - 1):

@@ -1,0 +1,1 @@
+"""How fast the module is beside the built-in endpoints and the physical limit."""

@@ -1,0 +1,115 @@
+"""The two plots of a run."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from .results import LIMIT, PLUGIN, STOCK, Results
+
+_COLOURS = {STOCK: "tab:red", PLUGIN: "tab:blue", LIMIT: "tab:gray"}
+_MARKERS = {STOCK: "o", PLUGIN: "s", LIMIT: "^"}
+_OPERATIONS = {
+    "upload_one": "upload of one new key",
+    "look": "GET version",
+    "upload": "upload of 200 new keys",
+}
+_KINDS = {"upload": "single upload", "whoami": "GET whoami"}
+_STYLES = {"idle": ":", "restoring": "-"}
+
+
+def plot(directory: Path, results: Results) -> None:
+    """Draw what the rows that were run allow."""
+    if results.points:
+        _cost(results).savefig(directory / "cost.png", dpi=130)
+    if results.latencies:
+        _restore(results).savefig(directory / "restore.png", dpi=130)
+
+
+def _cost(results: Results) -> Figure:
+    """Draw what operations cost against the size of the backup."""
+    figure = Figure(figsize=(12, 4.2), layout="constrained")
+    panels = figure.subplots(1, len(_OPERATIONS))
+    largest = max(point.keys for point in results.points)
+    ticks = [0, *(largest // 10**power for power in (3, 2, 1, 0))]
+    for axes, (operation, title) in zip(panels, _OPERATIONS.items(), strict=True):
+        for subject in _COLOURS:
+            _curve(axes, results, operation, subject)
+        axes.set_xscale("symlog", linthresh=ticks[1], linscale=0.5)
+        axes.set_yscale("log")
+        axes.set_xlim(-ticks[1] / 10, largest * 1.5)
+        axes.set_xticks(ticks, [_short(tick) for tick in ticks], minor=False)
+        axes.set_title(title)
+        axes.set_xlabel("keys in the backup")
+        axes.grid(True, which="both", alpha=0.25)
+    panels[0].set_ylabel("median ms a request (bars: quartiles)")
+    panels[0].legend()
+    return figure
+
+
+def _short(count: int) -> str:
+    """Write a number of keys with few letters."""
+    for size, letter in ((1_000_000, "M"), (1_000, "k")):
+        if count >= size:
+            return f"{count / size:g}{letter}"
+    return str(count)
+
+
+def _curve(axes: Axes, results: Results, operation: str, subject: str) -> None:
+    """Draw one server's medians and quartiles."""
+    points = sorted(
+        (point.keys, point.milliseconds)
+        for point in results.points
+        if (point.operation, point.subject) == (operation, subject)
+    )
+    if not points:
+        return
+    medians = [summary.median for _, summary in points]
+    axes.errorbar(
+        [keys for keys, _ in points],
+        medians,
+        yerr=[
+            [summary.median - summary.q1 for _, summary in points],
+            [summary.q3 - summary.median for _, summary in points],
+        ],
+        color=_COLOURS[subject],
+        marker=_MARKERS[subject],
+        capsize=3,
+        label=subject,
+    )
+
+
+def _restore(results: Results) -> Figure:
+    """Draw how many requests of others took longer than what."""
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    panels = figure.subplots(1, len(_KINDS), sharey=True)
+    for axes, (kind, title) in zip(panels, _KINDS.items(), strict=True):
+        for name, samples in results.latencies.items():
+            measured, subject, situation = name.split("/")
+            if measured == kind:
+                _exceedance(axes, samples, subject, situation)
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_title(f"another user's {title}")
+        axes.set_xlabel("ms")
+        axes.grid(True, which="both", alpha=0.25)
+    panels[0].set_ylabel("share of requests that took longer")
+    panels[0].legend()
+    return figure
+
+
+def _exceedance(
+    axes: Axes, samples: Sequence[float], subject: str, situation: str
+) -> None:
+    """Draw the share of samples beyond each of them."""
+    ordered = sorted(samples)
+    shares = [1 - index / len(ordered) for index in range(len(ordered))]
+    axes.step(
+        ordered,
+        shares,
+        where="post",
+        color=_COLOURS[subject],
+        linestyle=_STYLES[situation],
+        label=f"{subject}, {situation}",
+    )

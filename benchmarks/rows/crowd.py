@@ -1,0 +1,69 @@
+"""Many users who upload at once."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+from ..backups import Backup
+from ..client import Connection
+from ..keys import BATCH, Key
+from ..results import Results, compare
+from ..sampling import interleave
+from ..stage import Stage
+
+USERS = 16
+_BATCHES = 3
+
+Lots = Sequence[Sequence[Sequence[Key]]]
+
+
+def users(stage: Stage, results: Results) -> None:
+    """Have several users upload batches of new keys over a connection each."""
+    backups = [stage.backup(0) for _ in range(USERS)]
+    each = 1 if stage.plan.quick else _BATCHES
+    samplers: dict[str, Callable[[Lots], float]] = {
+        name: partial(_upload_all, [every[name] for every in backups])
+        for name in stage.subjects
+    }
+    rates = interleave(samplers, _lots(stage, each))
+    title = f"{USERS} users, {BATCH} new keys an upload"
+    results.lines.append(
+        compare(
+            "6",
+            title,
+            "keys/s",
+            rates,
+            goal=stage.speedup(2),
+            more_is_better=True,
+        )
+    )
+    stage.settle()
+
+
+def _lots(stage: Stage, each: int) -> Iterator[Lots]:
+    """Make the keys of one round for all users."""
+    for _ in range(stage.plan.rounds * 2):
+        yield [list(stage.source.batches(each)) for _ in range(USERS)]
+
+
+def _upload_all(backups: Sequence[Backup], lots: Lots) -> float:
+    """Upload every user's batches at once; return keys per second."""
+    requests = [
+        [backup.upload(keys) for keys in batches]
+        for backup, batches in zip(backups, lots, strict=True)
+    ]
+    connections = [Connection(backup.subject.port) for backup in backups]
+    with ThreadPoolExecutor(USERS) as pool:
+        start = time.perf_counter()
+        list(pool.map(_upload, connections, requests))
+        seconds = time.perf_counter() - start
+    for connection in connections:
+        connection.close()
+    return sum(map(len, requests)) * BATCH / seconds
+
+
+def _upload(connection: Connection, requests: Sequence[bytes]) -> None:
+    """Upload one user's batches one after the other."""
+    for request in requests:
+        connection.send(request)
