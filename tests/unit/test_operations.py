@@ -176,6 +176,19 @@ class OldRowTests(Operations):
             {"!a": {"n": nothing, "t": nothing, "": key(3, 2, True, {"a": 1})}},
         )
 
+    def test_what_no_client_could_upload_comes_back(self) -> None:
+        """Whatever JSON an old row holds is handed out as it is, alone and with all."""
+        odd = {"s": '"\\ud800"', "n": "[" * 5000 + "]" * 5000, "e": "1e999"}
+        for session, data in odd.items():
+            self.put_row(session, (0, 0, True), data)
+            path = keys_path(self.version, "!a", session)
+            answer = self.successResultOf(self.client.get(path))
+            self.assertEqual(answer.status, 200)
+            self.assertIn(data.encode(), answer.body)
+        answer = self.successResultOf(self.client.get(keys_path(self.version)))
+        for data in odd.values():
+            self.assertIn(data.encode(), answer.body)
+
     def test_a_null_session_is_not_there(self) -> None:
         """Session data of JSON null is not handed out, and any key takes its place."""
         self.put_row("s", (0, 0, True), "null")
