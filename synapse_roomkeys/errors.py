@@ -57,6 +57,27 @@ class MissingParamError(RoomKeysError):
     errcode = "M_MISSING_PARAM"
 
 
+class TokenError(RoomKeysError):
+    """The request has no access token, or one whose user isn't let in."""
+
+    def __init__(
+        self, code: int, errcode: str, msg: str, soft_logout: bool | None = None
+    ) -> None:
+        """
+        Args:
+            soft_logout: whether the client may keep its data and log in again, where
+                the homeserver says it.
+        """
+        super().__init__(msg)
+        self.code = code
+        self.errcode = errcode
+        self.soft_logout = soft_logout
+
+    def error_dict(self) -> dict[str, Any]:
+        soft = {} if self.soft_logout is None else {"soft_logout": self.soft_logout}
+        return {**super().error_dict(), **soft}
+
+
 class NoVersionToDeleteError(RoomKeysError):
     """``DELETE /room_keys/version`` without a version, a 400 as the original's."""
 
@@ -118,6 +139,24 @@ class TooLargeError(RoomKeysError):
     errcode = "M_TOO_LARGE"
 
 
+class UserLimitError(RoomKeysError):
+    """The user's backups are as large as the operator lets them become.
+
+    The status and the members are those of ``M_USER_LIMIT_EXCEEDED`` in the
+    specification ("Common error codes", from MSC4335).
+    """
+
+    code = 403
+    errcode = "M_USER_LIMIT_EXCEEDED"
+    #: Where a client can send its user to read on.
+    info_uri = (
+        "https://spec.matrix.org/latest/client-server-api/#server-side-key-backups"
+    )
+
+    def error_dict(self) -> dict[str, Any]:
+        return {**super().error_dict(), "info_uri": self.info_uri}
+
+
 class LimitExceededError(RoomKeysError):
     """Too many requests of one user are waiting already."""
 
@@ -140,7 +179,7 @@ class LimitExceededError(RoomKeysError):
 
 
 class UnavailableError(RoomKeysError):
-    """The database is away, and was still away after some seconds of trying."""
+    """The database or the homeserver is away, after some seconds of trying."""
 
     code = 503
 

@@ -129,6 +129,7 @@ class E2eRoomKeysHandler:
         Raises:
             NotFoundError: there is no such version.
             RoomKeysVersionError: it isn't the current one.
+            UserLimitError: the user's backups would get too large.
         """
         number = wire.parse_version(version)
         result: UploadResult = yield self._writes.run(

@@ -45,12 +45,14 @@ class MergePlan:
         stored: how many of them are new.
         replaced: the keys that the others take the place of.
         kept: how many uploaded keys lose against the stored ones.
+        added_bytes: how much longer all the ``session_data`` gets.
     """
 
     writes: tuple[RoomKey, ...]
     stored: int
     replaced: tuple[Replacement, ...]
     kept: int
+    added_bytes: int
 
 
 def merge(
@@ -64,16 +66,24 @@ def merge(
     """
     writes: list[RoomKey] = []
     replaced: list[Replacement] = []
-    kept = 0
+    kept = added_bytes = 0
     for key in uploaded:
         old: StoredKey | None = stored.get((key.room_id, key.session_id))
         if old is None:
             writes.append(key)
+            added_bytes += size(key.session_data)
         elif is_better(key.metadata, old):
             writes.append(key)
+            added_bytes += size(key.session_data) - old.size
             replaced.append(
                 Replacement(key.room_id, key.session_id, old.metadata, key.metadata)
             )
         else:
             kept += 1
-    return MergePlan(tuple(writes), len(writes) - len(replaced), tuple(replaced), kept)
+    stored_keys = len(writes) - len(replaced)
+    return MergePlan(tuple(writes), stored_keys, tuple(replaced), kept, added_bytes)
+
+
+def size(text: str) -> int:
+    """The bytes that a text has in UTF-8. Most are ASCII, which Python remembers."""
+    return len(text) if text.isascii() else len(text.encode())

@@ -35,10 +35,11 @@ from .storage import (
     EndToEndRoomKeyStore,
     Engine,
     RetryingDatabase,
+    SchemaError,
     Transaction,
     check_tables,
-    create_tables,
     postgres,
+    upgrade_tables,
 )
 from .types import Limits, Requester
 from .version import __version__
@@ -73,6 +74,7 @@ class RoomKeysModule:
             RetryingDatabase(ModuleApiDatabase(api), engine, self._clock),
             engine.dialect,
             time.time,
+            config.limits,
         )
         self._handler = E2eRoomKeysHandler(self._store, self._clock, config.limits)
         api.register_third_party_rules_callbacks(
@@ -247,7 +249,8 @@ def _prepare_database(hs: Any, database: Any, engine: Engine) -> None:
     It holds up the start for the few milliseconds that this takes.
 
     Raises:
-        ConfigError: Synapse's tables aren't as expected.
+        ConfigError: Synapse's tables aren't as expected, or the plugin's are those of
+            a later version.
     """
     arguments: dict[str, Any] = {
         "db_config": database._database_config,
@@ -262,8 +265,10 @@ def _prepare_database(hs: Any, database: Any, engine: Engine) -> None:
         problem = check_tables(txn, engine)
         connection.rollback()
         if problem is None:
-            create_tables(txn, engine, own_backups=False)
+            upgrade_tables(txn, engine, homeserver_tables=False)
             connection.commit()
+    except SchemaError as error:
+        problem = str(error)
     finally:
         connection.close()
     if problem is not None:

@@ -50,10 +50,12 @@ class StoredKey:
 
     Attributes:
         has_session_data: False for an old row whose ``session_data`` is JSON null.
+        size: of its ``session_data``, in bytes.
     """
 
     metadata: KeyMetadata
     has_session_data: bool
+    size: int
 
 
 @attrs.frozen
@@ -141,15 +143,20 @@ class UploadResult:
 
 @attrs.frozen
 class Limits:
-    """What is refused for its size. No honest client meets one of them.
+    """What is refused for its size. No honest client meets the defaults.
 
     Attributes:
         max_body_bytes: of a request's body.
         max_session_data_bytes: of one ``session_data``; a real one has about 1 KiB.
         max_waiting_requests: of one user in one process, before the next is
             answered 429.
+        max_user_keys: in all of a user's backups together; None for any number.
+        max_user_bytes: of ``session_data`` in all of a user's backups together; None
+            for any number.
     """
 
     max_body_bytes: int = 10 * 1024 * 1024
     max_session_data_bytes: int = 64 * 1024
     max_waiting_requests: int = 5000
+    max_user_keys: int | None = None
+    max_user_bytes: int | None = None

@@ -20,7 +20,7 @@ from synapse_roomkeys import E2eRoomKeysHandler, register_servlets
 from synapse_roomkeys.clock import Clock
 from synapse_roomkeys.errors import RoomKeysError
 from synapse_roomkeys.rest import JsonResource
-from synapse_roomkeys.storage import SQLITE, EndToEndRoomKeyStore, create_tables
+from synapse_roomkeys.storage import SQLITE, EndToEndRoomKeyStore, upgrade_tables
 from synapse_roomkeys.types import Limits, Requester
 
 from .contract import Answer, User
@@ -42,7 +42,7 @@ class ImmediateDatabase:
         self.connection.set_trace_callback(self.statements.append)
         self.fault: Exception | None = None
         self.transactions = 0
-        self.run("create", create_tables, SQLITE, True)
+        self.run("upgrade", upgrade_tables, SQLITE, True)
 
     def run(
         self, desc: str, function: Callable[..., T], *args: Any, **kwargs: Any
@@ -155,7 +155,7 @@ class MemoryHost:
         clock = Clock(self.reactor)
         limits = limits or Limits()
         self.store = EndToEndRoomKeyStore(
-            self.database, SQLITE.dialect, self.reactor.seconds
+            self.database, SQLITE.dialect, self.reactor.seconds, limits
         )
         self.handler = E2eRoomKeysHandler(self.store, clock, limits)
         self.hs = StubHomeServer(self.handler, clock, limits=limits)

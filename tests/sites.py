@@ -20,10 +20,10 @@ from synapse_roomkeys.storage import (
     Engine,
     PoolDatabase,
     RetryingDatabase,
-    create_tables,
     postgres,
     postgres_database,
     sqlite_database,
+    upgrade_tables,
 )
 from synapse_roomkeys.types import Limits
 
@@ -67,16 +67,19 @@ class OwnSite:
         backend: Backend,
         auth: StubAuth | None = None,
         stalled_download_seconds: float = 300,
+        limits: Limits | None = None,
     ) -> None:
         self.backend = backend
         self.database = backend.connect()
         clock = Clock(reactor)
+        limits = limits or Limits()
         self.store = EndToEndRoomKeyStore(
             RetryingDatabase(self.database, backend.engine, clock),
             backend.engine.dialect,
             time.time,
+            limits,
         )
-        self.handler = E2eRoomKeysHandler(self.store, clock, Limits())
+        self.handler = E2eRoomKeysHandler(self.store, clock, limits)
         self.hs = StubHomeServer(
             self.handler,
             clock,
@@ -88,7 +91,7 @@ class OwnSite:
     @inlineCallbacks
     def start(self) -> Generator[Deferred[Any], Any, HttpHost]:
         """Make the tables, listen, and fire with the address to talk to."""
-        yield self.database.run("create", create_tables, self.backend.engine, True)
+        yield self.database.run("upgrade", upgrade_tables, self.backend.engine, True)
         listen: Any = reactor.listenTCP
         self._port = listen(0, own_site(self.hs), interface="127.0.0.1")
         self.host = HttpHost(

@@ -7,13 +7,12 @@ from .database import (
     PoolDatabase,
     RetryingDatabase,
     Transaction,
-    check_tables,
-    create_tables,
     postgres,
     postgres_database,
     sqlite_database,
 )
 from .rows import PAGE_KEYS
+from .schema import SchemaError, check_tables, upgrade_tables
 from .store import EndToEndRoomKeyStore
 
 __all__ = [
@@ -24,10 +23,11 @@ __all__ = [
     "Engine",
     "PoolDatabase",
     "RetryingDatabase",
+    "SchemaError",
     "Transaction",
     "check_tables",
-    "create_tables",
     "postgres",
     "postgres_database",
     "sqlite_database",
+    "upgrade_tables",
 ]

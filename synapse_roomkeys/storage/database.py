@@ -3,7 +3,6 @@
 import logging
 import sqlite3
 from collections.abc import Callable, Generator, Mapping
-from importlib import resources
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 import attrs
@@ -149,6 +148,17 @@ class PoolDatabase:
 
     def __init__(self, pool: adbapi.ConnectionPool) -> None:
         self._pool = pool
+        self._pending = 0
+
+    @property
+    def in_use(self) -> int:
+        """How many transactions have a connection."""
+        return min(self._pending, self._pool.max)
+
+    @property
+    def waiting(self) -> int:
+        """How many transactions wait for a connection."""
+        return self._pending - self.in_use
 
     def run(
         self,
@@ -158,12 +168,26 @@ class PoolDatabase:
         **kwargs: P.kwargs,
     ) -> "Deferred[T]":
         """As `Database.run`; the description goes nowhere."""
-        run: Any = self._pool.runInteraction
-        return run(function, *args, **kwargs)  # type: ignore[no-any-return]
+        interact: Any = self._pool.runInteraction
+        self._pending += 1
+        done: Deferred[T] = interact(function, *args, **kwargs)
+        return done.addBoth(self._forget)
+
+    def check(self) -> "Deferred[None]":
+        """Fires with None when the database answers, or fails with its error."""
+        return self.run("check", _ask_for_nothing)
 
     def close(self) -> None:
         """Close the connections and end the threads."""
         self._pool.close()
+
+    def _forget(self, result: T) -> T:
+        self._pending -= 1
+        return result
+
+
+def _ask_for_nothing(txn: Transaction) -> None:
+    txn.execute("SELECT 1")
 
 
 class _PostgresTransaction(adbapi.Transaction):
@@ -191,56 +215,14 @@ def sqlite_database(path: str) -> PoolDatabase:
     return PoolDatabase(pool)
 
 
-def postgres_database(
-    arguments: Mapping[str, Any], connections: int = 10
-) -> PoolDatabase:
+def postgres_database(arguments: Mapping[str, Any]) -> PoolDatabase:
     """A database of a PostgreSQL server.
 
     Args:
-        arguments: those of ``psycopg2.connect``.
-        connections: how many there are at most.
+        arguments: those of ``psycopg2.connect``, and ``cp_min`` and ``cp_max`` of
+            `adbapi.ConnectionPool`, how many connections there are.
     """
-    pool = adbapi.ConnectionPool(
-        "psycopg2", cp_min=1, cp_max=connections, cp_reconnect=True, **arguments
-    )
+    connections = {"cp_min": 1, "cp_max": 10, "cp_reconnect": True}
+    pool = adbapi.ConnectionPool("psycopg2", **{**connections, **arguments})
     pool.transactionFactory = _PostgresTransaction
     return PoolDatabase(pool)
-
-
-def create_tables(txn: Transaction, engine: Engine, own_backups: bool) -> None:
-    """Make the tables that aren't there, one process after the other.
-
-    Args:
-        own_backups: make the homeserver's tables too, where there is no homeserver
-            that does.
-    """
-    txn.execute(engine.dialect.lock_schema)
-    for name in ("backups", "counts") if own_backups else ("counts",):
-        for statement in _schema(name).split(";"):
-            if statement.strip():
-                txn.execute(statement)
-
-
-def _schema(name: str) -> str:
-    folder = resources.files(__package__) / "schema"
-    lines = (folder / f"{name}.sql").read_text().splitlines()
-    return "\n".join(line for line in lines if not line.startswith("--"))
-
-
-def check_tables(txn: Transaction, engine: Engine) -> str | None:
-    """What is wrong with the homeserver's tables, or None.
-
-    The transaction is of no more use afterwards.
-    """
-    for table, columns in sql.TABLES.items():
-        expected = f"expected table {table} with columns {', '.join(columns)}"
-        try:
-            txn.execute(sql.COLUMNS.format(table=table))
-            found = [column[0] for column in txn.description]
-            if not set(columns) <= set(found):
-                return f"{expected}; found {', '.join(found)}"
-            expected = f"expected table {table} with its unique index"
-            txn.execute(sql.PROBES[table])
-        except engine.error as error:
-            return f"{expected}; found {error}"
-    return None

@@ -21,24 +21,26 @@ class Found:
     Attributes:
         current: the number of the user's current version.
         count: of its keys, where it is cached.
+        size: of all its ``session_data`` in bytes, where it is cached.
         stored: the sessions that were looked for, by room and session id.
     """
 
     etag: int
     current: int
     count: int | None
+    size: int | None
     stored: dict[tuple[str, str], StoredKey]
 
 
 def found_of(rows: list[tuple[Any, ...]]) -> Found:
     """What the rows of ``find_sessions`` say; there is at least one."""
-    etag, current, count = rows[0][:3]
+    etag, current, count, size = rows[0][:4]
     stored = {
-        (row[3], row[4]): StoredKey(metadata(row[5:8]), bool(row[8]))
+        (row[4], row[5]): StoredKey(metadata(row[6:9]), bool(row[9]), row[10])
         for row in rows
-        if row[3] is not None
+        if row[4] is not None
     }
-    return Found(etag, current, count, stored)
+    return Found(etag, current, count, size, stored)
 
 
 def page_statement(

@@ -37,6 +37,9 @@ TABLES = {
     ),
 }
 
+#: The plugin's own tables.
+OWN_TABLES = ("roomkeys_counts", "roomkeys_schema")
+
 #: The columns of a table, without reading a row of it.
 COLUMNS = "SELECT * FROM {table} LIMIT 0"
 #: They fail unless the unique index is there that a conflict target needs.
@@ -71,21 +74,31 @@ CURRENT_INFO = f"{_INFO} ORDER BY v.version DESC LIMIT 1"
 #: Parameters: the same, and the version.
 VERSION_INFO = f"{_INFO} AND v.version = ?"
 
-#: Parameters: user, version, user, version.
-COUNT_KEYS = """
-    SELECT COALESCE(etag, 0),
-        (SELECT COUNT(*) FROM e2e_room_keys WHERE user_id = ? AND version = ?)
-    FROM e2e_room_keys_versions WHERE user_id = ? AND version = ? AND deleted = 0"""
-#: Parameters: user, version, etag, count, time in Unix seconds.
+_COUNT_KEYS = """
+    SELECT COALESCE(v.etag, 0), k.* FROM e2e_room_keys_versions AS v,
+        (SELECT COUNT(*), {size} FROM e2e_room_keys
+        WHERE user_id = ? AND version = ?) AS k
+    WHERE v.user_id = ? AND v.version = ? AND v.deleted = 0"""
+#: A version's etag, its count, and NULL. Parameters: user, version, user, version.
+COUNT_KEYS = _COUNT_KEYS.format(size="NULL")
+#: Parameters: user, version, etag, count, bytes or NULL, time in Unix seconds.
 SAVE_COUNT = """
-    INSERT INTO roomkeys_counts (user_id, version, etag, key_count, counted_ts)
-    VALUES (?, ?, ?, ?, ?) ON CONFLICT (user_id, version) DO UPDATE SET
+    INSERT INTO roomkeys_counts
+        (user_id, version, etag, key_count, key_bytes, counted_ts)
+    VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (user_id, version) DO UPDATE SET
     etag = excluded.etag, key_count = excluded.key_count,
-    counted_ts = excluded.counted_ts"""
-#: Parameters: etag, count, user, version.
+    key_bytes = excluded.key_bytes, counted_ts = excluded.counted_ts"""
+#: Parameters: etag, count, bytes or NULL, user, version.
 MOVE_COUNT = """
-    UPDATE roomkeys_counts SET etag = ?, key_count = ?
+    UPDATE roomkeys_counts SET etag = ?, key_count = ?, key_bytes = ?
     WHERE user_id = ? AND version = ?"""
+#: Each of a user's versions, with the count and the bytes that are cached of it.
+#: Parameters: user, the oldest and the newest time they may be of, user.
+USER_COUNTS = """
+    SELECT v.version, c.key_count, c.key_bytes FROM e2e_room_keys_versions AS v
+    LEFT JOIN roomkeys_counts AS c ON c.user_id = ? AND c.version = v.version
+        AND c.etag = COALESCE(v.etag, 0) AND c.counted_ts BETWEEN ? AND ?
+    WHERE v.user_id = ? AND v.deleted = 0"""
 FORGET_COUNT = "DELETE FROM roomkeys_counts WHERE user_id = ? AND version = ?"
 FORGET_USER = "DELETE FROM roomkeys_counts WHERE user_id = ?"
 
@@ -115,14 +128,18 @@ _LOCK_VERSION = """
 
 _FIND_SESSIONS = f"""
     WITH b AS MATERIALIZED (
-        SELECT COALESCE(v.etag, 0), ({CURRENT_VERSION}),
-            ({_CACHED_COUNT.format(version="v.version", etag="COALESCE(v.etag, 0)")})
+        SELECT COALESCE(v.etag, 0), ({CURRENT_VERSION}), c.key_count, c.key_bytes
         FROM e2e_room_keys_versions AS v
+        LEFT JOIN roomkeys_counts AS c ON c.user_id = ? AND c.version = v.version
+            AND c.etag = COALESCE(v.etag, 0) AND c.counted_ts BETWEEN ? AND ?
         WHERE v.user_id = ? AND v.version = ? AND v.deleted = 0)
     SELECT b.*, k.* FROM b LEFT JOIN ({{lookup}}) AS k ON TRUE"""
 
 _FOUND = """k.room_id, k.session_id, k.first_message_index, k.forwarded_count,
-        k.is_verified, k.session_data <> 'null'"""
+        k.is_verified, k.session_data <> 'null', {size}"""
+#: How many bytes a text has.
+_SQLITE_SIZE = "LENGTH(CAST(session_data AS BLOB))"
+_POSTGRES_SIZE = "OCTET_LENGTH(session_data)"
 
 _WRITE_KEYS = """
     INSERT INTO e2e_room_keys (user_id, version, room_id, session_id,
@@ -231,13 +248,17 @@ class Dialect:
         begin_write: begins a transaction that reads, locks and writes. Each of its
             statements sees what others committed before it, and its commit is on
             disk when it returns.
+        find_own_tables: how many of the plugin's own tables there are. What others
+            commit is seen by the transaction's next statement.
         lock_schema: keeps other processes from making tables until the commit.
         lock_version: a version's row, locked until the commit. Parameters: user,
             version.
         find_sessions: what a version holds of some sessions, in rows that begin with
-            its etag, the current version and the cached count; no row when there is
-            no such version. Parameters: user; user, oldest and newest time of a
-            count; user, version; the packed room and session ids; user, version.
+            its etag, the current version and the cached count and bytes; no row when
+            there is no such version. Parameters: user; user, oldest and newest time of
+            a count; user, version; the packed room and session ids; user, version.
+        measure_keys: a version's etag, its count and its bytes. Parameters: user,
+            version, user, version.
         write_keys: writes keys, over those that are there, unless there is a newer
             version. Parameters: user, version; the packed keys; user, version.
         pages: the downloads.
@@ -245,9 +266,11 @@ class Dialect:
     """
 
     begin_write: str
+    find_own_tables: str
     lock_schema: str
     lock_version: str
     find_sessions: str
+    measure_keys: str
     write_keys: str
     pages: Pages
     pack: Callable[[Sequence[tuple[Any, ...]], int], list[str]]
@@ -255,15 +278,18 @@ class Dialect:
 
 SQLITE = Dialect(
     begin_write="BEGIN IMMEDIATE",
+    find_own_tables=f"SELECT COUNT(*) FROM sqlite_master WHERE name IN {OWN_TABLES}",
     lock_schema="BEGIN IMMEDIATE",
     lock_version=_LOCK_VERSION,
     find_sessions=_FIND_SESSIONS.format(
         lookup=f"""
-        SELECT {_FOUND} FROM json_each(?) AS u CROSS JOIN e2e_room_keys AS k
+        SELECT {_FOUND.format(size=_SQLITE_SIZE)} FROM json_each(?)
+        AS u CROSS JOIN e2e_room_keys AS k
         ON k.user_id = ? AND k.version = ?
         AND k.room_id = json_extract(u.value, '$[0]')
         AND k.session_id = json_extract(u.value, '$[1]')"""
     ),
+    measure_keys=_COUNT_KEYS.format(size=f"COALESCE(SUM({_SQLITE_SIZE}), 0)"),
     write_keys=_WRITE_KEYS.format(
         values=", ".join(f"json_extract(value, '$[{i}]')" for i in range(6))
         + " FROM json_each(?)",
@@ -276,24 +302,38 @@ SQLITE = Dialect(
     pack=pack_json,
 )
 
-#: The LIMIT keeps PostgreSQL from joining in any other way than by looking each
-#: session up in the unique index, whatever it believes of the size of the backup.
+#: What looks names up, such as to_regclass, may not see a table that others made while
+#: the transaction waited for an advisory lock; a query of the catalogue does.
+#: An ALTER TABLE that waits for a long reader, such as pg_dump, would hold up everybody
+#: who comes after it: the timeout has the start of a process fail instead. The LIMIT
+#: keeps PostgreSQL from joining in any other way than by looking each session up in the
+#: unique index, whatever it believes of the size of the backup.
 POSTGRES = Dialect(
     begin_write=(
         "SET TRANSACTION ISOLATION LEVEL READ COMMITTED;"
         " SET LOCAL synchronous_commit TO ON"
     ),
-    lock_schema="SELECT pg_advisory_xact_lock(hashtext('roomkeys schema'))",
+    find_own_tables=(
+        "SET TRANSACTION ISOLATION LEVEL READ COMMITTED;"
+        " SELECT COUNT(DISTINCT tablename) FROM pg_tables"
+        f" WHERE tablename IN {OWN_TABLES} AND schemaname = ANY(current_schemas(FALSE))"
+    ),
+    lock_schema=(
+        "SELECT pg_advisory_xact_lock(hashtext('roomkeys schema'));"
+        " SET LOCAL lock_timeout TO '10s'"
+    ),
     lock_version=f"{_LOCK_VERSION} FOR UPDATE",
     find_sessions=_FIND_SESSIONS.format(
         lookup=f"""
-        SELECT {_FOUND} FROM unnest(?::text[], ?::text[]) AS u (room_id, session_id)
+        SELECT {_FOUND.format(size=_POSTGRES_SIZE)}
+        FROM unnest(?::text[], ?::text[]) AS u (room_id, session_id)
         CROSS JOIN LATERAL (
             SELECT * FROM e2e_room_keys AS k
             WHERE k.user_id = ? AND k.version = ?
             AND k.room_id = u.room_id AND k.session_id = u.session_id LIMIT 1
         ) AS k"""
     ),
+    measure_keys=_COUNT_KEYS.format(size=f"COALESCE(SUM({_POSTGRES_SIZE}), 0)::bigint"),
     write_keys=_WRITE_KEYS.format(
         values="u.* FROM unnest(?::text[], ?::text[], ?::int[], ?::int[],"
         " ?::boolean[], ?::text[]) AS u",

@@ -5,12 +5,18 @@ from typing import Any
 
 from twisted.internet.defer import Deferred, inlineCallbacks
 
-from ..errors import InvalidParamError, RoomKeysVersionError, unknown_version
+from ..errors import (
+    InvalidParamError,
+    RoomKeysVersionError,
+    UserLimitError,
+    unknown_version,
+)
 from ..merge import merge
 from ..types import (
     BackupInfo,
     BackupState,
     KeyPage,
+    Limits,
     RoomKey,
     UploadResult,
 )
@@ -27,7 +33,11 @@ class EndToEndRoomKeyStore:
     """
 
     def __init__(
-        self, database: Database, dialect: sql.Dialect, now: Callable[[], float]
+        self,
+        database: Database,
+        dialect: sql.Dialect,
+        now: Callable[[], float],
+        limits: Limits,
     ) -> None:
         """
         Args:
@@ -36,6 +46,7 @@ class EndToEndRoomKeyStore:
         self._database = database
         self._dialect = dialect
         self._now = now
+        self._limits = limits
 
     def upload_keys(
         self, user_id: str, version: int, keys: Sequence[RoomKey]
@@ -45,6 +56,7 @@ class EndToEndRoomKeyStore:
         Raises:
             NotFoundError: there is no such version.
             RoomKeysVersionError: it isn't the current one.
+            UserLimitError: the user's backups would get too large.
         """
         return self._database.run(
             "roomkeys_upload_keys", self._upload_txn, user_id, version, keys
@@ -180,8 +192,13 @@ class EndToEndRoomKeyStore:
                 break
         if plan.writes:
             self._write(txn, user_id, version, plan.writes)
-        changed = bool(plan.writes)
-        state = self._settle(txn, user_id, version, found, plan.stored, changed)
+        state = self._settle(
+            *(txn, user_id, version, found, bool(plan.writes)),
+            added=plan.stored,
+            added_bytes=plan.added_bytes,
+        )
+        if plan.stored or plan.added_bytes > 0:
+            self._check_user(txn, user_id)
         return UploadResult(state, plan.stored, plan.replaced, plan.kept)
 
     def _lock(self, txn: Transaction, user_id: str, version: int) -> str:
@@ -257,36 +274,72 @@ class EndToEndRoomKeyStore:
         user_id: str,
         version: int,
         found: Found,
-        added: int,
         changed: bool,
+        *,
+        added: int,
+        added_bytes: int | None,
     ) -> BackupState:
         """What a version is like after a write, with its count cached.
 
         Args:
             found: what it was like before.
-            added: how many keys more it holds now.
             changed: whether the etag has moved.
+            added: how many keys more it holds now.
+            added_bytes: how many bytes more, where that is known.
         """
         if found.count is None:
-            return self._count_anew(txn, user_id, version)
+            return self._count_anew(txn, user_id, version)[0]
         state = BackupState(found.etag + changed, found.count + added)
         if changed:
-            txn.execute(sql.MOVE_COUNT, (state.etag, state.count, user_id, version))
+            size = None
+            if found.size is not None and added_bytes is not None:
+                size = found.size + added_bytes
+            txn.execute(
+                sql.MOVE_COUNT, (state.etag, state.count, size, user_id, version)
+            )
         return state
 
-    def _count_anew(self, txn: Transaction, user_id: str, version: int) -> BackupState:
-        """Count the keys of a version and cache the count.
+    def _count_anew(
+        self, txn: Transaction, user_id: str, version: int
+    ) -> tuple[BackupState, int | None]:
+        """Count the keys of a version, and their bytes if these are limited, and cache
+        what was found.
 
         Raises:
             NotFoundError: there is no such version, or no longer.
         """
-        txn.execute(sql.COUNT_KEYS, (user_id, version, user_id, version))
+        measures = self._limits.max_user_bytes is not None
+        statement = self._dialect.measure_keys if measures else sql.COUNT_KEYS
+        txn.execute(statement, (user_id, version, user_id, version))
         row = txn.fetchone()
         if row is None:
             raise unknown_version()
+        etag, count, size = row
         now = int(self._now())
-        txn.execute(sql.SAVE_COUNT, (user_id, version, row[0], row[1], now))
-        return BackupState(row[0], row[1])
+        txn.execute(sql.SAVE_COUNT, (user_id, version, etag, count, size, now))
+        return BackupState(etag, count), size
+
+    def _check_user(self, txn: Transaction, user_id: str) -> None:
+        """See whether a user's backups are within the limits, if there are any.
+
+        Raises:
+            UserLimitError: they aren't.
+        """
+        max_keys, max_bytes = self._limits.max_user_keys, self._limits.max_user_bytes
+        if max_keys is None and max_bytes is None:
+            return
+        txn.execute(sql.USER_COUNTS, (user_id, *self._count_times(), user_id))
+        keys = size = 0
+        for version, its_keys, its_size in txn.fetchall():
+            if its_keys is None or (its_size is None and max_bytes is not None):
+                state, its_size = self._count_anew(txn, user_id, version)
+                its_keys = state.count
+            keys += its_keys
+            size += its_size or 0
+        if max_keys is not None and keys > max_keys:
+            raise UserLimitError(f"A user may back up {max_keys} keys at most")
+        if max_bytes is not None and size > max_bytes:
+            raise UserLimitError(f"A user may back up {max_bytes} bytes at most")
 
     def _count_times(self) -> tuple[int, int]:
         """The oldest and the newest time that a count may be of."""
@@ -330,7 +383,11 @@ class EndToEndRoomKeyStore:
         deleted = txn.rowcount
         if deleted:
             self._claim(txn, user_id, version, found.etag)
-        state = self._settle(txn, user_id, version, found, -deleted, bool(deleted))
+        state = self._settle(
+            *(txn, user_id, version, found, bool(deleted)),
+            added=-deleted,
+            added_bytes=None,
+        )
         return state, deleted
 
     def _create_version_txn(
@@ -365,7 +422,7 @@ class EndToEndRoomKeyStore:
 
     def _count_txn(self, txn: Transaction, user_id: str, version: int) -> BackupState:
         txn.execute(self._dialect.begin_write)
-        return self._count_anew(txn, user_id, version)
+        return self._count_anew(txn, user_id, version)[0]
 
     def _update_version_txn(
         self,

@@ -19,10 +19,10 @@ from synapse_roomkeys.storage import (
     PoolDatabase,
     Transaction,
     check_tables,
-    create_tables,
     sql,
+    upgrade_tables,
 )
-from synapse_roomkeys.types import KeyMetadata, KeyPage, RoomKey
+from synapse_roomkeys.types import KeyMetadata, KeyPage, Limits, RoomKey
 
 from ..servers import PostgresServer
 from ..sites import Backend
@@ -211,7 +211,7 @@ def all_statements() -> set[str]:
         if name.isupper() and not name.startswith("_") and isinstance(value, str)
     }
     own = sql.POSTGRES
-    locks = {own.lock_version, own.find_sessions, own.write_keys}
+    locks = {own.lock_version, own.find_sessions, own.measure_keys, own.write_keys}
     return (everywhere - {sql.COLUMNS}) | locks | set(attrs.astuple(own.pages))
 
 
@@ -256,14 +256,15 @@ def do_everything(store: EndToEndRoomKeyStore, user: str) -> Steps:
 def test_partitioned_tables_are_taken_as_they_are(
     backend: Backend, database: PoolDatabase
 ) -> Steps:
-    """The plugin finds nothing missing in partitioned tables and adds nothing."""
+    """The plugin finds partitioned tables and adds none but the one that says so."""
     before = yield database.run("relations", relations)
     assert {name for name, kind in before if kind == "p"} == set(TABLES)
-    yield database.run("create", create_tables, backend.engine, True)
+    yield database.run("upgrade", upgrade_tables, backend.engine, True)
     problem: str | None = yield database.run("check", check_tables, backend.engine)
     assert problem is None
     after = yield database.run("relations", relations)
-    assert after == before
+    own = {("roomkeys_schema", "r"), ("roomkeys_schema_pkey", "i")}
+    assert after == before | own
 
 
 @inlineCallbacks
@@ -273,11 +274,14 @@ def test_each_statement_touches_one_partition(
     """Every statement of the plugin reads and writes one partition of each table that
     it names, the same for all of a user's rows."""
     explained = ExplainedDatabase(database)
-    store = EndToEndRoomKeyStore(explained, backend.engine.dialect, time.time)
+    stores = [
+        EndToEndRoomKeyStore(explained, backend.engine.dialect, time.time, limits)
+        for limits in (Limits(), Limits(max_user_bytes=10**9))
+    ]
     homes: set[str] = set()
     for i in range(8):
         first = len(explained.sent)
-        yield do_everything(store, f"@user{i}:test.example")
+        yield do_everything(stores[i % 2], f"@user{i}:test.example")
         (home,) = {check(sent) for sent in explained.sent[first:]}
         homes.add(home)
     assert len(homes) > 1

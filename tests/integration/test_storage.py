@@ -10,7 +10,7 @@ import pytest
 from pytest_twisted import blockon
 from twisted.internet.defer import Deferred, gatherResults, inlineCallbacks
 
-from synapse_roomkeys.storage import check_tables, create_tables
+from synapse_roomkeys.storage import check_tables, upgrade_tables
 
 from ..contract import Answer, Client, User
 from ..contract.base import Rooms, key, keys_path, version_path, wrapped
@@ -45,7 +45,7 @@ def test_tables_may_be_made_by_several_at_once(backend: Backend) -> Steps:
     pools = [backend.connect() for _ in range(4)]
     engine = backend.engine
     yield gatherResults(
-        [pool.run("create", create_tables, engine, True) for pool in pools * 3]
+        [pool.run("upgrade", upgrade_tables, engine, True) for pool in pools * 3]
     )
     problem: str | None = yield pools[0].run("check", check_tables, engine)
     assert problem is None

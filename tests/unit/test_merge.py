@@ -13,11 +13,11 @@ VALUES = [
 ]
 #: What may be wrong with a row that was let in long ago.
 UNSOUND = [
-    StoredKey(KeyMetadata(None, 0, True), True),
-    StoredKey(KeyMetadata(0, None, True), True),
-    StoredKey(KeyMetadata(0, 0, None), True),
-    StoredKey(KeyMetadata(0, 0, True), False),
-    StoredKey(KeyMetadata(None, None, None), False),
+    StoredKey(KeyMetadata(None, 0, True), True, 8),
+    StoredKey(KeyMetadata(0, None, True), True, 8),
+    StoredKey(KeyMetadata(0, 0, None), True, 8),
+    StoredKey(KeyMetadata(0, 0, True), False, 8),
+    StoredKey(KeyMetadata(None, None, None), False, 8),
 ]
 WORST = KeyMetadata(2**31 - 1, 2**31 - 1, False)
 
@@ -43,15 +43,15 @@ class IsBetterTests(SynchronousTestCase):
         """Verified first, then the lower index, then the lower forwarded count."""
         for new, old in product(VALUES, VALUES):
             self.assertEqual(
-                is_better(new, StoredKey(old, True)), wins(new, old), f"{new} {old}"
+                is_better(new, StoredKey(old, True, 8)), wins(new, old), f"{new} {old}"
             )
 
     def test_at_most_one_of_two_is_better(self) -> None:
         """No two keys replace each other in turn, and an equal one replaces nothing."""
         for one, other in product(VALUES, VALUES):
             both = [
-                is_better(one, StoredKey(other, True)),
-                is_better(other, StoredKey(one, True)),
+                is_better(one, StoredKey(other, True, 8)),
+                is_better(other, StoredKey(one, True, 8)),
             ]
             self.assertEqual(sum(both), 0 if one == other else 1)
 
@@ -74,9 +74,9 @@ class MergeTests(SynchronousTestCase):
         """New keys and better ones are written, in the order of the upload."""
         good, bad = KeyMetadata(0, 0, True), KeyMetadata(5, 5, False)
         stored = {
-            ("!room", "better"): StoredKey(bad, True),
-            ("!room", "equal"): StoredKey(good, True),
-            ("!room", "worse"): StoredKey(good, True),
+            ("!room", "better"): StoredKey(bad, True, 8),
+            ("!room", "equal"): StoredKey(good, True, 8),
+            ("!room", "worse"): StoredKey(good, True, 8),
         }
         better, new = room_key("better", good), room_key("new", bad)
         uploads = [better, room_key("equal", good), new, room_key("worse", bad)]
@@ -84,9 +84,11 @@ class MergeTests(SynchronousTestCase):
         self.assertEqual(plan.writes, (better, new))
         self.assertEqual(plan.stored, 1)
         self.assertEqual(plan.kept, 2)
+        data = better.session_data
+        self.assertEqual(plan.added_bytes, 2 * len(data) - 8)
         self.assertEqual(plan.replaced, (Replacement("!room", "better", bad, good),))
 
     def test_the_same_session_id_in_another_room_is_another_session(self) -> None:
         """Sessions are told apart by their rooms as well."""
-        stored = {("!other", "s"): StoredKey(KeyMetadata(0, 0, True), True)}
+        stored = {("!other", "s"): StoredKey(KeyMetadata(0, 0, True), True, 8)}
         self.assertEqual(merge(stored, [room_key("s", WORST)]).stored, 1)

@@ -1,0 +1,252 @@
+"""The tables on both engines: made, brought up to date, and left alone."""
+
+from __future__ import annotations
+
+import multiprocessing
+import sqlite3
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import closing, contextmanager
+from importlib import resources
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import psycopg2
+import pytest
+
+from synapse_roomkeys.storage import SchemaError, check_tables, upgrade_tables
+from synapse_roomkeys.version import __version__
+
+from ..sites import Backend
+
+SCHEMA = resources.files("synapse_roomkeys.storage") / "schema"
+NEWEST = max(int(file.name[:3]) for file in SCHEMA.iterdir())
+COUNT = "INSERT INTO roomkeys_counts VALUES ('@user:test.example', 1, 2, 3, 4)"
+OWN_TABLES = {"roomkeys_counts", "roomkeys_schema"}
+HOMESERVERS_TABLES = {"e2e_room_keys", "e2e_room_keys_versions"}
+#: Every column that there is, and every index, with the table it belongs to.
+SHAPE = {
+    "sqlite": """
+        SELECT m.name, c.name FROM sqlite_master AS m, pragma_table_info(m.name) AS c
+        WHERE m.type = 'table'
+        UNION SELECT tbl_name, name FROM sqlite_master WHERE type = 'index'""",
+    "postgres": """
+        SELECT table_name, column_name FROM information_schema.columns
+        WHERE table_schema = 'public'
+        UNION SELECT tablename, indexname FROM pg_indexes
+        WHERE schemaname = 'public'""",
+}
+
+
+class Died(Exception):
+    """Stands for the end of the process."""
+
+
+class Counting:
+    """A transaction that counts its statements and can break off after some."""
+
+    def __init__(self, cursor: Any, last: int | None = None) -> None:
+        self._cursor = cursor
+        self._last = last
+        self.statements: list[str] = []
+
+    def execute(self, statement: str, parameters: Any = ()) -> Any:
+        if len(self.statements) == self._last:
+            raise Died
+        self.statements.append(statement)
+        return self._cursor.execute(statement, parameters)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._cursor, name)
+
+
+@pytest.fixture
+def new_backend(
+    engine: str, database: Callable[[], Mapping[str, Any] | None], tmp_path: Path
+) -> Callable[[], Backend]:
+    """Makes new databases without a table."""
+    numbers = count()
+    return lambda: Backend(engine, database(), tmp_path / f"{next(numbers)}.db")
+
+
+@pytest.fixture
+def fresh(new_backend: Callable[[], Backend]) -> Backend:
+    """A new database without a table."""
+    return new_backend()
+
+
+def connect(backend: Backend) -> Any:
+    """A connection as a homeserver has it: repeatable reads on PostgreSQL."""
+    if backend.arguments is None:
+        return sqlite3.connect(backend.path, timeout=30)
+    connection = psycopg2.connect(**backend.arguments)
+    connection.set_session(isolation_level="REPEATABLE READ")
+    return connection
+
+
+@contextmanager
+def transaction(backend: Backend, last: int | None = None) -> Iterator[Counting]:
+    """A transaction that is rolled back when it fails."""
+    with closing(connect(backend)) as connection:
+        yield Counting(connection.cursor(), last)
+        connection.commit()
+
+
+def upgrade(backend: Backend, homeserver_tables: bool = True) -> list[str]:
+    """Upgrade the tables; the statements that it took."""
+    with transaction(backend) as txn:
+        upgrade_tables(txn, backend.engine, homeserver_tables)
+        return txn.statements
+
+
+def run(backend: Backend, statement: str) -> list[tuple[Any, ...]]:
+    """Run a statement, or in a new database several; the rows it has."""
+    with transaction(backend) as txn:
+        for part in statement.split(";"):
+            txn.execute(part)
+        return list(txn.fetchall()) if txn.description else []
+
+
+def shape(backend: Backend) -> set[tuple[Any, ...]]:
+    return set(run(backend, SHAPE[backend.name]))
+
+
+def tables(backend: Backend) -> set[str]:
+    return {table for table, _ in shape(backend)}
+
+
+def make_old(backend: Backend) -> None:
+    """Make the tables as the version before the numbers did."""
+    for file in SCHEMA.iterdir():
+        if file.name in ("001_backups.sql", "002_counts.sql"):
+            lines = file.read_text().splitlines()
+            code = "\n".join(line for line in lines if not line.startswith("--"))
+            run(backend, code.strip().rstrip(";"))
+
+
+def start_at_once(backend: Backend) -> None:
+    """What each of several processes does."""
+    upgrade(backend)
+
+
+def test_new_tables(fresh: Backend) -> None:
+    """A new database gets all tables, which are then in order, and the number."""
+    upgrade(fresh)
+    assert tables(fresh) == OWN_TABLES | HOMESERVERS_TABLES
+    assert run(fresh, "SELECT number FROM roomkeys_schema") == [(NEWEST,)]
+    with transaction(fresh) as txn:
+        assert check_tables(txn, fresh.engine) is None
+
+
+def test_beside_a_homeserver(fresh: Backend) -> None:
+    """Where a homeserver makes its own tables, only the plugin's are made."""
+    upgrade(fresh, homeserver_tables=False)
+    assert tables(fresh) == OWN_TABLES
+
+
+@pytest.mark.parametrize("homeserver_tables", [True, False])
+def test_tables_of_before_the_numbers(
+    new_backend: Callable[[], Backend], homeserver_tables: bool
+) -> None:
+    """They end up like new ones, with all their rows."""
+    new, old = new_backend(), new_backend()
+    upgrade(new)
+    make_old(old)
+    run(old, COUNT)
+    upgrade(old, homeserver_tables)
+    assert shape(old) == shape(new)
+    assert run(old, "SELECT * FROM roomkeys_counts") == [
+        ("@user:test.example", 1, 2, 3, 4, None)
+    ]
+
+
+def test_a_dropped_cache_is_made_again(fresh: Backend) -> None:
+    """The plugin's tables may be dropped, the cache alone too."""
+    upgrade(fresh)
+    before = shape(fresh)
+    for dropped in (["roomkeys_counts"], sorted(OWN_TABLES)):
+        run(fresh, ";".join(f"DROP TABLE {table}" for table in dropped))
+        upgrade(fresh)
+        assert shape(fresh) == before
+
+
+def test_newer_tables_are_refused(fresh: Backend) -> None:
+    """An older version of the plugin says which is which, and changes nothing."""
+    upgrade(fresh)
+    run(fresh, f"UPDATE roomkeys_schema SET number = {NEWEST + 1}")
+    with pytest.raises(SchemaError) as refused:
+        upgrade(fresh)
+    for word in (f" {NEWEST},", f" {NEWEST + 1},", __version__, "install"):
+        assert word in f"{refused.value},".replace(":", ",")
+    assert run(fresh, "SELECT number FROM roomkeys_schema") == [(NEWEST + 1,)]
+
+
+def test_nothing_is_missing(fresh: Backend) -> None:
+    """A second start reads and locks nothing, not even while another one writes."""
+    upgrade(fresh)
+    run(fresh, COUNT.replace("4)", "4, 5)"))
+    with closing(connect(fresh)) as other:
+        cursor = other.cursor()
+        cursor.execute(fresh.engine.dialect.lock_schema)
+        cursor.execute("UPDATE roomkeys_counts SET key_count = 0")
+        statements = upgrade(fresh)
+    assert fresh.engine.dialect.lock_schema not in statements
+    assert run(fresh, "SELECT key_count, key_bytes FROM roomkeys_counts") == [(3, 5)]
+
+
+@pytest.mark.parametrize("old", [True, False])
+def test_eight_processes_at_once(fresh: Backend, old: bool) -> None:
+    """Each finds the tables made, by one of them; none fails."""
+    if old:
+        make_old(fresh)
+    if fresh.arguments is None:
+        run(fresh, "PRAGMA journal_mode = WAL")
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(8, mp_context=context) as processes:
+        started = [processes.submit(start_at_once, fresh) for _ in range(8)]
+        for one in started:
+            one.result()
+    assert run(fresh, "SELECT number FROM roomkeys_schema") == [(NEWEST,)]
+    assert tables(fresh) == OWN_TABLES | HOMESERVERS_TABLES
+
+
+def test_those_who_waited_find_it_done(fresh: Backend) -> None:
+    """A process that looked before another was done doesn't do it again."""
+    with closing(connect(fresh)) as waiting, closing(connect(fresh)) as first:
+        upgraded = False
+
+        class Late(Counting):
+            """Is overtaken between its look and its lock."""
+
+            def execute(self, statement: str, parameters: Any = ()) -> Any:
+                nonlocal upgraded
+                if statement == fresh.engine.dialect.lock_schema and not upgraded:
+                    upgraded = True
+                    upgrade_tables(first.cursor(), fresh.engine, True)
+                    first.commit()
+                return super().execute(statement, parameters)
+
+        txn = Late(waiting.cursor())
+        upgrade_tables(txn, fresh.engine, True)
+        waiting.commit()
+    assert upgraded
+    assert not any("ALTER" in statement for statement in txn.statements)
+    assert run(fresh, "SELECT number FROM roomkeys_schema") == [(NEWEST,)]
+
+
+def test_a_process_that_dies_leaves_nothing(fresh: Backend) -> None:
+    """Whichever statement is its last, nothing stays of it; the next does it all."""
+    make_old(fresh)
+    before = shape(fresh)
+    whole = 0
+    while True:
+        try:
+            with transaction(fresh, whole) as txn:
+                upgrade_tables(txn, fresh.engine, True)
+            break
+        except Died:
+            assert shape(fresh) == before, whole
+        whole += 1
+    assert len(txn.statements) == whole > 6
+    assert ("roomkeys_counts", "key_bytes") in shape(fresh)

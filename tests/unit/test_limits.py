@@ -1,0 +1,169 @@
+"""What all the backups of a user may hold together, where the operator limits it."""
+
+import json
+from typing import Any
+
+from twisted.trial.unittest import SynchronousTestCase
+
+from synapse_roomkeys.types import Limits
+
+from ..contract import Answer, User
+from ..memory import MemoryHost
+
+KEYS = "/_matrix/client/v3/room_keys/keys"
+VERSION = "/_matrix/client/v3/room_keys/version"
+AUTH_DATA = {"algorithm": "m.megolm_backup.v1.curve25519-aes-sha2", "auth_data": {}}
+
+
+class Device:
+    """A client that uploads keys of one room, each with some bytes of data."""
+
+    def __init__(self, host: MemoryHost) -> None:
+        self.host = host
+        self.user: User = host.new_user()
+        self.version = self.new_version()
+
+    def send(self, method: str, path: str, body: Any = None) -> Answer:
+        """The answer to a request."""
+        content = None if body is None else json.dumps(body, ensure_ascii=False).encode()
+        token = self.user.access_token
+        asked = self.host.request(method, path, token=token, body=content)
+        answers: list[Answer] = []
+        asked.addCallback(answers.append)
+        return answers[0]
+
+    def new_version(self) -> str:
+        """Make a version that becomes the current one."""
+        self.version = self.send("POST", VERSION, AUTH_DATA).json["version"]
+        return self.version
+
+    def upload(self, *sessions: str, size: int = 10, index: int = 5) -> Answer:
+        """Upload keys whose data has so many bytes as JSON."""
+        key = {
+            "first_message_index": index,
+            "forwarded_count": 0,
+            "is_verified": False,
+            "session_data": "x" * (size - 2),
+        }
+        body = {"sessions": dict.fromkeys(sessions, key)}
+        return self.send("PUT", f"{KEYS}/!room?version={self.version}", body)
+
+    def delete(self, session: str) -> Answer:
+        """Delete a key."""
+        return self.send("DELETE", f"{KEYS}/!room/{session}?version={self.version}")
+
+
+class UserLimitTests(SynchronousTestCase):
+    """``max_user_keys`` and ``max_user_bytes``."""
+
+    def assert_refused(self, answer: Answer) -> None:
+        """The answer says that the user's limit is exceeded."""
+        self.assertEqual(answer.status, 403)
+        self.assertEqual(answer.json["errcode"], "M_USER_LIMIT_EXCEEDED")
+        self.assertTrue(answer.json["info_uri"].startswith("https://"))
+
+    def assert_taken(self, answer: Answer, count: int) -> None:
+        """The backup holds so many keys now."""
+        self.assertEqual(answer.status, 200, answer.body)
+        self.assertEqual(answer.json["count"], count)
+
+    def test_nothing_is_limited_unless_it_is_asked_for(self) -> None:
+        """The defaults have no limit that an honest client could meet."""
+        limits = Limits()
+        self.assertIsNone(limits.max_user_keys)
+        self.assertIsNone(limits.max_user_bytes)
+
+    def test_keys_up_to_the_limit_are_taken_and_no_more(self) -> None:
+        """An upload over the limit is refused as a whole, and changes nothing."""
+        device = Device(MemoryHost(Limits(max_user_keys=3)))
+        self.assert_taken(device.upload("a", "b"), 2)
+        self.assert_refused(device.upload("c", "d"))
+        answer = device.send("GET", f"{VERSION}/{device.version}")
+        self.assertEqual((answer.json["count"], answer.json["etag"]), (2, "1"))
+        self.assert_taken(device.upload("c"), 3)
+
+    def test_who_is_at_the_limit_may_still_better_and_delete_keys(self) -> None:
+        """What makes a backup no larger isn't refused."""
+        device = Device(MemoryHost(Limits(max_user_keys=2, max_user_bytes=20)))
+        self.assert_taken(device.upload("a", "b"), 2)
+        self.assert_taken(device.upload("a", "b"), 2)
+        self.assert_taken(device.upload("a", "b", index=4), 2)
+        self.assert_taken(device.upload("a", index=3, size=5), 2)
+        self.assert_taken(device.delete("a"), 1)
+        self.assert_taken(device.upload("c"), 2)
+
+    def test_bytes_are_limited(self) -> None:
+        """The limit is of the data of the keys, new and replaced ones."""
+        device = Device(MemoryHost(Limits(max_user_bytes=100)))
+        self.assert_taken(device.upload("a", size=60), 1)
+        self.assert_refused(device.upload("b", size=41))
+        self.assert_taken(device.upload("b", size=40), 2)
+        self.assert_refused(device.upload("b", size=41, index=4))
+        self.assert_taken(device.upload("a", size=50, index=4), 2)
+        self.assert_taken(device.upload("b", size=50, index=4), 2)
+        self.assert_refused(device.upload("c", size=4))
+
+    def test_bytes_are_those_of_utf8(self) -> None:
+        """A character may have several bytes."""
+        device = Device(MemoryHost(Limits(max_user_bytes=10)))
+        key = {"first_message_index": 0, "forwarded_count": 0, "is_verified": True}
+        path = f"{KEYS}/!room/s?version={device.version}"
+        for data, status in (("\u00e4" * 5, 403), ("\u00e4" * 4, 200)):
+            answer = device.send("PUT", path, {**key, "session_data": data})
+            self.assertEqual(answer.status, status)
+
+    def test_a_deleted_key_frees_its_bytes(self) -> None:
+        """What a key held is counted anew after a deletion."""
+        device = Device(MemoryHost(Limits(max_user_bytes=100)))
+        self.assert_taken(device.upload("a", size=60), 1)
+        self.assert_taken(device.delete("a"), 0)
+        self.assert_taken(device.upload("b", size=100), 1)
+        self.assert_refused(device.upload("c", size=4))
+
+    def test_all_versions_count_together(self) -> None:
+        """Making another version doesn't get round the limit; deleting one does."""
+        device = Device(MemoryHost(Limits(max_user_keys=3, max_user_bytes=30)))
+        old = device.version
+        self.assert_taken(device.upload("a", "b"), 2)
+        device.new_version()
+        self.assert_refused(device.upload("a", "b"))
+        self.assert_taken(device.upload("a"), 1)
+        self.assertEqual(device.send("DELETE", f"{VERSION}/{old}").status, 200)
+        self.assert_taken(device.upload("b", "c"), 3)
+
+    def test_another_user_is_not_counted(self) -> None:
+        """Each user has the whole limit."""
+        host = MemoryHost(Limits(max_user_keys=1))
+        for _ in range(2):
+            device = Device(host)
+            self.assert_taken(device.upload("a"), 1)
+            self.assert_refused(device.upload("b"))
+
+    def test_what_was_there_before_the_limit_counts(self) -> None:
+        """A backup whose size isn't cached is measured."""
+        host = MemoryHost(Limits(max_user_bytes=100))
+        device = Device(host)
+        self.assert_taken(device.upload("a", size=60), 1)
+        for forget in (
+            "UPDATE roomkeys_counts SET key_bytes = NULL",
+            "UPDATE roomkeys_counts SET etag = etag - 1",
+            "DELETE FROM roomkeys_counts",
+        ):
+            host.database.connection.execute(forget)
+            host.database.connection.commit()
+            self.assert_refused(device.upload("b", size=41))
+        host.reactor.advance(3601)
+        self.assert_refused(device.upload("b", size=41))
+        self.assert_taken(device.upload("b", size=40), 2)
+
+    def test_it_costs_one_statement(self) -> None:
+        """An upload within the limit takes one statement more, however many keys."""
+        counts = []
+        for limits in (Limits(), Limits(max_user_keys=100, max_user_bytes=1000)):
+            host = MemoryHost(limits)
+            device = Device(host)
+            device.upload("a")
+            host.database.statements.clear()
+            device.upload("b", "c")
+            counts.append(len(host.database.statements))
+        self.assertEqual(counts[1], counts[0] + 1)
