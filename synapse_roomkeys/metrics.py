@@ -1,6 +1,6 @@
 """What is counted, in Prometheus' default registry, which Synapse serves already."""
 
-from prometheus_client import Counter
+from prometheus_client import Counter, Gauge, Histogram
 
 #: Keys of uploads, by what became of them: stored, replaced or kept (the stored one).
 uploaded_keys = Counter(
@@ -17,4 +17,38 @@ download_bytes = Counter(
 #: Downloads that were broken off after their first byte.
 broken_downloads = Counter(
     "synapse_roomkeys_broken_downloads", "Downloads broken off", ["reason"]
+)
+#: Access tokens looked up, by what came of it: the homeserver answered, refused or
+#: failed, or needn't be asked once more.
+whoami_requests = Counter(
+    "synapse_roomkeys_whoami_requests", "Access tokens looked up", ["outcome"]
+)
+#: Requests that wait for their user's other requests.
+waiting_requests = Gauge(
+    "synapse_roomkeys_waiting_requests", "Requests that wait for their turn"
+)
+
+# What follows stays empty in a host that has measures of its own for it.
+
+#: Requests that were answered, by servlet ("none" for an unknown path), by method, and
+#: by status ("dropped" where the connection was lost first).
+requests = Counter(
+    "synapse_roomkeys_requests", "Requests answered", ["servlet", "method", "status"]
+)
+#: How long they took, from their last byte to that of the answer. Most take some
+#: milliseconds; a download takes as long as its client does.
+request_seconds = Histogram(
+    "synapse_roomkeys_request_seconds",
+    "Seconds to answer requests",
+    ["servlet", "method"],
+    buckets=(0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60),
+)
+#: Requests that are being answered.
+requests_in_flight = Gauge(
+    "synapse_roomkeys_requests_in_flight", "Requests being answered", ["method"]
+)
+#: Transactions of the connection pool, by state: those that have a connection
+#: (in_use), and those that wait for one (waiting).
+pool_transactions = Gauge(
+    "synapse_roomkeys_pool_transactions", "Transactions in the pool", ["state"]
 )

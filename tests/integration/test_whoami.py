@@ -1,0 +1,322 @@
+"""Who a token belongs to: a homeserver that fails in many ways, and a real one."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import attrs
+import pytest
+from pytest_twisted import blockon
+from twisted.internet import reactor
+from twisted.internet.defer import (
+    Deferred,
+    DeferredList,
+    gatherResults,
+    inlineCallbacks,
+)
+from twisted.internet.task import deferLater
+from twisted.web.server import Site
+
+from synapse_roomkeys.clock import Clock
+from synapse_roomkeys.errors import TokenError, UnavailableError
+from synapse_roomkeys.types import Requester
+from synapse_roomkeys.whoami import MAX_CONNECTIONS, HomeserverOptions, WhoamiAuth
+
+from ..contract.base import Steps, quoted
+from ..homeserver import (
+    FAULTS,
+    FakeHomeserver,
+    Fault,
+    client_request,
+    stall,
+    stall_in_body,
+)
+from ..servers import Synapse, User
+from ..servers.accounts import fetch
+from ..servers.processes import free_port
+from .test_synapse import AS_TOKEN, DEADLINE, IN_NAMESPACE, SYNAPSE, registration
+
+USER = Requester("@user:test.example", "DEVICE")
+CACHE_SECONDS = 2
+#: What one question may take where others are busy too.
+SLACK = 2.0
+
+
+def new_auth(url: str, **options: int) -> WhoamiAuth:
+    """One that knows nobody yet."""
+    real: Any = reactor
+    return WhoamiAuth(real, Clock(real), HomeserverOptions(url, **options))
+
+
+# A homeserver that fails
+
+
+class Listening:
+    """A fake homeserver on a port of its own, and who asks it."""
+
+    def __init__(self) -> None:
+        self.homeserver = FakeHomeserver()
+        self.homeserver.answers["token"] = 200, attrs.asdict(USER)
+        self._number = free_port()
+        self.url = f"http://127.0.0.1:{self._number}"
+        self.auth = new_auth(self.url, timeout_seconds=1, retry_seconds=1)
+        self.start()
+
+    def start(self) -> None:
+        """Listen, at the same port as ever."""
+        listen: Any = reactor.listenTCP
+        site = Site(self.homeserver)
+        self._port: Any = listen(self._number, site, interface="127.0.0.1")
+
+    @inlineCallbacks
+    def stop(self) -> Steps:
+        """Listen no more, and have no connection left."""
+        yield self.auth.close()
+        yield self._port.stopListening()
+
+    def ask(self) -> Deferred[Requester]:
+        """Authenticate a request."""
+        return self.auth.get_user_by_req(client_request("token"))
+
+
+@inlineCallbacks
+def fail_and_recover(fault: Fault) -> Steps:
+    """Have a fault answer until the client is told so, and then part of the time."""
+    one = Listening()
+    one.homeserver.fault = fault
+    try:
+        yield one.ask()
+        raise AssertionError("the fault said whose a token is")
+    except UnavailableError as error:
+        assert error.code == 503
+        assert int(error.headers()["Retry-After"]) > 0
+    one.homeserver.fault = None
+    assert (yield one.ask()) == USER
+    yield one.auth.close()
+    one.auth = new_auth(one.url, timeout_seconds=1, retry_seconds=30)
+    one.homeserver.fault = fault
+    asked = len(one.homeserver.asked)
+    done = one.ask()
+    end = time.monotonic() + DEADLINE
+    while len(one.homeserver.asked) == asked:
+        assert time.monotonic() < end
+        yield deferLater(reactor, 0.05)
+    one.homeserver.fault = None
+    assert (yield done) == USER
+    yield one.stop()
+
+
+@inlineCallbacks
+def test_faults() -> Steps:
+    """Whatever is wrong with the homeserver is a 503, and is over when it is over."""
+    faults = {**FAULTS, "stall": stall, "stall in body": stall_in_body}
+    results = yield DeferredList(
+        [fail_and_recover(fault) for fault in faults.values()], consumeErrors=True
+    )
+    wrong = {
+        name: str(result)
+        for name, (well, result) in zip(faults, results, strict=True)
+        if not well
+    }
+    assert not wrong
+
+
+@inlineCallbacks
+def test_refusing_connections() -> Steps:
+    """A homeserver that isn't there is a 503, and is found when it is back."""
+    one = Listening()
+    assert (yield one.auth.check()) is None
+    yield one.stop()
+    for ask in (one.ask, one.auth.check):
+        with pytest.raises(UnavailableError):
+            yield ask()
+    done = one.ask()
+    one.start()
+    assert (yield done) == USER
+    yield one.stop()
+
+
+@inlineCallbacks
+def test_a_crowd() -> Steps:
+    """Users who come all at once are all answered, over a few connections."""
+    one = Listening()
+    homeserver = one.homeserver
+    for number in range(500):
+        user_id = f"@user{number}:test.example"
+        homeserver.answers[str(number)] = 200, {"user_id": user_id}
+    requests = [client_request(str(number)) for number in range(500) for _ in range(2)]
+    found = yield gatherResults([one.auth.get_user_by_req(r) for r in requests])
+    assert [requester.user_id for requester in found] == [
+        f"@user{number}:test.example" for number in range(500) for _ in range(2)
+    ]
+    assert len(homeserver.asked) == 500
+    assert 1 < len(homeserver.peers) <= MAX_CONNECTIONS
+    yield one.stop()
+
+
+# A real homeserver
+
+
+@pytest.fixture(scope="module")
+def stock(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Synapse]:
+    """A Synapse without the plugin, with an application service."""
+    directory = tmp_path_factory.mktemp("stock")
+    extra = {"app_service_config_files": [str(registration(directory))]}
+    with Synapse(directory / "1", module_config=None, extra_config=extra) as synapse:
+        yield synapse
+
+
+@pytest.fixture
+def auth(stock: Synapse) -> Iterator[WhoamiAuth]:
+    """Asks the real homeserver, and knows nobody yet."""
+    auth = new_auth(stock.url, cache_seconds=CACHE_SECONDS)
+    yield auth
+    blockon(auth.close())
+
+
+@inlineCallbacks
+def refusal(auth: WhoamiAuth, *args: Any, **query: str) -> Any:
+    """How a request is refused: the status, the errcode, and soft_logout."""
+    try:
+        found = yield auth.get_user_by_req(client_request(*args, **query))
+    except TokenError as error:
+        return error.code, error.errcode, error.soft_logout
+    raise AssertionError(f"{found} was let in")
+
+
+def logout(synapse: Synapse, user: User) -> None:
+    """Have the user log out."""
+    synapse.logout(user)
+
+
+def delete_device(synapse: Synapse, user: User) -> None:
+    """Have an administrator delete the user's device."""
+    path = f"/v2/users/{quoted(user.user_id)}/devices/{quoted(user.device_id)}"
+    administer(synapse, "DELETE", path)
+
+
+def deactivate(synapse: Synapse, user: User) -> None:
+    """End the user's account."""
+    synapse.deactivate(user)
+
+
+def lock(synapse: Synapse, user: User) -> None:
+    """Have an administrator lock the user out."""
+    path = f"/v2/users/{quoted(user.user_id)}"
+    administer(synapse, "PUT", path, {"locked": True})
+
+
+def administer(synapse: Synapse, method: str, path: str, body: object = None) -> None:
+    """Send a request as an administrator."""
+    admin = synapse.register(f"admin{time.monotonic_ns()}", admin=True)
+    url = f"{synapse.url}/_synapse/admin{path}"
+    fetch(url, method=method, token=admin.access_token, body=body)
+
+
+@pytest.mark.parametrize(
+    ("end", "errcodes", "soft_logout"),
+    [
+        (logout, {"M_UNKNOWN_TOKEN"}, False),
+        (delete_device, {"M_UNKNOWN_TOKEN"}, False),
+        (deactivate, {"M_UNKNOWN_TOKEN"}, False),
+        (lock, {"M_USER_LOCKED", "ORG_MATRIX_MSC3939_USER_LOCKED"}, True),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+@inlineCallbacks
+def test_ended(
+    end: Callable[[Synapse, User], None],
+    errcodes: set[str],
+    soft_logout: bool,
+    stock: Synapse,
+    auth: WhoamiAuth,
+) -> Steps:
+    """A user who was let in is refused at the latest when the cache's time is over."""
+    user = stock.register(f"ended_by_{end.__name__}")
+    request = client_request(user.access_token)
+    found = yield auth.get_user_by_req(request)
+    assert found == Requester(user.user_id, user.device_id)
+    end(stock, user)
+    deadline = time.monotonic() + CACHE_SECONDS + SLACK
+    while True:
+        began = time.monotonic()
+        try:
+            yield auth.get_user_by_req(request)
+        except TokenError as error:
+            assert error.code == 401
+            assert error.errcode in errcodes
+            assert error.soft_logout is soft_logout
+            break
+        assert began < deadline, "still let in"
+        yield deferLater(reactor, 0.1)
+
+
+@inlineCallbacks
+def test_never_let_in(stock: Synapse, auth: WhoamiAuth) -> Steps:
+    """Strangers and guests are refused."""
+    stranger = "syt_c3RyYW5nZXI_AAAAAAAAAAAAAAAAAAAA_0aaaaa"
+    assert (yield refusal(auth, None)) == (401, "M_MISSING_TOKEN", None)
+    assert (yield refusal(auth, stranger)) == (401, "M_UNKNOWN_TOKEN", False)
+    guest = stock.guest().access_token
+    assert (yield refusal(auth, guest)) == (403, "M_GUEST_ACCESS_FORBIDDEN", None)
+
+
+@inlineCallbacks
+def test_expired(stock: Synapse, auth: WhoamiAuth) -> Steps:
+    """A client whose token can be refreshed is told that it keeps its data."""
+    user = stock.login(stock.register("expired"), soft=True)
+    deadline = time.monotonic() + DEADLINE
+    while True:
+        try:
+            yield auth.get_user_by_req(client_request(user.access_token))
+        except TokenError as error:
+            assert (error.errcode, error.soft_logout) == ("M_UNKNOWN_TOKEN", True)
+            break
+        assert time.monotonic() < deadline, "still let in"
+        yield deferLater(reactor, 0.1)
+
+
+@inlineCallbacks
+def test_two_devices(stock: Synapse, auth: WhoamiAuth) -> Steps:
+    """Each token has its own device, wherever it stands in the request."""
+    first = stock.register("two_devices")
+    second = stock.login(first)
+    for user in (first, second):
+        expected = Requester(user.user_id, user.device_id)
+        by_header = client_request(user.access_token)
+        by_query = client_request(None, access_token=user.access_token)
+        for request in (by_header, by_query):
+            assert (yield auth.get_user_by_req(request)) == expected
+
+
+@inlineCallbacks
+def test_application_service(stock: Synapse, auth: WhoamiAuth) -> Steps:
+    """It acts as itself or as a user of its own, and as nobody else; a user who names
+    another remains the same."""
+    body = {"type": "m.login.application_service", "username": "bridged_one"}
+    url = f"{stock.url}/_matrix/client/v3/register"
+    fetch(url, method="POST", token=AS_TOKEN, body=body)
+    user = stock.register("not_bridged")
+    for query, expected in (
+        ({}, "@bridge:test.example"),
+        ({"user_id": IN_NAMESPACE}, IN_NAMESPACE),
+    ):
+        request = client_request(AS_TOKEN, None, **query)
+        found = yield auth.get_user_by_req(request)
+        assert found.user_id == expected
+    refused = yield refusal(auth, AS_TOKEN, user_id=user.user_id)
+    assert refused == (403, "M_FORBIDDEN", None)
+    if SYNAPSE >= (1, 163):  # Older ones may take no device.
+        mask = {"user_id": IN_NAMESPACE, "device_id": "NONE"}
+        assert (yield refusal(auth, AS_TOKEN, **mask))[0] == 400
+    request = client_request(user.access_token, user_id=IN_NAMESPACE)
+    found = yield auth.get_user_by_req(request)
+    assert found.user_id == user.user_id
+
+
+@inlineCallbacks
+def test_check(auth: WhoamiAuth) -> Steps:
+    """The real homeserver is there."""
+    assert (yield auth.check()) is None
