@@ -1,6 +1,6 @@
 """The options of an operator's configuration."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import attrs
@@ -34,8 +34,25 @@ class ModuleConfig:
     limits: Limits = attrs.field(factory=Limits)
 
 
-_LIMITS = tuple(field.name for field in attrs.fields(Limits))
-_OPTIONS = ("stalled_download_seconds", *_LIMITS)
+#: The names of the options that `Limits` has.
+LIMITS = tuple(field.name for field in attrs.fields(Limits))
+_OPTIONS = ("stalled_download_seconds", *LIMITS)
+
+
+def unknown_option(option: str, known: Iterable[str]) -> OptionError:
+    """The error for an option that nobody knows, which names those that are."""
+    return OptionError(option, f"unknown option; known are {', '.join(known)}")
+
+
+def positive_integer(option: str, value: Any) -> int:
+    """The value of an option, which is a number of things.
+
+    Raises:
+        OptionError: it isn't a positive integer.
+    """
+    if type(value) is not int or value < 1:
+        raise OptionError(option, "must be a positive integer")
+    return value
 
 
 def parse_module_config(config: Any) -> ModuleConfig:
@@ -48,11 +65,8 @@ def parse_module_config(config: Any) -> ModuleConfig:
         raise OptionError("config", "must be a mapping of options to values")
     for option, value in config.items():
         if option not in _OPTIONS:
-            raise OptionError(
-                str(option), f"unknown option; known are {', '.join(_OPTIONS)}"
-            )
-        if type(value) is not int or value < 1:
-            raise OptionError(option, "must be a positive integer")
-    limits = {name: config[name] for name in _LIMITS if name in config}
+            raise unknown_option(str(option), _OPTIONS)
+        positive_integer(option, value)
+    limits = {name: config[name] for name in LIMITS if name in config}
     rest = {name: value for name, value in config.items() if name not in limits}
     return ModuleConfig(limits=Limits(**limits), **rest)

@@ -198,6 +198,20 @@ def test_other_tables(
     assert found in said["found"]
 
 
+def test_newer_tables(stopped: Synapse) -> None:
+    """Tables of a later version of the plugin are refused, with what to do."""
+    with stopped:
+        pass
+    ((number,),) = query(stopped, "SELECT number FROM roomkeys_schema")
+    query(stopped, f"UPDATE roomkeys_schema SET number = {number + 1}")
+    try:
+        output = refusal(stopped)
+    finally:
+        query(stopped, f"UPDATE roomkeys_schema SET number = {number}")
+    assert "ConfigError: synapse_roomkeys can't work on this database:" in output
+    assert f" number {number + 1}," in output and f" number {number}:" in output
+
+
 # A start that succeeds
 
 

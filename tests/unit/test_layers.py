@@ -27,6 +27,7 @@ ORDER = [
     "config",
     "storage.sql",
     "storage.database",
+    "storage.schema",
     "storage.rows",
     "storage.store",
     "storage",
@@ -35,18 +36,37 @@ ORDER = [
     "rest.streaming",
     "rest.room_keys",
     "rest",
+    "whoami",
     "synapse_module",
+    "service",
+    "service.checks",
+    "service.config",
+    "service.progress",
+    "service.sides",
+    "service.postgres_side",
+    "service.sqlite_side",
+    "service.migrate",
+    "service.logs",
+    "service.peers",
+    "service.request",
+    "service.site",
+    "service.status",
+    "service.app",
+    "service.cli",
+    "service.__main__",
     "",
 ]
 #: What only some modules may know, by the first part of its name.
 KNOWN_BY = {
     "synapse": {"synapse_module"},
-    "prometheus_client": {"metrics"},
-    "psycopg2": {"storage.database"},
-    "sqlite3": {"storage.database"},
+    "prometheus_client": {"metrics", "service.status"},
+    "psycopg2": {"storage.database", "service.postgres_side"},
+    "sqlite3": {"storage.database", "service.sqlite_side"},
     "canonicaljson": {"rest.resource"},
-    "json": {"wire", "storage.sql"},
-    "msgspec": {"wire"},
+    "json": {"wire", "storage.sql", "service.logs"},
+    "msgspec": {"wire", "whoami"},
+    "treq": {"whoami"},
+    "yaml": {"service.config"},
 }
 
 
@@ -143,7 +163,7 @@ def statements() -> dict[str, str]:
     }
     for dialect in (sql.SQLITE, sql.POSTGRES):
         own = attrs.asdict(dialect)
-        names = ("lock_version", "find_sessions", "write_keys")
+        names = ("lock_version", "find_sessions", "measure_keys", "write_keys")
         for name, statement in (*own["pages"].items(), *((n, own[n]) for n in names)):
             shared[f"{name} {dialect.begin_write[:5]}"] = statement
     del shared["COLUMNS"]

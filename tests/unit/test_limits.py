@@ -25,7 +25,8 @@ class Device:
 
     def send(self, method: str, path: str, body: Any = None) -> Answer:
         """The answer to a request."""
-        content = None if body is None else json.dumps(body, ensure_ascii=False).encode()
+        text = json.dumps(body, ensure_ascii=False)
+        content = None if body is None else text.encode()
         token = self.user.access_token
         asked = self.host.request(method, path, token=token, body=content)
         answers: list[Answer] = []

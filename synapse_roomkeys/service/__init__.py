@@ -1,0 +1,1 @@
+"""The host of its own: a service beside any homeserver, behind its reverse proxy."""

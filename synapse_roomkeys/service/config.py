@@ -1,0 +1,265 @@
+"""The configuration of the service: YAML files, and the environment over them.
+
+An option has one name, the keys of its place in YAML with dots between, such as
+``homeserver.url``. Its variable is ``ROOMKEYS_HOMESERVER_URL``; with ``_FILE`` after
+it, the variable holds the path of a file whose content is the value.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import attrs
+import yaml
+
+from ..config import LIMITS, OptionError, positive_integer, unknown_option
+from ..types import Limits
+from ..whoami import HomeserverOptions
+from .checks import (
+    Network,
+    address,
+    endpoints,
+    networks,
+    one_of,
+    scalar,
+    some_endpoints,
+)
+
+#: What the names of all variables start with.
+PREFIX = "ROOMKEYS_"
+#: What Kubernetes sets in each container when there is a Service whose name starts with
+#: "roomkeys"; nobody means an option by it.
+_KUBERNETES = re.compile(r"_SERVICE_(HOST|PORT\w*)$|_PORT(_\d+_[A-Z]+(_[A-Z]+)?)?$")
+_ARGS = "database.args."
+
+
+@attrs.frozen
+class DatabaseConfig:
+    """The ``database:`` of a configuration, written as Synapse's is.
+
+    Attributes:
+        name: ``sqlite3`` or ``psycopg2``.
+        args: for SQLite ``database``, the path of the file; for PostgreSQL those of
+            ``psycopg2.connect``, and ``cp_min`` and ``cp_max`` of adbapi's pool. They
+            hold a password.
+    """
+
+    name: str = "sqlite3"
+    args: Mapping[str, Any] = attrs.field(
+        factory=lambda: {"database": "roomkeys.db"}, repr=False
+    )
+
+
+@attrs.frozen
+class ServiceConfig:
+    """All that an operator may set.
+
+    Attributes:
+        listeners: Twisted's descriptions of endpoints to serve on.
+        metrics_listeners: those that serve nothing but the metrics and the status.
+        trusted_proxies: the peers whose X-Forwarded-For and X-Request-ID are believed.
+            Whoever connects to a unix socket is one of them.
+        log_format: ``text`` or ``json``.
+        log_level: the least level that is logged.
+        shutdown_seconds: how long requests under way may take after a signal to stop.
+        stalled_download_seconds: for how long a client may read nothing before its
+            download is dropped.
+    """
+
+    homeserver: HomeserverOptions
+    database: DatabaseConfig = attrs.field(factory=DatabaseConfig)
+    listeners: tuple[str, ...] = ("tcp:8009:interface=127.0.0.1",)
+    metrics_listeners: tuple[str, ...] = ()
+    trusted_proxies: tuple[Network, ...] = ()
+    log_format: str = "text"
+    log_level: str = "INFO"
+    shutdown_seconds: int = 30
+    stalled_download_seconds: int = 300
+    limits: Limits = attrs.field(factory=Limits)
+
+
+_Check = Callable[[str, Any], Any]
+_numbers = [field.name for field in attrs.fields(HomeserverOptions)][1:]
+#: The options, but those in ``database.args``, and what checks each of them.
+OPTIONS: Mapping[str, _Check] = {
+    "homeserver.url": address,
+    **{f"homeserver.{name}": positive_integer for name in _numbers},
+    "database.name": one_of("sqlite3", "psycopg2"),
+    "listeners": some_endpoints,
+    "metrics_listeners": endpoints,
+    "trusted_proxies": networks,
+    "log.format": one_of("text", "json"),
+    "log.level": one_of("DEBUG", "INFO", "WARNING", "ERROR"),
+    "shutdown_seconds": positive_integer,
+    "stalled_download_seconds": positive_integer,
+    **{f"limits.{name}": positive_integer for name in LIMITS},
+}
+_SECTIONS = {name.rpartition(".")[0] for name in OPTIONS} | {"database.args"}
+
+
+def example() -> str:
+    """A configuration in YAML, with each option and its default."""
+    return (resources.files(__package__) / "example.yaml").read_text()
+
+
+def load_config(
+    paths: Sequence[Path], environ: Mapping[str, str], homeserver: str | None
+) -> ServiceConfig:
+    """Read the configuration.
+
+    Args:
+        paths: YAML files; a later one wins over an earlier one, option by option.
+        environ: the environment, which wins over the files.
+        homeserver: an address that wins over both.
+
+    Raises:
+        OptionError: something is unknown, missing or wrong, or a file can't be read.
+    """
+    values = _read(paths, environ)
+    if homeserver is not None:
+        values["homeserver.url"] = address("--homeserver", homeserver)
+    if "homeserver.url" not in values:
+        raise OptionError(
+            "homeserver.url", f"must be set, or {PREFIX}HOMESERVER_URL, or --homeserver"
+        )
+    top = {name: value for name, value in values.items() if "." not in name}
+    log = {f"log_{name}": value for name, value in _section(values, "log.").items()}
+    return ServiceConfig(
+        homeserver=HomeserverOptions(**_section(values, "homeserver.")),
+        database=_database(values),
+        limits=Limits(**_section(values, "limits.")),
+        **top,
+        **log,
+    )
+
+
+def load_database(paths: Sequence[Path], environ: Mapping[str, str]) -> DatabaseConfig:
+    """Read what `load_config` does, and need nothing but the database.
+
+    Raises:
+        OptionError: as `load_config`.
+    """
+    return _database(_read(paths, environ))
+
+
+def read_yaml(path: Path) -> Any:
+    """The content of a file; one without any is an empty mapping.
+
+    Raises:
+        OptionError: it can't be read. It tells the line and no text, which may be a
+            secret.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise OptionError("can't be read", str(error.strerror)) from None
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else "?"
+        raise OptionError(f"line {line}", "isn't YAML") from None
+    except (yaml.YAMLError, UnicodeDecodeError):
+        raise OptionError("content", "isn't YAML in UTF-8") from None
+    return {} if content is None else content
+
+
+def _read(paths: Sequence[Path], environ: Mapping[str, str]) -> dict[str, Any]:
+    """The values that are set, by the names of their options."""
+    values: dict[str, Any] = {}
+    for path in paths:
+        try:
+            found = dict(_flat(read_yaml(path), ""))
+            values |= {name: _check(name)(name, v) for name, v in found.items()}
+        except OptionError as error:
+            raise OptionError(str(path), str(error)) from None
+    for variable, text in environ.items():
+        if variable.startswith(PREFIX):
+            values |= _variable(variable, text, environ)
+    return values
+
+
+def _section(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    return {
+        name.removeprefix(prefix): value
+        for name, value in values.items()
+        if name.startswith(prefix)
+    }
+
+
+def _database(values: Mapping[str, Any]) -> DatabaseConfig:
+    name = values.get("database.name", "sqlite3")
+    args = _section(values, _ARGS)
+    if name == "psycopg2":
+        return DatabaseConfig(name, args)
+    for argument in args:
+        if argument != "database":
+            raise unknown_option(_ARGS + argument, [_ARGS + "database"])
+    return DatabaseConfig(name, args) if args else DatabaseConfig()
+
+
+def _check(name: str) -> _Check:
+    """What checks an option.
+
+    Raises:
+        OptionError: there is no such option.
+    """
+    if name in (_ARGS + "cp_min", _ARGS + "cp_max"):
+        return positive_integer
+    if name.startswith(_ARGS):
+        return scalar
+    if name not in OPTIONS:
+        raise unknown_option(name, [*OPTIONS, "database.args"])
+    return OPTIONS[name]
+
+
+def _flat(content: Any, section: str) -> Iterator[tuple[str, Any]]:
+    """The values in nested mappings, by the names of their options."""
+    if not isinstance(content, Mapping):
+        raise OptionError(section or "content", "must be a mapping")
+    for key, value in content.items():
+        name = f"{section}.{key}" if section else str(key)
+        if name in _SECTIONS:
+            yield from _flat(value, name)
+        else:
+            yield name, value
+
+
+def _variable(
+    variable: str, text: str, environ: Mapping[str, str]
+) -> Mapping[str, Any]:
+    """The option that a variable of the environment sets, and its value."""
+    stem = variable.removesuffix("_FILE")
+    name = _option_of(stem)
+    if name is None:
+        if _KUBERNETES.search(variable):
+            return {}
+        raise OptionError(variable, "no option has this variable")
+    if stem != variable:
+        if stem in environ:
+            raise OptionError(variable, f"is set, and {stem} too")
+        try:
+            text = Path(text).read_text(encoding="utf-8").rstrip("\n")
+        except (OSError, UnicodeDecodeError) as error:
+            raise OptionError(variable, f"its file can't be read: {error}") from None
+    try:
+        return {name: _check(name)(name, _decoded(name, text))}
+    except OptionError as error:
+        raise OptionError(variable, str(error)) from None
+
+
+def _option_of(variable: str) -> str | None:
+    args = PREFIX + "DATABASE_ARGS_"
+    if variable.startswith(args):
+        return _ARGS + variable.removeprefix(args).lower()
+    for name in OPTIONS:
+        if variable == PREFIX + name.replace(".", "_").upper():
+            return name
+    return None
+
+
+def _decoded(name: str, text: str) -> Any:
+    """A variable's text, as what YAML would have there."""
+    if name in ("listeners", "metrics_listeners", "trusted_proxies"):
+        return [part.strip() for part in text.split(",") if part.strip()]
+    numeric = OPTIONS.get(name) is positive_integer or name.startswith(_ARGS + "cp_")
+    return int(text) if numeric and text.isdecimal() else text

@@ -1,0 +1,567 @@
+"""Backups copied out of a Synapse's database, from each engine to each."""
+
+from __future__ import annotations
+
+import io
+import json
+import secrets
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
+from importlib import resources
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import attrs
+import psycopg2
+import pytest
+from twisted.internet.defer import Deferred, inlineCallbacks
+
+from synapse_roomkeys.service.config import DatabaseConfig
+from synapse_roomkeys.service.migrate import MigrateError, migrate
+from synapse_roomkeys.service.progress import Progress, Result
+
+from ..backup_client import Api
+from ..contract import Client
+from ..contract.base import key
+from ..servers import PostgresServer, Synapse
+from ..sites import Backend, OwnSite
+
+Steps = Generator[Deferred[Any], Any, None]
+
+ALICE, BOB, CAROL = (f"@{name}:test.example" for name in ("alice", "bob", "carol"))
+ROOM = "!room/with+:test.example"
+ENGINES = ("sqlite", "postgres")
+KEY_COLUMNS = """user_id, version, room_id, session_id, first_message_index,
+    forwarded_count, is_verified, session_data"""
+KEYS = f"SELECT {KEY_COLUMNS} FROM e2e_room_keys ORDER BY 1, 2, 3, 4"
+VERSIONS = """
+    SELECT user_id, version, algorithm, auth_data, deleted, COALESCE(etag, 0)
+    FROM e2e_room_keys_versions ORDER BY 1, 2"""
+ADD_KEY = f"INSERT INTO e2e_room_keys ({KEY_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
+ADD_VERSION = "INSERT INTO e2e_room_keys_versions VALUES (?, ?, ?, ?, ?, ?)"
+#: What no encoding may change.
+ODD = '"\\\\ \\t \\u0000 é 🔑 \u2028 \t\r\n %s ? {}"'
+#: As odd, and JSON.
+DATA = json.dumps({"é": "🔑 \\ \t \0 \u2028 %s ? {}"}, ensure_ascii=False)
+
+
+@attrs.frozen
+class Place:
+    """A database that is migrated from or to."""
+
+    config: DatabaseConfig
+
+    def run(self, statement: str, *rows: tuple[Any, ...]) -> list[tuple[Any, ...]]:
+        """Run a statement, with each row of parameters, and commit; what it returns."""
+        connection: Any
+        if self.config.name == "sqlite3":
+            connection = sqlite3.connect(self.config.args["database"])
+        else:
+            args = {n: v for n, v in self.config.args.items() if n[:3] != "cp_"}
+            connection = psycopg2.connect(**args)
+            statement = statement.replace("%", "%%").replace("?", "%s")
+        with closing(connection), closing(connection.cursor()) as cursor:
+            for row in rows or [()]:
+                cursor.execute(statement, row)
+            found = cursor.fetchall() if cursor.description else []
+            connection.commit()
+        return list(found)
+
+    @property
+    def tables(self) -> set[str]:
+        """The names of its tables."""
+        if self.config.name == "sqlite3":
+            rows = self.run("SELECT name FROM sqlite_master WHERE type = 'table'")
+        else:
+            rows = self.run(
+                "SELECT tablename FROM pg_tables WHERE schemaname = 'public'"
+            )
+        return {name for (name,) in rows}
+
+
+NewPlace = Callable[[str], Place]
+
+
+@pytest.fixture
+def new_place(request: pytest.FixtureRequest, tmp_path: Path) -> NewPlace:
+    """Makes new databases without a table, by the name of the engine."""
+
+    def new(engine: str) -> Place:
+        if engine == "sqlite":
+            path = tmp_path / f"100% new?#{secrets.token_hex(4)}.db"
+            return Place(DatabaseConfig("sqlite3", {"database": str(path)}))
+        server: PostgresServer = request.getfixturevalue("postgres")
+        args = {**server.create_database(), "cp_min": 1, "cp_max": 10}
+        return Place(DatabaseConfig("psycopg2", args))
+
+    return new
+
+
+def make_synapses_tables(place: Place) -> Place:
+    """The two tables as Synapse has them, and none of the plugin's."""
+    file = resources.files("synapse_roomkeys.storage") / "schema" / "001_backups.sql"
+    lines = [line for line in file.read_text().splitlines() if line[:2] != "--"]
+    for statement in "\n".join(lines).split(";")[:-1]:
+        place.run(statement)
+    return place
+
+
+@pytest.fixture(params=list(product(ENGINES, ENGINES)), ids="-to-".join)
+def pair(request: pytest.FixtureRequest, new_place: NewPlace) -> tuple[Place, Place]:
+    """A filled source and an empty target, of each engine."""
+    source, target = request.param
+    place = make_synapses_tables(new_place(source))
+    fill(place)
+    return place, new_place(target)
+
+
+@pytest.fixture(params=ENGINES)
+def target(request: pytest.FixtureRequest, new_place: NewPlace) -> Place:
+    """An empty target of each engine."""
+    return new_place(request.param)
+
+
+def keys_of(user: str, version: int, number: int) -> Iterator[tuple[Any, ...]]:
+    """Rows of keys, with ids that each locale orders in another way."""
+    for i in range(number):
+        room = f"!{'aA_é'[i % 4]}{i % 7}:x"
+        session = f"{'bB/+日🔑'[i % 6]}{i}"
+        yield user, version, room, session, i, i % 3, bool(i % 2), f'"{i}"'
+
+
+def fill(source: Place) -> None:
+    """What a homeserver holds after some years."""
+    source.run(
+        ADD_VERSION,
+        (ALICE, 1, "old", "{}", 1, None),
+        (ALICE, 2, "algorithm", ODD, 0, 7),
+        (ALICE, 1700000000, "algorithm", '{"a": 1}', 0, 3),
+        (BOB, 1, "algorithm", "{}", 0, None),
+        (CAROL, 5, "algorithm", "{}", 1, 9),
+    )
+    source.run(
+        ADD_KEY,
+        *keys_of(ALICE, 2, 1203),
+        *keys_of(ALICE, 1700000000, 40),
+        (BOB, 1, ROOM, "null", None, None, None, "null"),
+        (BOB, 1, ROOM, ODD, 2**31 - 1, 0, True, ODD),
+        (BOB, 1, "", "x" * 5000, 0, 0, False, "{}"),
+    )
+
+
+def run(source: Place, target: Place) -> tuple[Result, str]:
+    """A run, and what it told."""
+    told = io.StringIO()
+    return migrate(source.config, target.config, Progress(told)), told.getvalue()
+
+
+def same(source: Place, target: Place) -> bool:
+    """Whether they hold the same."""
+    return all(source.run(rows) == target.run(rows) for rows in (VERSIONS, KEYS))
+
+
+def add_keys(source: Place, user: str, version: int, *rows: tuple[Any, ...]) -> None:
+    """Upload keys, as a homeserver does: the etag moves."""
+    source.run(ADD_KEY, *((user, version, *row) for row in rows))
+    move(source, user, version)
+
+
+def move(place: Place, user: str, version: int) -> None:
+    place.run(
+        "UPDATE e2e_room_keys_versions SET etag = COALESCE(etag, 0) + 1"
+        " WHERE user_id = ? AND version = ?",
+        (user, version),
+    )
+
+
+def test_all_of_it_is_copied(pair: tuple[Place, Place]) -> None:
+    """The target holds the same backups, the source nothing new; a second run finds
+    nothing to do."""
+    source, target = pair
+    before = source.run(VERSIONS), source.run(KEYS)
+    result, told = run(source, target)
+    assert same(source, target) and len(target.run(KEYS)) == 1246
+    assert result == Result(copied=5, written=1246, checked=5, checked_keys=1246)
+    assert result.is_equal and told == ""
+    assert result.lines()[-1] == (
+        "checked etag and count of 5 backups with 1246 keys: equal"
+    )
+    again, _ = run(source, target)
+    assert again == Result(unchanged=5, checked=5, checked_keys=1246)
+    assert (source.run(VERSIONS), source.run(KEYS)) == before
+    assert source.tables == {"e2e_room_keys", "e2e_room_keys_versions"}
+
+
+def test_what_changed_follows(pair: tuple[Place, Place]) -> None:
+    """Later runs bring what has changed since, and only that."""
+    source, target = pair
+    run(source, target)
+    ids = ((ROOM, "new"), ("", "!"), ("🔑", "!"))
+    add_keys(source, ALICE, 2, *((*both, 1, 2, True, "{}") for both in ids))
+    move(source, BOB, 1)
+    source.run(
+        "UPDATE e2e_room_keys SET session_data = '5' WHERE user_id = ? AND version = ?"
+        " AND session_id IN ('b0', '🔑1199')",
+        (ALICE, 2),
+    )
+    source.run(
+        "DELETE FROM e2e_room_keys WHERE user_id = ? AND version = ?"
+        " AND session_id IN ('B1', '日4', 'b6')",
+        (ALICE, 2),
+    )
+    result, _ = run(source, target)
+    assert same(source, target)
+    assert result == Result(
+        **{"copied": 2, "unchanged": 3, "written": 5, "deleted": 3},
+        **{"checked": 5, "checked_keys": 1246},
+    )
+
+
+def test_versions_that_come_and_go(pair: tuple[Place, Place]) -> None:
+    """New users and versions are brought, and so are a deletion, other auth_data, and
+    a purge of a room, which moves no etag."""
+    source, target = pair
+    run(source, target)
+    served = (ALICE, 1700000000, 3, 40, 99)
+    target.run(
+        "INSERT INTO roomkeys_counts (user_id, version, etag, key_count, counted_ts)"
+        " VALUES (?, ?, ?, ?, ?)",
+        served,
+    )
+    source.run(
+        ADD_VERSION, (ALICE, 1700000001, "a", "{}", 0, 0), ("@n:x", 1, "a", "{}", 0, 1)
+    )
+    source.run(ADD_KEY, *keys_of("@n:x", 1, 10))
+    source.run("DELETE FROM e2e_room_keys WHERE room_id = '!a0:x'")
+    source.run("DELETE FROM e2e_room_keys WHERE user_id = ?", (BOB,))
+    source.run(
+        "UPDATE e2e_room_keys_versions SET deleted = 1 WHERE user_id = ?", (BOB,)
+    )
+    source.run(
+        "UPDATE e2e_room_keys_versions SET auth_data = '[]' WHERE user_id = ?", (CAROL,)
+    )
+    result, _ = run(source, target)
+    assert same(source, target)
+    assert (result.copied, result.unchanged, result.is_equal) == (6, 1, True)
+    assert target.run("SELECT * FROM roomkeys_counts") == []
+
+
+def test_others_at_the_target_stay(pair: tuple[Place, Place]) -> None:
+    """Users, and versions, that are at the target only are none of its business."""
+    source, target = pair
+    run(source, target)
+    rows = ("@own:x", 1, "a", "{}", 0, 4), (ALICE, 1800000000, "a", "{}", 0, 4)
+    target.run(ADD_VERSION, *rows)
+    target.run(ADD_KEY, *keys_of("@own:x", 1, 9), *keys_of(ALICE, 1800000000, 9))
+    before = target.run(VERSIONS), target.run(KEYS)
+    result, _ = run(source, target)
+    assert result.is_equal and result.unchanged == 5
+    assert (target.run(VERSIONS), target.run(KEYS)) == before
+
+
+def serve_upload(target: Place) -> None:
+    add_keys(target, ALICE, 2, ("!served", "served", 0, 0, False, "{}"))
+
+
+def serve_deletion(target: Place) -> None:
+    target.run("DELETE FROM e2e_room_keys WHERE user_id = ? AND version = 2", (ALICE,))
+    target.run(
+        "UPDATE e2e_room_keys_versions SET deleted = 1"
+        " WHERE user_id = ? AND version = 2",
+        (ALICE,),
+    )
+
+
+def serve_auth_data(target: Place) -> None:
+    target.run(
+        "UPDATE e2e_room_keys_versions SET auth_data = '7'"
+        " WHERE user_id = ? AND version = 2",
+        (ALICE,),
+    )
+
+
+@pytest.mark.parametrize("serve", [serve_upload, serve_deletion, serve_auth_data])
+@pytest.mark.parametrize("moves", [0, 1, 2])
+def test_what_the_target_served_stays(
+    pair: tuple[Place, Place], serve: Callable[[Place], None], moves: int
+) -> None:
+    """What the service has changed is not overwritten, whether or not the source has
+    changed too, be it as often; the others are copied, and the run doesn't pass."""
+    source, target = pair
+    run(source, target)
+    serve(target)
+    for _ in range(moves):
+        add_keys(source, ALICE, 2, ("!s", f"{secrets.token_hex(4)}", 0, 0, False, "{}"))
+    add_keys(source, BOB, 1, (ROOM, "new", 0, 0, False, "{}"))
+    where = f"WHERE user_id = '{ALICE}' AND version = 2 ORDER"
+    own = [statement.replace("ORDER", where) for statement in (VERSIONS, KEYS)]
+    before = [target.run(statement) for statement in own]
+    result, told = run(source, target)
+    assert [target.run(statement) for statement in own] == before
+    assert (result.kept, result.copied, result.unchanged) == (1, 1, 3)
+    assert not result.is_equal and result.differing == 0
+    changed = "on both sides" if moves else "at the target"
+    assert told == (
+        f"{ALICE} version 2: has changed {changed} since it was copied: left as it is"
+        " there\n"
+    )
+
+
+class Meddling(Progress):
+    """Has the service take an upload when the run has dealt with the first version."""
+
+    target: Place
+
+    def step(self, text: str) -> None:
+        if text.startswith("1 of 5 "):
+            serve_upload(self.target)
+
+
+def test_what_is_served_meanwhile_stays(pair: tuple[Place, Place]) -> None:
+    """A version that the service changes between the run's look at it and the copying
+    is not overwritten either."""
+    source, target = pair
+    run(source, target)
+    move(source, ALICE, 2)
+    told = io.StringIO()
+    progress = Meddling(told)
+    progress.target = target
+    result = migrate(source.config, target.config, progress)
+    assert (result.kept, result.unchanged, result.is_equal) == (1, 4, False)
+    assert "on both sides" in told.getvalue()
+    assert target.run("SELECT 1 FROM e2e_room_keys WHERE session_id = 'served'")
+
+
+def test_what_is_there_already(pair: tuple[Place, Place]) -> None:
+    """A target that was filled in another way is left alone where it differs."""
+    source, target = pair
+    make_synapses_tables(target)
+    fill(target)
+    result, _ = run(source, target)
+    assert result.is_equal and result.unchanged == 5
+    move(source, ALICE, 2)
+    result, told = run(source, target)
+    assert (result.kept, result.unchanged, result.is_equal) == (1, 4, False)
+    assert "wasn't copied there" in told
+
+
+def test_rows_that_no_database_should_hold(new_place: NewPlace, target: Place) -> None:
+    """What the target can't hold is left out and counted, all else is copied, on every
+    run the same."""
+    source = make_synapses_tables(new_place("sqlite"))
+    fill(source)
+    incompressible = secrets.token_hex(10000)
+    source.run(
+        ADD_VERSION,
+        ("@m:x", 1, "a", "{}", 0, "text"),
+        ("@\0:x", 1, "a", "{}", 0, 1),
+        ("@n:x", "one", "a", "{}", 0, 1),
+        ("@o:x", 1, "a", b"\xff", 0, 1),
+    )
+    source.run(
+        ADD_KEY,
+        ("@m:x", 1, "r", "1", 2**31, -(2**40), 2, "{}"),
+        ("@m:x", 1, "r", "2", "text", 1.5, "yes", "{}"),
+        ("@m:x", 1, "r", "\0", 0, 0, 0, "{}"),
+        ("@m:x", 1, "r", "3", 0, 0, 0, '"\0"'),
+        ("@m:x", 1, "r", incompressible, 0, 0, 0, "{}"),
+        ("@m:x", 1, b"blob", "4", 0, 0, 0, "{}"),
+        ("@m:x", 1, "r", "5", 0, 0, 0, b"blob"),
+        ("@\0:x", 1, "r", "1", 0, 0, 0, "{}"),
+        *keys_of("@m:x", 1, 700),
+    )
+    source.run(
+        "UPDATE e2e_room_keys SET session_data = CAST(X'22FF22' AS TEXT)"
+        " WHERE user_id = '@m:x' AND session_id = 'b0'"
+    )
+    for _ in range(2):
+        result, told = run(source, target)
+        assert result.is_equal
+        held = target.run(
+            "SELECT session_id, first_message_index, forwarded_count, is_verified"
+            " FROM e2e_room_keys WHERE user_id = '@m:x' AND session_id IN ('1', '2')"
+            " ORDER BY 1"
+        )
+        if target.config.name == "sqlite3":
+            assert (result.lost_versions, result.lost_keys, result.mended) == (2, 3, 0)
+            assert held == [("1", 2**31, -(2**40), 2), ("2", "text", 1.5, "yes")]
+        else:
+            assert (result.lost_versions, result.lost_keys) == (3, 6)
+            assert held == [("1", None, None, True), ("2", None, None, None)]
+        assert "@m:x version 1:" in told
+    assert result.checked == (7 if target.config.name == "sqlite3" else 6)
+    others = KEYS.replace("ORDER", "WHERE user_id LIKE '%.example' ORDER")
+    assert len(source.run(others)) == 1246
+    assert source.run(others) == target.run(others)
+
+
+FAIL = {
+    "sqlite3": """
+        CREATE TRIGGER fail BEFORE INSERT ON e2e_room_keys
+        WHEN NEW.session_id = '🔑1199' BEGIN SELECT RAISE(ABORT, 'failed'); END""",
+    "psycopg2": """
+        CREATE FUNCTION fail() RETURNS trigger LANGUAGE plpgsql AS
+        $$ BEGIN RAISE 'failed'; END $$;
+        CREATE TRIGGER fail BEFORE INSERT ON e2e_room_keys
+        FOR EACH ROW WHEN (NEW.session_id = '🔑1199') EXECUTE FUNCTION fail()""",
+}
+
+
+def test_a_run_that_ends_early(pair: tuple[Place, Place]) -> None:
+    """No version is there in part, new or old, and the next run does the rest."""
+    source, target = pair
+    empty = make_synapses_tables(target)
+    empty.run(FAIL[target.config.name])
+    with pytest.raises(MigrateError, match="failed"):
+        run(source, target)
+    where = f"FROM e2e_room_keys{{}} WHERE user_id = '{ALICE}' AND version = 2"
+    for table in ("", "_versions"):
+        assert target.run("SELECT 1 " + where.format(table)) == []
+    drop = " ON e2e_room_keys" if target.config.name == "psycopg2" else ""
+    target.run(f"DROP TRIGGER fail{drop}")
+    result, _ = run(source, target)
+    assert result.is_equal and same(source, target)
+
+
+def test_databases_that_are_not_as_expected(new_place: NewPlace, target: Place) -> None:
+    """The operator reads what is wrong in a line."""
+    source = new_place("sqlite")
+    with pytest.raises(MigrateError, match="unable to open"):
+        run(source, target)
+    assert not Path(source.config.args["database"]).exists()
+    source.run("CREATE TABLE other (one INT)")
+    with pytest.raises(MigrateError, match="e2e_room_keys"):
+        run(source, target)
+    run(make_synapses_tables(source), target)
+    target.run("UPDATE roomkeys_schema SET number = 1000")
+    with pytest.raises(MigrateError, match="1000"):
+        run(source, target)
+
+
+PROGRAM = """
+import re, sys
+from pathlib import Path
+from synapse_roomkeys.service.config import DatabaseConfig
+from synapse_roomkeys.service.migrate import migrate
+from synapse_roomkeys.service.progress import Progress
+small, large, target = map(eval, sys.argv[1:])
+peaks = []
+for source in (small, large):
+    result = migrate(source, target, Progress(sys.stderr))
+    status = Path("/proc/self/status").read_text()
+    peaks.append(int(re.search(r"VmHWM:\\s*(\\d+) kB", status)[1]))
+print(result.written, result.is_equal, peaks[1] - peaks[0])
+"""
+MANY = 100_000
+ADD_MANY = {
+    "sqlite3": f"""
+        WITH RECURSIVE s(i) AS (
+            SELECT 1 UNION ALL SELECT i + 1 FROM s WHERE i < {MANY})
+        INSERT INTO e2e_room_keys ({KEY_COLUMNS})
+        SELECT ?, 1, '!r' || i % 50, 's' || i, i, 0, TRUE,
+            '"' || hex(zeroblob(450)) || '"' FROM s""",
+    "psycopg2": f"""
+        INSERT INTO e2e_room_keys ({KEY_COLUMNS})
+        SELECT ?, 1, '!r' || i % 50, 's' || i, i, 0, TRUE,
+            '"' || repeat('0', 900) || '"' FROM generate_series(1, {MANY}) AS i""",
+}
+#: KiB: the keys alone have 90 MiB, and what SQLite and libpq cache has a few.
+MEMORY = 20 * 1024
+
+
+@pytest.mark.parametrize("engines", [ENGINES, ENGINES[::-1]], ids="-to-".join)
+def test_a_large_backup_in_little_memory(
+    new_place: NewPlace, engines: tuple[str, str]
+) -> None:
+    """A backup is not held in memory, neither when it is new at the target nor when it
+    is compared."""
+    small, large = (make_synapses_tables(new_place(engines[0])) for _ in range(2))
+    target = new_place(engines[1])
+    small.run(ADD_VERSION, (BOB, 1, "a", "{}", 0, 1))
+    small.run(ADD_KEY, *keys_of(BOB, 1, 2000))
+    large.run(ADD_VERSION, (ALICE, 1, "a", "{}", 0, 1))
+    large.run(ADD_MANY[large.config.name], (ALICE,))
+    for written in (MANY, 1):
+        done = subprocess.run(
+            [sys.executable, "-c", PROGRAM]
+            + [described(place) for place in (small, large, target)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        keys, equal, kib = done.stdout.split()
+        assert (int(keys), equal) == (written, "True")
+        assert int(kib) < MEMORY
+        add_keys(large, ALICE, 1, ("!new", f"{written}", 0, 0, False, "{}"))
+
+
+def described(place: Place) -> str:
+    return f"DatabaseConfig({place.config.name!r}, {dict(place.config.args)!r})"
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_running_synapse(
+    engine: str, new_place: NewPlace, target: Place, tmp_path: Path
+) -> None:
+    """Stock endpoints are in use before, between and during the runs; at the end all
+    that they took is at the target."""
+    arguments = None
+    directory = tmp_path / "synapse"
+    if engine == "postgres":
+        arguments = dict(new_place(engine).config.args)
+    with Synapse(directory, database=arguments, module_config=None) as server:
+        database = server.shared_config()["database"]
+        source = Place(DatabaseConfig(database["name"], database["args"]))
+        users = [server.register(name) for name in ("one", "two")]
+        apis = [Api(server.url, user.access_token) for user in users]
+        gone = apis[0].create_version()
+        apis[0].upload(gone, {"!gone": {"s": key()}})
+        versions = [api.create_version() for api in apis]
+        for api, version in zip(apis, versions, strict=True):
+            api.upload(version, {f"!{i}": {f"s{i}": key(i)} for i in range(150)})
+        result, _ = run(source, target)
+        assert result.is_equal and same(source, target)
+        apis[0].delete(f"/version/{gone}")
+        apis[1].delete(f"/keys/!3?version={versions[1]}")
+        apis[1].upload(versions[1], {"!more": {"s": key(3, 2, True)}})
+        result, _ = run(source, target)
+        assert (result.copied, result.is_equal) == (2, True)
+        assert same(source, target)
+
+
+@inlineCallbacks
+def test_the_service_goes_on_with_it(pair: tuple[Place, Place]) -> Steps:
+    """What was copied can be downloaded and added to, also when the service is running
+    between two runs."""
+    source, target = pair
+    path = Path(target.config.args.get("database", ""))
+    arguments = {n: v for n, v in target.config.args.items() if n[:3] != "cp_"}
+    postgres = target.config.name == "psycopg2"
+    site = OwnSite(Backend("target", arguments if postgres else None, path))
+    yield site.start()
+    client = Client(site.host, site.host.new_user())
+    user = client.user.user_id
+    source.run(ADD_VERSION, (user, 3, "a", "{}", 1, 1), (user, 4, "a", "[]", 0, None))
+    source.run(ADD_KEY, *keys_of(user, 4, 1500), (user, 4, ROOM, "s", 0, 0, True, DATA))
+    assert run(source, target)[0].is_equal
+    rooms = yield client.download("4")
+    assert rooms[ROOM] == {"s": key(0, 0, True, json.loads(DATA))}
+    assert (yield client.tally("4")) == (0, 1501)
+    source.run(
+        "DELETE FROM e2e_room_keys WHERE user_id = ? AND room_id = ?", (user, ROOM)
+    )
+    assert run(source, target)[0].is_equal
+    assert (yield client.tally("4")) == (0, 1500)
+    yield client.upload("4", {ROOM: {"later": key()}})
+    assert (yield client.tally("4")) == (1, 1501)
+    result, _ = run(source, target)
+    assert (result.kept, result.is_equal) == (1, False)
+    assert (yield client.tally("4")) == (1, 1501)
+    newer: str = yield client.create_version()
+    assert int(newer) > 4
+    yield site.stop()
