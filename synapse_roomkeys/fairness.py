@@ -6,6 +6,7 @@ from typing import Any, ParamSpec, TypeVar
 
 from twisted.internet.defer import Deferred, inlineCallbacks
 
+from . import metrics
 from .clock import Clock
 from .errors import LimitExceededError
 
@@ -50,7 +51,9 @@ class UserQueues:
         if self._running.get(user_id, 0) < self._slots:
             self._running[user_id] = self._running.get(user_id, 0) + 1
         else:
-            yield self._clock.wait(self._turn(user_id))
+            turn = self._turn(user_id)
+            with metrics.waiting_requests.track_inprogress():
+                yield self._clock.wait(turn)
         try:
             result: T = yield call(*args, **kwargs)
             return result

@@ -2,6 +2,7 @@
 
 import logging
 import re
+import time
 from collections.abc import Callable, Generator, Iterable
 from typing import Any, Protocol
 from urllib.parse import unquote, unquote_to_bytes
@@ -28,6 +29,10 @@ logger = logging.getLogger(__name__)
 Answer = tuple[int, dict[str, Any] | bytes] | None
 
 METHODS = ("GET", "PUT", "POST", "DELETE")
+#: The methods that are told apart in metrics.
+_MEASURED = (*METHODS, "HEAD", "OPTIONS")
+#: What stands for a servlet in metrics where there is none.
+_NO_SERVLET = "none"
 
 #: "Web Browser Clients" of the client-server API: what every response has.
 CORS_HEADERS = {
@@ -102,6 +107,10 @@ def parse_string(request: Request, name: str) -> str:
     return value.decode("utf-8", "replace")
 
 
+#: A callback, and the name of its servlet.
+_Route = tuple[Callable[..., Any], str]
+
+
 class JsonResource(Resource):
     """Answers requests by the callbacks that are registered for their paths.
 
@@ -112,7 +121,7 @@ class JsonResource(Resource):
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._routes: dict[re.Pattern[str], dict[str, Callable[..., Any]]] = {}
+        self._routes: dict[re.Pattern[str], dict[str, _Route]] = {}
 
     def register_paths(
         self,
@@ -123,25 +132,30 @@ class JsonResource(Resource):
     ) -> None:
         """As `HttpServer.register_paths`."""
         for pattern in path_patterns:
-            self._routes.setdefault(pattern, {})[method] = callback
+            route = callback, servlet_classname
+            self._routes.setdefault(pattern, {})[method] = route
 
     def render(self, request: Request) -> int | bytes:
         """Answer a request; `Resource` calls it."""
         if request.method == b"OPTIONS":
+            _measure(request, _NO_SERVLET)
             request.setResponseCode(204)
             set_headers(request, None)
             return b""
-        done = maybeDeferred(self._dispatch, request)
+        try:
+            (callback, servlet), groups = self._find(request)
+        except UnrecognizedError as error:
+            _measure(request, _NO_SERVLET)
+            respond_error(request, error)
+            return NOT_DONE_YET
+        _measure(request, servlet)
+        arguments = {name: value and unquote(value) for name, value in groups.items()}
+        done = maybeDeferred(callback, request, **arguments)
         done.addErrback(self._fail, request)
         return NOT_DONE_YET
 
-    def _dispatch(self, request: Request) -> Any:
-        callback, groups = self._find(request)
-        arguments = {name: value and unquote(value) for name, value in groups.items()}
-        return callback(request, **arguments)
-
-    def _find(self, request: Request) -> tuple[Callable[..., Any], dict[str, Any]]:
-        """The callback for a request, and the groups of the path that matched.
+    def _find(self, request: Request) -> "tuple[_Route, dict[str, Any]]":
+        """What answers a request, and the groups of the path that matched.
 
         Raises:
             UnrecognizedError: there is none, 404, or none for this method, 405.
@@ -157,8 +171,7 @@ class JsonResource(Resource):
         raise UnrecognizedError(404)
 
     def _fail(self, failure: Failure, request: Request) -> None:
-        """Answer what no servlet answered: an unknown path, an authentication error
-        of the host, a defect."""
+        """Answer what no servlet answered: an error of the host's, or a defect."""
         error = failure.value
         if isinstance(error, RoomKeysError):
             respond_error(request, error)
@@ -207,7 +220,7 @@ def _answering(method: Callable[..., Any]) -> Callable[..., "Deferred[None]"]:
             _check_path(request)
             answer: Answer = yield method(request, **groups)
         except RoomKeysError as error:
-            _note_refusal(request, error)
+            note_refusal(request, error)
             respond_error(request, error)
             return
         if answer is not None:
@@ -223,7 +236,27 @@ def _check_path(request: Request) -> None:
         raise InvalidParamError("The path is not UTF-8") from None
 
 
-def _note_refusal(request: Request, error: RoomKeysError) -> None:
+def _measure(request: Request, servlet: str) -> None:
+    """Count a request while it is being answered, and once it was."""
+    method = request.method.decode("latin-1")
+    if method not in _MEASURED:
+        method = "other"
+    in_flight = metrics.requests_in_flight.labels(method)
+    started = time.perf_counter()
+
+    def count(status: str) -> None:
+        in_flight.dec()
+        metrics.requests.labels(servlet, method, status).inc()
+        seconds = time.perf_counter() - started
+        metrics.request_seconds.labels(servlet, method).observe(seconds)
+
+    in_flight.inc()
+    request.notifyFinish().addCallbacks(
+        lambda _: count(str(request.code)), lambda _: count("dropped")
+    )
+
+
+def note_refusal(request: Request, error: RoomKeysError) -> None:
     """Count a refusal, and log one that isn't an ordinary answer: a client may go on
     sending the same for ever."""
     metrics.refused_requests.labels(error.errcode).inc()

@@ -1,5 +1,6 @@
 """The servlets as Twisted resources."""
 
+from prometheus_client import REGISTRY
 from twisted.trial.unittest import SynchronousTestCase
 from twisted.web.resource import Resource
 from twisted.web.server import Site
@@ -87,3 +88,45 @@ class FaultTests(SynchronousTestCase):
         answer = read_answer(transport.value(), "OPTIONS")
         self.assertEqual(answer.status, 204)
         self.assertEqual(answer.headers["access-control-allow-origin"], "*")
+
+
+class MetricsTests(SynchronousTestCase):
+    """What a host without measures of its own counts of each request."""
+
+    def sample(self, name: str, **labels: str) -> float:
+        """The value of a series, 0 where there is none yet."""
+        return REGISTRY.get_sample_value(f"synapse_roomkeys_{name}", labels) or 0
+
+    def test_a_request_is_in_flight_until_it_is_answered_or_dropped(self) -> None:
+        """And those that wait for their user's others are counted meanwhile."""
+        host = MemoryHost()
+        servlet = {"servlet": "RoomKeysVersionServlet", "method": "GET"}
+        names = ("404", "dropped")
+        before = [self.sample("requests_total", status=n, **servlet) for n in names]
+        timed = self.sample("request_seconds_count", **servlet)
+        reads = host.handler._reads
+        reads._running["@user0:test.example"] = 4
+        token = host.new_user().access_token
+        left = host.send("GET", VERSION, token=token)
+        host.send("GET", VERSION, token=token)
+        self.assertEqual(self.sample("requests_in_flight", method="GET"), 2)
+        self.assertEqual(self.sample("waiting_requests"), 2)
+        left.loseConnection()
+        self.assertEqual(self.sample("requests_in_flight", method="GET"), 1)
+        for _ in range(2):
+            reads._release("@user0:test.example")
+            host.reactor.advance(0)
+        self.assertEqual(self.sample("requests_in_flight", method="GET"), 0)
+        self.assertEqual(self.sample("waiting_requests"), 0)
+        after = [self.sample("requests_total", status=n, **servlet) for n in names]
+        self.assertEqual(after, [count + 1 for count in before])
+        self.assertEqual(self.sample("request_seconds_count", **servlet), timed + 2)
+
+    def test_what_nobody_knows_has_few_labels(self) -> None:
+        """However many paths and methods clients come up with."""
+        host = MemoryHost()
+        unknown = {"servlet": "none", "method": "other", "status": "404"}
+        before = self.sample("requests_total", **unknown)
+        for number in range(3):
+            host.send(f"BREW{number}", f"/{number}", token=None)
+        self.assertEqual(self.sample("requests_total", **unknown), before + 3)

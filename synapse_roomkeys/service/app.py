@@ -1,0 +1,284 @@
+"""The service put together: how it starts, and how it stops."""
+
+import logging
+import os
+import signal
+import time
+from collections.abc import Generator
+from typing import Any
+
+import attrs
+from twisted.internet.defer import (
+    Deferred,
+    DeferredList,
+    inlineCallbacks,
+    maybeDeferred,
+)
+from twisted.internet.endpoints import serverFromString
+from twisted.internet.error import CannotListenError
+from twisted.internet.interfaces import IListeningPort
+from twisted.web.http import Request
+
+from .. import metrics
+from ..clock import Clock
+from ..config import OptionError
+from ..handler import E2eRoomKeysHandler
+from ..rest import JsonResource, register_servlets
+from ..storage import (
+    SQLITE,
+    EndToEndRoomKeyStore,
+    Engine,
+    PoolDatabase,
+    RetryingDatabase,
+    SchemaError,
+    postgres,
+    postgres_database,
+    sqlite_database,
+    upgrade_tables,
+)
+from ..types import Limits, Requester
+from ..version import __version__
+from ..whoami import WhoamiAuth
+from .config import DatabaseConfig, ServiceConfig
+from .site import ServiceSite
+from .status import OK, MetricsResource, Probe, ReadyResource, Root
+
+logger = logging.getLogger(__name__)
+
+#: Seconds between two looks for transactions that are still under way at the end.
+_LOOK_SECONDS = 0.05
+
+
+class StartError(Exception):
+    """The service can't start; the message is for the operator."""
+
+
+def database_of(config: DatabaseConfig) -> tuple[PoolDatabase, Engine]:
+    """The database that an operator named.
+
+    Raises:
+        OptionError: its driver isn't installed.
+    """
+    if config.name == "sqlite3":
+        return sqlite_database(config.args["database"]), SQLITE
+    try:
+        return postgres_database(config.args), postgres()
+    except ImportError as error:
+        raise OptionError("database.name", str(error)) from None
+
+
+class NotingAuth:
+    """The authentication, which has each request know its user, for the access log."""
+
+    def __init__(self, auth: WhoamiAuth) -> None:
+        self._auth = auth
+
+    @inlineCallbacks
+    def get_user_by_req(
+        self, request: Request
+    ) -> "Generator[Deferred[Any], Any, Requester]":
+        """As `synapse_roomkeys.rest.Auth.get_user_by_req`."""
+        requester: Requester = yield self._auth.get_user_by_req(request)
+        request.user_id = requester.user_id  # type: ignore[attr-defined]
+        return requester
+
+
+@attrs.frozen
+class Host:
+    """What the servlets need, as `synapse_roomkeys.rest.HomeServer` has it."""
+
+    clock: Clock
+    limits: Limits
+    stalled_download_seconds: float
+    auth: NotingAuth
+    handler: E2eRoomKeysHandler
+
+    def get_auth(self) -> NotingAuth:
+        """The authentication."""
+        return self.auth
+
+    def get_e2e_room_keys_handler(self) -> E2eRoomKeysHandler:
+        """The operations."""
+        return self.handler
+
+
+class Service:
+    """The service, from its start to its end.
+
+    Attributes:
+        exit_code: what the process is to end with.
+    """
+
+    def __init__(self, config: ServiceConfig, reactor: Any) -> None:
+        """
+        Raises:
+            OptionError: the database's driver isn't installed.
+        """
+        self.exit_code = 0
+        self._config = config
+        self._reactor = reactor
+        self._clock = Clock(reactor)
+        self._database, self._engine = database_of(config.database)
+        self._auth = WhoamiAuth(reactor, self._clock, config.homeserver)
+        self._homeserver = Probe("homeserver", self._auth.check, reactor)
+        probe = Probe("database", self._database.check, reactor)
+        ready = ReadyResource(probe, self._homeserver, lambda: self._site.draining)
+        self._site = self._make_site(Root(ready, self._make_resource()))
+        root = Root(ready, JsonResource())
+        root.putChild(b"metrics", MetricsResource())  # type: ignore[no-untyped-call]
+        self._metrics_site = self._make_site(root)
+        self._ports: list[IListeningPort] = []
+        self._stopping = False
+        pool = metrics.pool_transactions
+        pool.labels("in_use").set_function(lambda: self._database.in_use)
+        pool.labels("waiting").set_function(lambda: self._database.waiting)
+
+    def run(self) -> int:
+        """Serve until a signal comes; returns what the process is to end with."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._handle_signal)
+        self._reactor.callWhenRunning(self._start)
+        self._reactor.run(installSignalHandlers=False)
+        return self.exit_code
+
+    def _make_resource(self) -> JsonResource:
+        config = self._config
+        store = EndToEndRoomKeyStore(
+            RetryingDatabase(self._database, self._engine, self._clock),
+            self._engine.dialect,
+            time.time,
+            config.limits,
+        )
+        host = Host(
+            self._clock,
+            config.limits,
+            config.stalled_download_seconds,
+            NotingAuth(self._auth),
+            E2eRoomKeysHandler(store, self._clock, config.limits),
+        )
+        resource = JsonResource()
+        register_servlets(host, resource)
+        return resource
+
+    def _make_site(self, root: Root) -> ServiceSite:
+        limit = self._config.limits.max_body_bytes
+        return ServiceSite(root, self._reactor, limit, self._config.trusted_proxies)
+
+    @inlineCallbacks
+    def _start(self) -> "Generator[Deferred[Any], Any, None]":
+        """Bring the tables up to date and listen, or end."""
+        try:
+            yield self._upgrade()
+            for endpoint in self._config.metrics_listeners:
+                yield self._listen("metrics_listeners", endpoint, self._metrics_site)
+            for endpoint in self._config.listeners:
+                yield self._listen("listeners", endpoint, self._site)
+        except StartError as error:
+            logger.critical("Can't start: %s", error)
+            self._end(1)
+            return
+        except Exception:
+            logger.critical("Can't start", exc_info=True)
+            self._end(1)
+            return
+        logger.info(
+            "synapse_roomkeys %s listens on %s, for the users of %s",
+            *(__version__, ", ".join(self._config.listeners)),
+            self._config.homeserver.url,
+        )
+        yield self._homeserver.ask()
+
+    @inlineCallbacks
+    def _upgrade(self) -> "Generator[Deferred[Any], Any, None]":
+        try:
+            yield self._database.run("upgrade", upgrade_tables, self._engine, True)
+        except (SchemaError, self._engine.error) as error:
+            brief = (str(error).splitlines() or [type(error).__name__])[0]
+            raise StartError(f"database: {brief}") from None
+
+    @inlineCallbacks
+    def _listen(
+        self, option: str, endpoint: str, site: ServiceSite
+    ) -> "Generator[Deferred[Any], Any, None]":
+        try:
+            described = serverFromString(self._reactor, endpoint)
+            self._ports.append((yield described.listen(site)))
+        except (LookupError, AttributeError, TypeError):
+            msg = f"{option}: {endpoint}: systemd has passed no such socket"
+            raise StartError(msg) from None
+        except (CannotListenError, OSError, ValueError) as error:
+            raise StartError(f"{option}: {endpoint}: {error}") from None
+
+    def _handle_signal(self, number: int, frame: object) -> None:
+        """Begin to stop; a second signal ends the process on the spot."""
+        if self._stopping:
+            os._exit(1)
+        self._stopping = True
+        self._reactor.callFromThread(self._stop)
+
+    @inlineCallbacks
+    def _stop(self) -> "Generator[Deferred[Any], Any, None]":
+        """Finish the requests under way, or drop them, and end.
+
+        Those who ask for the status or the metrics are answered until then.
+        """
+        seconds = self._config.shutdown_seconds
+        end = self._reactor.seconds() + seconds
+        logger.info("Stopping within %d seconds", seconds)
+        drained = self._site.drain()
+        served = self._ports[len(self._config.metrics_listeners) :]
+        yield DeferredList([maybeDeferred(port.stopListening) for port in served])
+        late = self._reactor.callLater(seconds, self._drop)
+        yield drained
+        if late.active():
+            late.cancel()
+        while self._database.in_use and self._reactor.seconds() < end:
+            yield self._clock.sleep(_LOOK_SECONDS)
+        logger.info("Stopped")
+        self._end(0)
+
+    def _drop(self) -> None:
+        left = len(self._site.channels)
+        logger.warning("Dropping %d connections that take too long", left)
+        self._site.abort()
+
+    def _end(self, code: int) -> None:
+        self.exit_code = code
+        end_process(self._reactor, self._database, code)
+
+
+def end_process(reactor: Any, database: PoolDatabase, code: int) -> None:
+    """Stop the reactor, or end the process at once where that would take for ever."""
+    if not database.in_use:
+        reactor.stop()
+        return
+    # Nobody can end their threads, and the reactor would wait for them. The database
+    # rolls back.
+    logger.warning("Leaving %d transactions unfinished", database.in_use)
+    logging.shutdown()
+    os._exit(code)
+
+
+def check(config: ServiceConfig, reactor: Any) -> int:
+    """Print whether the database and the homeserver are reachable, a line for each.
+
+    Returns:
+        What the process is to end with: 0 if both are.
+    """
+    database, _ = database_of(config.database)
+    auth = WhoamiAuth(reactor, Clock(reactor), config.homeserver)
+    checks = {"database": database.check, "homeserver": auth.check}
+    code = 0
+
+    @inlineCallbacks
+    def ask() -> "Generator[Deferred[Any], Any, None]":
+        nonlocal code
+        for name, check_it in checks.items():
+            answer: str = yield Probe(name, check_it, reactor).ask()
+            print(f"{name}: {'ok' if answer == OK else 'unreachable'}", flush=True)
+            code = code if answer == OK else 1
+        end_process(reactor, database, code)
+
+    reactor.callWhenRunning(ask)
+    reactor.run()
+    return code

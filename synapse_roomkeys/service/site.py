@@ -1,0 +1,206 @@
+"""The HTTP server: limits of size and time, and an orderly end."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from twisted.internet.defer import Deferred
+from twisted.internet.interfaces import IDelayedCall, IReactorTime
+from twisted.python.failure import Failure
+from twisted.web.http import HTTPChannel
+from twisted.web.resource import Resource
+from twisted.web.server import Site
+
+from ..errors import RoomKeysError, TooLargeError, UnavailableError
+from .checks import Network
+from .request import BodyTooLarge, ServiceRequest
+
+#: How long a connection may be silent, in seconds: more than the 60 for which proxies
+#: keep one by default, so that it is the proxy that closes it, between two requests.
+IDLE_SECONDS = 90
+#: How long a request's headers may take. They are at most 16 KiB: a slower client does
+#: it on purpose.
+HEADERS_SECONDS = 60
+#: How long a request's body may take. A real upload of some 100 KiB takes a minute on
+#: the slowest of mobile networks (2 KiB/s); one at the limit of 10 MiB, at 35 KiB/s.
+BODY_SECONDS = 300
+#: For how long the rest of a refused body is read and thrown away, in seconds. Closing
+#: at once would reset the connection, and the client might never see its 413.
+LINGER_SECONDS = 5
+#: For how long idle connections are kept after the end has begun, in seconds: a request
+#: that is on its way is answered 503 instead of being lost.
+LAST_CALL_SECONDS = 1
+#: What a client is told to wait that comes too late for this process, in seconds.
+RETRY_AFTER = 5
+
+
+class Channel(HTTPChannel):
+    """A connection.
+
+    Attributes:
+        site: what it came to.
+    """
+
+    site: "ServiceSite"
+    _arrival: IDelayedCall | None = None
+    _refusing = False
+
+    def connectionMade(self) -> None:
+        """As `Protocol.connectionMade`."""
+        self.site.channels.add(self)
+        super().connectionMade()  # type: ignore[no-untyped-call]
+
+    def connectionLost(self, reason: Failure) -> None:  # type: ignore[override]
+        """As `Protocol.connectionLost`."""
+        self._expect(None)
+        super().connectionLost(reason)  # type: ignore[no-untyped-call]
+        self.site.forget(self)
+
+    def dataReceived(self, data: bytes) -> None:
+        """As `Protocol.dataReceived`."""
+        if self._arrival is None and not self._handlingRequest:
+            self._expect(HEADERS_SECONDS)
+        super().dataReceived(data)  # type: ignore[no-untyped-call]
+
+    def rawDataReceived(self, data: bytes) -> None:
+        """As `LineReceiver.rawDataReceived`."""
+        if self._refusing:
+            return
+        try:
+            super().rawDataReceived(data)
+        except BodyTooLarge:
+            self._refuse(TooLargeError(self.site.too_large))
+            self.allContentReceived()
+
+    def allHeadersReceived(self) -> None:
+        """As `HTTPChannel.allHeadersReceived`."""
+        self._expect(BODY_SECONDS)
+        if self.site.draining:
+            self._refuse(UnavailableError(RETRY_AFTER))
+        elif self.length is not None and self.length > self.site.max_body_bytes:
+            self._refuse(TooLargeError(self.site.too_large))
+        super().allHeadersReceived()  # type: ignore[no-untyped-call]
+
+    def allContentReceived(self) -> None:
+        """As `HTTPChannel.allContentReceived`."""
+        self._expect(None)
+        super().allContentReceived()  # type: ignore[no-untyped-call]
+
+    def checkPersistence(self, request: Any, version: bytes) -> bool:
+        """As `HTTPChannel.checkPersistence`."""
+        kept: bool = super().checkPersistence(request, version)  # type: ignore[no-untyped-call]
+        return kept and self.persistent != 0 and not self.site.draining
+
+    def writeHeaders(
+        self, version: bytes, code: bytes, reason: bytes, headers: Any
+    ) -> None:
+        """As `HTTPChannel.writeHeaders`."""
+        if not self.persistent:
+            headers.setRawHeaders(b"Connection", [b"close"])
+        super().writeHeaders(version, code, reason, headers)  # type: ignore[no-untyped-call]
+
+    def loseConnection(self) -> None:
+        """As `HTTPChannel.loseConnection`; a client that is still sending is heard
+        out for some seconds."""
+        if not self._refusing:
+            super().loseConnection()  # type: ignore[no-untyped-call]
+            return
+        transport: Any = self.transport
+        transport.unregisterProducer()
+        transport.loseWriteConnection()
+        self._expect(LINGER_SECONDS)
+
+    def last_request(self) -> None:
+        """Have the connection closed after the request under way, if there is one."""
+        if self.requests:
+            self.persistent = 0
+
+    def close_if_idle(self) -> None:
+        """Close the connection unless a request is under way."""
+        if not self.requests:
+            self.loseConnection()
+
+    def _refuse(self, error: RoomKeysError) -> None:
+        """Answer a request at once with an error, as if it had no body."""
+        request: ServiceRequest = self.requests[-1]
+        request.error = error
+        request.requestHeaders.removeHeader(b"Expect")
+        self._refusing = self.length != 0
+        self.persistent = 0
+        self._transferDecoder = None
+        self.length = 0
+
+    def _expect(self, seconds: float | None) -> None:
+        """Drop the connection after some seconds, unless something else is expected
+        by then, or nothing."""
+        if self._arrival is not None and self._arrival.active():
+            self._arrival.cancel()
+        self._arrival = None
+        if seconds is not None:
+            self._arrival = self.site.reactor.callLater(seconds, self._drop)
+
+    def _drop(self) -> None:
+        transport: Any = self.transport
+        transport.abortConnection()
+
+
+class ServiceSite(Site):
+    """All the connections to some listeners.
+
+    Attributes:
+        draining: whether the end has begun.
+        channels: the connections that there are.
+        too_large: what is said of a body that is over the limit.
+    """
+
+    protocol = Channel  # type: ignore[assignment]
+
+    def __init__(
+        self,
+        resource: Resource,
+        reactor: IReactorTime,
+        max_body_bytes: int,
+        trusted_proxies: Sequence[Network],
+    ) -> None:
+        super().__init__(  # type: ignore[no-untyped-call]
+            resource, ServiceRequest, timeout=IDLE_SECONDS, reactor=reactor
+        )
+        self.max_body_bytes = max_body_bytes
+        self.too_large = f"The body is over {max_body_bytes} bytes"
+        self.trusted_proxies = trusted_proxies
+        self.draining = False
+        self.channels: set[Channel] = set()
+        self._drained: Deferred[None] | None = None
+
+    def log(self, request: Any) -> None:
+        """As `Site.log`, to the logger."""
+        request.log()
+
+    def forget(self, channel: Channel) -> None:
+        """Note that a connection is gone."""
+        self.channels.discard(channel)
+        self._see_if_drained()
+
+    def drain(self) -> "Deferred[None]":
+        """Answer no more requests but those under way; fires when all connections
+        are closed."""
+        self.draining = True
+        self._drained = drained = Deferred[None]()
+        for channel in list(self.channels):
+            channel.last_request()
+        self.reactor.callLater(LAST_CALL_SECONDS, self._close_idle)
+        self._see_if_drained()
+        return drained
+
+    def abort(self) -> None:
+        """Break the connections that are left."""
+        for channel in list(self.channels):
+            channel._drop()
+
+    def _close_idle(self) -> None:
+        for channel in list(self.channels):
+            channel.close_if_idle()
+
+    def _see_if_drained(self) -> None:
+        if self._drained is not None and not self.channels:
+            drained, self._drained = self._drained, None
+            drained.callback(None)

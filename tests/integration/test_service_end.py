@@ -1,0 +1,213 @@
+"""The service's end: what is finished, what is refused and what is dropped."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import sqlite3
+import time
+from collections.abc import Iterator
+from contextlib import closing, suppress
+from http.client import HTTPResponse
+from pathlib import Path
+
+import pytest
+
+from ..backup_client import Api
+from ..contract.base import ALGORITHM, AUTH_DATA, PREFIX, Rooms, key, keys_path, wrapped
+from ..servers.accounts import fetch
+from ..servers.homeserver import Homeserver
+from ..servers.processes import HOST
+from ..servers.service import Service
+
+DEADLINE = 20.0
+#: Of 60 KB each: more than the system's buffers for a connection, which hold 10 MB.
+KEYS = 400
+DATA = "x" * 60_000
+
+
+@pytest.fixture(scope="module")
+def homeserver() -> Iterator[Homeserver]:
+    """Whose users they are."""
+    with Homeserver() as homeserver:
+        yield homeserver
+
+
+class Backup:
+    """A user's backup, larger than what a connection holds, and connections to it."""
+
+    def __init__(self, service: Service, homeserver: Homeserver) -> None:
+        self.service = service
+        self.token = homeserver.new_user().access_token
+        self.api = Api(service.url, self.token)
+        body = {"algorithm": ALGORITHM, "auth_data": AUTH_DATA}
+        self.version: str = self.api.request("POST", "/version", body).json["version"]
+        for start in range(0, KEYS, 100):
+            keys = {f"{start + n}": key(data=DATA) for n in range(100)}
+            assert self.api.request("PUT", *self.upload({"!a": keys})).status == 200
+
+    def upload(self, rooms: Rooms) -> tuple[str, object]:
+        """The path and the body of an upload."""
+        return keys_path(self.version), wrapped(rooms)
+
+    def send(self, method: str, path: str, *headers: str) -> socket.socket:
+        """Begin a request: what it has after its headers is to be sent."""
+        lines = [f"{method} {PREFIX}{path} HTTP/1.1", "Host: a", *headers]
+        lines.append(f"Authorization: Bearer {self.token}")
+        client = socket.create_connection((HOST, self.service.port), timeout=DEADLINE)
+        client.sendall("\r\n".join([*lines, "", ""]).encode())
+        return client
+
+    def download(self) -> socket.socket:
+        """Begin a download, and read until it has begun to come."""
+        client = self.send("GET", keys_path(self.version))
+        assert client.recv(1000, socket.MSG_PEEK).startswith(b"HTTP/1.1 200")
+        return client
+
+
+@pytest.fixture
+def service(homeserver: Homeserver, tmp_path: Path) -> Iterator[Service]:
+    """The service, with time enough to finish."""
+    with Service(tmp_path, homeserver.url) as service:
+        yield service
+    assert "Traceback" not in service.log()
+
+
+@pytest.fixture
+def hasty(homeserver: Homeserver, tmp_path: Path) -> Iterator[Service]:
+    """The service, with one second to finish."""
+    with Service(tmp_path, homeserver.url, settings={"shutdown_seconds": 1}) as service:
+        yield service
+    assert "Traceback" not in service.log()
+
+
+def stop(service: Service) -> None:
+    """Tell it to stop, and wait until it knows."""
+    ready = service.metrics_url.replace("/metrics", "/ready")
+    service.send(signal.SIGTERM)
+    deadline = time.monotonic() + DEADLINE
+    while time.monotonic() < deadline:
+        try:
+            fetch(ready)
+        except RuntimeError as error:
+            assert '503 {"database":"ok"' in str(error)
+            assert '"service":"stopping"' in str(error)
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"still ready:\n{service.log()}")
+
+
+def answer_to(client: socket.socket) -> tuple[HTTPResponse, bytes]:
+    """The answer, and its body."""
+    response = HTTPResponse(client)
+    response.begin()
+    return response, response.read()
+
+
+def ended(client: socket.socket) -> bool:
+    """Whether the server closes the connection without another byte."""
+    return client.recv(1000) == b""
+
+
+def rest_of(client: socket.socket) -> bytes:
+    """What comes until the connection is closed or broken."""
+    parts = []
+    with suppress(ConnectionResetError):
+        while part := client.recv(65536):
+            parts.append(part)
+    return b"".join(parts)
+
+
+def test_what_is_under_way_is_finished(
+    service: Service, homeserver: Homeserver
+) -> None:
+    """A download and an upload; what comes later is refused."""
+    backup = Backup(service, homeserver)
+    body = json.dumps(backup.upload({"!b": {"new": key()}})[1]).encode()
+    with closing(backup.send("GET", "/version")) as idle:
+        assert answer_to(idle)[0].status == 200
+        kept = backup.send("GET", "/version")
+        assert answer_to(kept)[0].status == 200
+        kept.sendall(f"GET {PREFIX}/version HTTP/1.1\r\n".encode())
+        upload = backup.send(
+            "PUT", keys_path(backup.version), f"Content-Length: {len(body)}"
+        )
+        upload.sendall(body[:10])
+        download = backup.download()
+        stop(service)
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection((HOST, service.port))
+        assert ended(idle)
+    with closing(kept):
+        kept.sendall(b"Host: a\r\n\r\n")
+        response, content = answer_to(kept)
+        assert response.status == 503
+        assert int(response.headers["Retry-After"]) > 0
+        assert response.headers["Connection"] == "close"
+        assert response.headers["Access-Control-Allow-Origin"] == "*"
+        assert json.loads(content)["errcode"] == "M_UNKNOWN"
+        assert ended(kept)
+    with closing(upload):
+        upload.sendall(body[10:])
+        response, content = answer_to(upload)
+        assert (response.status, json.loads(content)["count"]) == (200, KEYS + 1)
+        assert ended(upload)
+    with closing(download):
+        response, content = answer_to(download)
+        rooms = json.loads(content)["rooms"]
+        assert len(rooms["!a"]["sessions"]) == KEYS
+        assert ended(download)
+    assert service.wait(DEADLINE) == 0
+
+
+def test_what_takes_too_long_is_dropped(hasty: Service, homeserver: Homeserver) -> None:
+    """A download that nobody reads is cut, never ended as if it were whole."""
+    backup = Backup(hasty, homeserver)
+    with closing(backup.download()) as download:
+        stop(hasty)
+        assert hasty.wait(DEADLINE) == 0
+        assert not rest_of(download).endswith(b"0\r\n\r\n")
+    assert "Dropping 1 connections" in hasty.log()
+    assert "(broken off)" in hasty.log()
+
+
+def test_a_transaction_that_takes_too_long_is_left(
+    hasty: Service, homeserver: Homeserver
+) -> None:
+    """Its thread can't be ended, and keeps nobody waiting."""
+    backup = Backup(hasty, homeserver)
+    body = json.dumps(backup.upload({"!b": {"new": key()}})[1]).encode()
+    path = hasty.directory / "roomkeys.db"
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute("BEGIN IMMEDIATE")
+        length = f"Content-Length: {len(body)}"
+        with closing(backup.send("PUT", keys_path(backup.version), length)) as upload:
+            upload.sendall(body)
+            deadline = time.monotonic() + DEADLINE
+            while 'state="in_use"} 1.0' not in fetch(hasty.metrics_url).decode():
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+            hasty.send(signal.SIGTERM)
+            assert hasty.wait(DEADLINE) == 0
+    assert "Leaving 1 transactions unfinished" in hasty.log()
+
+
+def test_a_second_signal_ends_it_at_once(
+    service: Service, homeserver: Homeserver
+) -> None:
+    """An operator needn't wait."""
+    backup = Backup(service, homeserver)
+    with closing(backup.download()):
+        stop(service)
+        service.send(signal.SIGINT)
+        assert service.wait(5.0) == 1
+
+
+def test_an_idle_service_ends_soon(service: Service) -> None:
+    """Either signal does."""
+    service.send(signal.SIGINT)
+    assert service.wait(5.0) == 0
+    service.start()
+    service.send(signal.SIGTERM)
+    assert service.wait(5.0) == 0

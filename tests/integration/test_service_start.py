@@ -1,0 +1,218 @@
+"""The service's start, and what the other commands tell."""
+
+from __future__ import annotations
+
+import json
+import socket
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from synapse_roomkeys import __version__
+from synapse_roomkeys.service.config import example
+from synapse_roomkeys.storage import SQLITE, upgrade_tables
+
+from ..backup_client import Api
+from ..contract.base import ALGORITHM, AUTH_DATA
+from ..servers.accounts import fetch
+from ..servers.homeserver import Homeserver
+from ..servers.processes import HOST, free_port
+from ..servers.service import Service
+
+SECRET = "hunter2"
+#: Does as systemd does with a socket unit, and becomes the service.
+ACTIVATE = """
+import os, socket, sys
+listening = socket.create_server(("127.0.0.1", int(os.environ.pop("PORT"))))
+os.dup2(listening.fileno(), 3)
+os.set_inheritable(3, True)
+os.environ.update(
+    LISTEN_PID=str(os.getpid()), LISTEN_FDS="1", LISTEN_FDNAMES="roomkeys.socket"
+)
+program = [sys.executable, "-m", "synapse_roomkeys.service", *sys.argv[1:]]
+os.execv(sys.executable, program)
+"""
+
+
+@pytest.fixture(scope="module")
+def homeserver() -> Iterator[Homeserver]:
+    """Whose users they are."""
+    with Homeserver() as homeserver:
+        yield homeserver
+
+
+def failure(service: Service, code: int, *names: str) -> None:
+    """It ends with this code and one line that says why, and tells no secret."""
+    found, output = service.run_to_end()
+    assert found == code, output
+    assert output.count("\n") == 1, output
+    assert SECRET not in output
+    for name in names:
+        assert name in output
+
+
+def test_no_file_is_needed(homeserver: Homeserver, tmp_path: Path) -> None:
+    """With the homeserver's address it serves, from a file beside it."""
+    service = Service(tmp_path, "", arguments=("serve", "--homeserver", homeserver.url))
+    # Somebody may have the port that is the default.
+    service.environment = {"ROOMKEYS_LISTENERS": f"tcp:{service.port}:interface={HOST}"}
+    with service:
+        user = homeserver.new_user()
+        body = {"algorithm": ALGORITHM, "auth_data": AUTH_DATA}
+        answer = Api(service.url, user.access_token).request("POST", "/version", body)
+        assert answer.status == 200
+        assert (tmp_path / "roomkeys.db").exists()
+
+
+def test_a_port_in_use(homeserver: Homeserver, tmp_path: Path) -> None:
+    """It doesn't start, and says which listener it is."""
+    service = Service(tmp_path, homeserver.url)
+    with closing(socket.create_server((HOST, service.port))):
+        failure(service, 1, f"listeners: tcp:{service.port}:", "already in use")
+
+
+def test_a_database_that_is_away(homeserver: Homeserver, tmp_path: Path) -> None:
+    """It doesn't start; the password isn't told."""
+    args = {"host": HOST, "port": free_port(), "user": "a", "password": SECRET}
+    failure(
+        Service(tmp_path / "a", homeserver.url, database=args),
+        *(1, "database: ", "Connection refused"),
+    )
+    away = {"database": {"args": {"database": "/nowhere/roomkeys.db"}}}
+    failure(Service(tmp_path / "b", homeserver.url, settings=away), 1, "database: ")
+
+
+def test_a_database_of_a_later_version(homeserver: Homeserver, tmp_path: Path) -> None:
+    """It doesn't start, and leaves it alone."""
+    with closing(sqlite3.connect(tmp_path / "roomkeys.db")) as connection:
+        upgrade_tables(connection.cursor(), SQLITE, True)
+        connection.execute("UPDATE roomkeys_schema SET number = 999")
+        connection.commit()
+    failure(Service(tmp_path, homeserver.url), 1, "database: ", "999")
+
+
+def test_a_homeserver_that_is_away(tmp_path: Path) -> None:
+    """It starts all the same, and isn't ready."""
+    with Service(tmp_path, f"http://{HOST}:{free_port()}") as service:
+        assert json.loads(fetch(f"{service.url}/health")) == {"status": "ok"}
+        with pytest.raises(RuntimeError, match=r'503 .*"homeserver":"unavailable"'):
+            fetch(f"{service.url}/ready")
+        assert "The homeserver is away" in service.log()
+
+
+def test_a_wrong_configuration(homeserver: Homeserver, tmp_path: Path) -> None:
+    """It doesn't start; the line names the file and the option."""
+    for name, settings, names in (
+        ("a", {"shutdown_seconds": "30"}, ["roomkeys.yaml", "shutdown_seconds"]),
+        ("b", {"database": {"args": {"path": SECRET}}}, ["database.args.path"]),
+        ("c", {"homeserver": {}}, ["homeserver.url"]),
+        ("d", {"homeserver": SECRET}, ["roomkeys.yaml", "homeserver"]),
+    ):
+        service = Service(tmp_path / name, homeserver.url, settings=settings)
+        failure(service, 2, *names)
+    service = Service(tmp_path / "e", homeserver.url)
+    service.environment = {"ROOMKEYS_PASSWORD": SECRET}
+    failure(service, 2, "ROOMKEYS_PASSWORD")
+    absent = {"listeners": ["systemd:domain=INET:index=0"]}
+    service = Service(tmp_path / "f", homeserver.url, settings=absent)
+    failure(service, 1, "systemd")
+
+
+def test_a_socket_of_systemd(homeserver: Homeserver, tmp_path: Path) -> None:
+    """It serves on a socket that was there before it."""
+    settings = {"listeners": ["systemd:domain=INET:index=0"]}
+    service = Service(tmp_path, homeserver.url, settings=settings)
+    service.program = ("-c", ACTIVATE)
+    service.environment = {"PORT": str(service.port)}
+    with service:
+        assert json.loads(fetch(f"{service.url}/ready"))["service"] == "ok"
+
+
+def test_several_start_at_once(
+    homeserver: Homeserver,
+    database: Callable[[], Mapping[str, Any] | None],
+    tmp_path: Path,
+) -> None:
+    """On one new database, whose tables one of them makes."""
+    arguments = database()
+    shared = {"name": "sqlite3", "args": {"database": str(tmp_path / "shared.db")}}
+    if arguments is not None:
+        shared = {"name": "psycopg2", "args": dict(arguments)}
+    services = [
+        Service(tmp_path / str(n), homeserver.url, settings={"database": shared})
+        for n in range(3)
+    ]
+    with ExitStack() as stack:
+        for service in services:
+            stack.callback(service.stop)
+            service.begin()
+        for service in services:
+            service.wait_until_it_answers()
+            assert json.loads(fetch(f"{service.url}/ready"))["database"] == "ok"
+
+
+def test_check(homeserver: Homeserver, tmp_path: Path) -> None:
+    """A line for each of the two; success if both are reachable."""
+    arguments = ("check", "--config", "roomkeys.yaml")
+    service = Service(tmp_path / "a", homeserver.url, arguments=arguments)
+    assert service.run_to_end() == (0, "database: ok\nhomeserver: ok\n")
+    away = f"http://{HOST}:{free_port()}"
+    args = {"host": HOST, "port": free_port(), "password": SECRET}
+    service = Service(tmp_path / "b", away, arguments=arguments, database=args)
+    code, output = service.run_to_end()
+    assert code == 1
+    assert {"database: unreachable", "homeserver: unreachable"} < set(
+        output.splitlines()
+    )
+    assert SECRET not in output
+
+
+def test_migrate(homeserver: Homeserver, tmp_path: Path) -> None:
+    """It reads what a Synapse is configured with, and tells what it did."""
+    source = tmp_path / "homeserver.db"
+    with closing(sqlite3.connect(source)) as connection:
+        upgrade_tables(connection.cursor(), SQLITE, True)
+        connection.execute(
+            "INSERT INTO e2e_room_keys_versions VALUES ('@a:b', 1, 'c', '{}', 0, 0)"
+        )
+        connection.commit()
+    configuration = tmp_path / "homeserver.yaml"
+    configuration.write_text(
+        f"database: {{name: sqlite3, args: {{database: {source}}}}}"
+    )
+    service = Service(tmp_path / "service", homeserver.url)
+    service.arguments = ("migrate", "--from", str(configuration), "--config")
+    service.arguments += ("roomkeys.yaml",)
+    code, output = service.run_to_end()
+    assert code == 0, output
+    assert output.startswith("1 backups copied")
+    assert output.endswith("equal\n")
+    configuration.write_text(f"database: {{password: {SECRET}}}")
+    failure(service, 2, f"{configuration}: database: ")
+
+
+def test_the_command() -> None:
+    """It is installed, tells its version and its configuration, and how it is used."""
+    command = Path(sys.executable).with_name("synapse-roomkeys")
+
+    def run(*arguments: str) -> tuple[int, str]:
+        done = subprocess.run(
+            [command, *arguments],
+            check=False,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        return done.returncode, done.stdout
+
+    assert run("--version") == (0, f"{__version__}\n")
+    assert run("config", "--example") == (0, example())
+    code, output = run()
+    assert code == 2
+    assert "usage: synapse-roomkeys" in output

@@ -1,0 +1,203 @@
+"""The service's connections, on a clock of the tests' own."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from twisted.internet.address import IPv4Address
+from twisted.internet.interfaces import IReactorTime
+from twisted.internet.task import Clock as FakeReactor
+from twisted.internet.testing import StringTransportWithDisconnection
+from twisted.trial.unittest import SynchronousTestCase
+from twisted.web.http import Request
+from twisted.web.resource import Resource
+from twisted.web.server import NOT_DONE_YET
+
+from synapse_roomkeys.service.site import (
+    BODY_SECONDS,
+    HEADERS_SECONDS,
+    IDLE_SECONDS,
+    LAST_CALL_SECONDS,
+    LINGER_SECONDS,
+    Channel,
+    ServiceSite,
+)
+
+LIMIT = 100
+GET = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n"
+PUT = b"PUT / HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n"
+
+
+class Resources(Resource):
+    """Keeps its requests, for the tests to answer."""
+
+    isLeaf = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.requests: list[Request] = []
+
+    def render(self, request: Request) -> int:
+        self.requests.append(request)
+        return NOT_DONE_YET
+
+
+class Transport(StringTransportWithDisconnection):
+    """A connection of which one direction can be closed."""
+
+    half_closed = False
+
+    def loseWriteConnection(self) -> None:
+        """As `ITCPTransport.loseWriteConnection`."""
+        self.half_closed = True
+
+
+class SiteTests(SynchronousTestCase):
+    """`ServiceSite` and `Channel`."""
+
+    def setUp(self) -> None:
+        self.reactor = FakeReactor()
+        self.resource = Resources()
+        time = cast(IReactorTime, self.reactor)
+        self.site = ServiceSite(self.resource, time, LIMIT, ())
+
+    def connect(self) -> tuple[Channel, Transport]:
+        """A connection to the site."""
+        address = IPv4Address("TCP", "192.0.2.1", 40000)
+        channel: Any = self.site.buildProtocol(address)
+        transport = Transport(peerAddress=address)
+        transport.protocol = channel
+        channel.makeConnection(transport)
+        return channel, transport
+
+    def dribble(self, channel: Channel, transport: Transport, most: int) -> int:
+        """Send a byte every ten seconds; for how many the connection lasts."""
+        for seconds in range(0, 2 * most, 10):
+            if not transport.connected:
+                return seconds
+            channel.dataReceived(b"x")
+            self.reactor.pump([1] * 10)
+        raise AssertionError("it lasts")
+
+    def answer(self) -> None:
+        """Answer the last request."""
+        request = self.resource.requests.pop()
+        request.write(b"done")
+        request.finish()
+
+    def test_headers_may_take_a_minute(self) -> None:
+        """However steadily they come."""
+        for start in (b"", b"G", b"GET / HTTP/1.1\r\n", b"GET / HTTP/1.1\r\nA: "):
+            channel, transport = self.connect()
+            if start:
+                channel.dataReceived(start)
+            lasted = self.dribble(channel, transport, HEADERS_SECONDS)
+            self.assertEqual(lasted, HEADERS_SECONDS)
+
+    def test_a_body_may_take_five(self) -> None:
+        """It counts from the end of the headers."""
+        channel, transport = self.connect()
+        channel.dataReceived(PUT % LIMIT)
+        lasted = self.dribble(channel, transport, BODY_SECONDS)
+        self.assertEqual(lasted, BODY_SECONDS)
+        self.assertEqual(self.resource.requests, [])
+
+    def test_an_answer_may_take_its_time(self) -> None:
+        """And the next request has all of its own."""
+        channel, transport = self.connect()
+        for _ in range(3):
+            channel.dataReceived(PUT[:10])
+            self.reactor.advance(HEADERS_SECONDS - 1)
+            channel.dataReceived(PUT[10:] % 4)
+            for _ in range(4):
+                self.reactor.advance(BODY_SECONDS / 4 - 1)
+                channel.dataReceived(b"x")
+            self.reactor.advance(10 * BODY_SECONDS)
+            self.answer()
+            self.reactor.advance(IDLE_SECONDS - 1)
+            self.assertTrue(transport.connected)
+        self.reactor.advance(1)
+        self.assertFalse(transport.connected)
+
+    def test_a_request_that_came_early_has_no_less_time(self) -> None:
+        """It waited for the one before it, through no fault of its own."""
+        channel, transport = self.connect()
+        channel.dataReceived(GET + GET[:10])
+        self.reactor.advance(10 * HEADERS_SECONDS)
+        self.answer()
+        self.reactor.advance(HEADERS_SECONDS - 1)
+        self.assertTrue(transport.connected)
+        channel.dataReceived(GET[10:])
+        self.answer()
+        self.assertEqual(transport.value().count(b"200 OK"), 2)
+
+    def test_a_refused_client_is_heard_out(self) -> None:
+        """For a while: the rest of its body goes nowhere."""
+        channel, transport = self.connect()
+        channel.dataReceived(PUT % (LIMIT + 1))
+        self.assertIn(b"413 Request Entity Too Large", transport.value())
+        self.assertIn(b"M_TOO_LARGE", transport.value())
+        self.assertTrue(transport.half_closed)
+        channel.dataReceived(b"x" * 1_000_000)
+        self.assertEqual(channel._dataBuffer, [])
+        self.reactor.advance(LINGER_SECONDS - 1)
+        self.assertTrue(transport.connected)
+        self.reactor.advance(1)
+        self.assertFalse(transport.connected)
+        self.assertEqual(self.site.channels, set())
+
+    def test_a_body_of_unknown_length_is_cut_off(self) -> None:
+        """As soon as it is over the limit."""
+        channel, transport = self.connect()
+        channel.dataReceived(
+            b"PUT / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n"
+        )
+        channel.dataReceived(b"64\r\n" + b"x" * LIMIT + b"\r\n")
+        self.assertEqual(transport.value(), b"")
+        channel.dataReceived(b"1\r\nx\r\n")
+        self.assertEqual(transport.value().count(b"M_TOO_LARGE"), 1)
+        channel.dataReceived(b"0\r\n\r\n" + GET)
+        self.assertEqual(transport.value().count(b"HTTP/1.1"), 1)
+        self.assertEqual(self.resource.requests, [])
+
+    def test_a_form_is_not_taken_apart(self) -> None:
+        """A body is the servlets' to read, and the query alone has parameters."""
+        channel, _ = self.connect()
+        channel.dataReceived(
+            b"POST /?a=1 HTTP/1.1\r\nHost: a\r\nContent-Length: 3\r\n"
+            b"Content-Type: application/x-www-form-urlencoded\r\n\r\nb=2"
+        )
+        (request,) = self.resource.requests
+        self.assertEqual(request.args, {b"a": [b"1"]})
+
+    def test_the_end(self) -> None:
+        """It fires when the last connection is closed, idle ones a little later."""
+        idle = self.connect()[1]
+        busy, transport = self.connect()
+        busy.dataReceived(GET)
+        drained = self.site.drain()
+        self.reactor.advance(LAST_CALL_SECONDS)
+        self.assertFalse(idle.connected)
+        self.assertNoResult(drained)
+        self.answer()
+        self.assertFalse(transport.connected)
+        self.assertIn(b"Connection: close", transport.value())
+        self.assertIsNone(self.successResultOf(drained))
+
+    def test_the_end_with_nobody_there(self) -> None:
+        """It is reached at once."""
+        self.assertIsNone(self.successResultOf(self.site.drain()))
+
+    def test_what_comes_after_the_end_began(self) -> None:
+        """It is told to come again; the status is answered."""
+        for path, status in ((b"/a", b"503 "), (b"/health", b"200 ")):
+            self.site.draining = False
+            channel, transport = self.connect()
+            drained = self.site.drain()
+            channel.dataReceived(GET.replace(b"/ ", path + b" "))
+            if path == b"/health":
+                self.answer()
+            self.assertTrue(transport.value().startswith(b"HTTP/1.1 " + status))
+            self.assertIn(b"Connection: close", transport.value())
+            self.assertFalse(transport.connected)
+            self.successResultOf(drained)
