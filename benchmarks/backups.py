@@ -35,7 +35,7 @@ class Subject:
     synapse: Synapse | None = None
 
     def register(self, name: str) -> Account:
-        """Make a user; the limit has no users, only ids."""
+        """Make a user; where there is no Synapse, the token is the user's id."""
         if self.synapse is None:
             user_id = f"@{name}:test.example"
             return Account(user_id, user_id)

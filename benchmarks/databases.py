@@ -40,6 +40,17 @@ SELECT {{0}}, {{0}}, room_id, {{0}} || substr(session_id, {{0}}),
     first_message_index, forwarded_count, is_verified, session_data
 FROM {{1}} WHERE position < {{0}} ORDER BY position
 """
+_CROWD_VERSIONS = """
+INSERT INTO e2e_room_keys_versions
+    (user_id, version, algorithm, auth_data, deleted, etag)
+SELECT '@crowd' || number || ':test.example', 1, %s, %s, 0, 1
+FROM generate_series(1, %s) AS number
+"""
+_CROWD_KEYS = f"""
+INSERT INTO e2e_room_keys (user_id, version, {_COLUMNS})
+SELECT '@crowd' || number || ':test.example', 1, {_COLUMNS}
+FROM generate_series(1, %s) AS number, benchmark.keys WHERE position < %s
+"""
 _COUNT = "SELECT count(*) FROM e2e_room_keys WHERE user_id = {0} AND version = {0}"
 _MASTER = """
 CREATE TABLE {0} (
@@ -165,6 +176,12 @@ class PostgresDatabase:
         for copy in range(copies):
             prefix = _prefix(copy)
             self.execute(sql, (user_id, version, prefix, len(prefix) + 1, count))
+
+    def crowd(self, users: int, keys: int) -> None:
+        """Make so many users more, each with a backup of so many keys."""
+        self.execute(_CROWD_VERSIONS, (ALGORITHM, AUTH_DATA, users))
+        self.execute(_CROWD_KEYS, (users, keys))
+        self.settle()
 
     def count(self, user_id: str, version: int) -> int:
         """Count the keys of a backup."""

@@ -6,10 +6,15 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .results import LIMIT, PLUGIN, STOCK, Results
+from .results import LIMIT, PLUGIN, SERVICE, STOCK, Results
 
-_COLOURS = {STOCK: "tab:red", PLUGIN: "tab:blue", LIMIT: "tab:gray"}
-_MARKERS = {STOCK: "o", PLUGIN: "s", LIMIT: "^"}
+_COLOURS = {
+    STOCK: "tab:red",
+    PLUGIN: "tab:blue",
+    SERVICE: "tab:green",
+    LIMIT: "tab:gray",
+}
+_MARKERS = {STOCK: "o", PLUGIN: "s", SERVICE: "D", LIMIT: "^"}
 _OPERATIONS = {
     "upload_one": "upload of one new key",
     "look": "GET version",

@@ -13,11 +13,14 @@ import attrs
 
 import synapse_roomkeys
 
-from .results import LIMIT, PLUGIN, STOCK, TIMES, Line, Results
+from .results import LIMIT, PLUGIN, SERVICE, STOCK, TIMES, Line, Results
 from .sampling import Summary
 
-_COLUMNS = ("", "row", STOCK, PLUGIN, "ratio", "goal", LIMIT, "plugin/limit", "verdict")
-_WIDTHS = "3 30 14 14 12 9 14 8 7"
+_COLUMNS = (
+    *("", "row", STOCK, PLUGIN, "ratio", "goal", "verdict", LIMIT, "plugin/limit"),
+    *(SERVICE, "service/limit", "goal", "verdict"),
+)
+_WIDTHS = "3 30 14 14 12 9 7 14 8 14 8 9 7"
 _FEW = 20
 
 
@@ -39,6 +42,7 @@ def summary_of(line: Line) -> str:
     """Tell in one line of text what a line of the table tells."""
     values = (f"{name} {cell(each)}" for name, each in line.values.items())
     parts = [", ".join(values), _times(line.ratio), line.verdict]
+    parts += [_times(line.service_times_limit), line.service_verdict]
     return f"{line.title} [{line.unit}]: " + "; ".join(filter(None, parts))
 
 
@@ -63,11 +67,13 @@ def write_table(file: Path, results: Results, about: Mapping[str, object]) -> No
 
 def _line(line: Line) -> dict[str, Any]:
     """Turn a line into JSON."""
-    fields = attrs.asdict(line, filter=attrs.filters.exclude("goal"))
+    fields = attrs.asdict(line, filter=attrs.filters.exclude("goal", "service_goal"))
     return {
         **fields,
         "goal": line.goal.text if line.goal else None,
         "met": line.verdict == "met" if line.verdict else None,
+        "service_goal": line.service_goal.text if line.service_goal else None,
+        "service_met": line.service_verdict == "met" if line.service_verdict else None,
     }
 
 
@@ -89,9 +95,13 @@ def _table(results: Results, about: Mapping[str, object]) -> Iterator[str]:
             cell(line.values.get(PLUGIN)),
             _times(line.ratio, line.ratio_quartiles),
             line.goal.text if line.goal else "",
+            line.verdict,
             cell(line.values.get(LIMIT)),
             _times(line.times_limit),
-            line.verdict,
+            cell(line.values.get(SERVICE)),
+            _times(line.service_times_limit),
+            line.service_goal.text if line.service_goal else "",
+            line.service_verdict,
         )
 
 

@@ -7,7 +7,7 @@ import attrs
 from .sampling import Summary
 
 TIMES = "\N{MULTIPLICATION SIGN}"
-STOCK, PLUGIN, LIMIT = "stock", "plugin", "limit"
+STOCK, PLUGIN, SERVICE, LIMIT = "stock", "plugin", "service", "limit"
 
 Samples = Mapping[str, Sequence[float]]
 
@@ -30,6 +30,11 @@ def at_most(bound: float, unit: str = "") -> Goal:
     return Goal(f"\u2264 {bound:g}{unit}", lambda value: value <= bound)
 
 
+def within(bound: float) -> Goal:
+    """Ask for no more than so many times what the limit takes."""
+    return at_most(bound, TIMES)
+
+
 def below(bound: float, unit: str = "") -> Goal:
     """Ask for less than a bound."""
     return Goal(f"< {bound:g}{unit}", lambda value: value < bound)
@@ -45,7 +50,8 @@ class Line:
     """One line of the table.
 
     The ratio says how many times better the plugin is than the built-in endpoints;
-    what is judged is the ratio, or a number of the plugin's alone.
+    what is judged is the ratio, or a number of the plugin's alone. The service of its
+    own is judged by how many times worse than the limit it is.
     """
 
     row: str
@@ -57,17 +63,29 @@ class Line:
     times_limit: float | None = None
     goal: Goal | None = None
     judged: float | None = None
+    service_times_limit: float | None = None
+    service_goal: Goal | None = None
 
     @property
     def verdict(self) -> str:
         """Tell whether the goal was met, if there is one."""
-        if self.goal is None or self.judged is None:
-            return ""
-        return "met" if self.goal.reached(self.judged) else "missed"
+        return _verdict(self.goal, self.judged)
+
+    @property
+    def service_verdict(self) -> str:
+        """Tell whether the service met its goal, if there is one."""
+        return _verdict(self.service_goal, self.service_times_limit)
 
     def judge(self, judged: float, goal: Goal | None) -> "Line":
         """Set a goal for something else than the ratio."""
         return attrs.evolve(self, judged=judged, goal=goal)
+
+
+def _verdict(goal: Goal | None, judged: float | None) -> str:
+    """Tell whether a goal was met."""
+    if goal is None or judged is None:
+        return ""
+    return "met" if goal.reached(judged) else "missed"
 
 
 def compare(
@@ -77,6 +95,7 @@ def compare(
     samples: Samples,
     *,
     goal: Goal | None = None,
+    service_goal: Goal | None = None,
     more_is_better: bool = False,
 ) -> Line:
     """Compare the medians of interleaved samples; the goal is about the ratio."""
@@ -92,6 +111,8 @@ def compare(
         times_limit=_ratio(values, PLUGIN, LIMIT, more_is_better),
         goal=goal,
         judged=ratio,
+        service_times_limit=_ratio(values, SERVICE, LIMIT, more_is_better),
+        service_goal=service_goal,
     )
 
 

@@ -16,7 +16,7 @@ from .backups import Backup, Subject
 from .client import Connection
 from .databases import Database, PostgresDatabase, SqliteDatabase
 from .keys import KeySource
-from .results import LIMIT, PLUGIN, STOCK
+from .results import LIMIT, PLUGIN, SERVICE, STOCK
 from .sampling import progress
 from .stage import Plan, Stage
 
@@ -31,7 +31,7 @@ _SQLITE_KEYS = 20_000
 def on_postgres(directory: Path, plan: Plan) -> Iterator[Stage]:
     """Start everything on PostgreSQL."""
     with contextlib.ExitStack() as stack:
-        progress("starting PostgreSQL, two Synapses and the limit")
+        progress("starting PostgreSQL, two Synapses, the service and the limit")
         postgres = PostgresServer(
             directory / "postgres", durable=True, settings=_PRELOAD
         )
@@ -44,8 +44,9 @@ def on_postgres(directory: Path, plan: Plan) -> Iterator[Stage]:
                 for name, arguments in databases.items()
             },
         )
-        arguments = postgres.create_database()
-        subjects[LIMIT] = stack.enter_context(_limit(directory, arguments))
+        for name, start in ((SERVICE, _service), (LIMIT, _limit)):
+            subject = start(directory, postgres.create_database())
+            subjects[name] = stack.enter_context(subject)
         yield _filled(plan, subjects, postgres)
 
 
@@ -122,24 +123,56 @@ def _start_synapses(
 
 
 @contextlib.contextmanager
+def _service(directory: Path, arguments: Mapping[str, object]) -> Iterator[Subject]:
+    """Start the service of its own, and the homeserver that it asks for users."""
+    homeserver, port = free_port(), free_port()
+    config = directory / "roomkeys.yaml"
+    config.write_text(
+        json.dumps(
+            {
+                "homeserver": {"url": f"http://{HOST}:{homeserver}"},
+                "database": {"name": "psycopg2", "args": dict(arguments)},
+                "listeners": [f"tcp:{port}:interface={HOST}"],
+            }
+        )
+    )
+    serve = ("synapse_roomkeys.service", "serve", "--config", str(config))
+    with (
+        _running(directory, homeserver, "benchmarks.homeserver", str(homeserver)),
+        _running(directory, port, *serve) as process,
+        contextlib.closing(PostgresDatabase(arguments)) as database,
+        Connection(port) as connection,
+    ):
+        yield Subject(SERVICE, port, process.pid, database, connection)
+
+
+@contextlib.contextmanager
 def _limit(directory: Path, arguments: Mapping[str, object]) -> Iterator[Subject]:
     """Start the bare site over a database with bare tables."""
-    database = PostgresDatabase(arguments)
     port = free_port()
     settings = directory / "limit.json"
     settings.write_text(json.dumps(arguments))
+    with (
+        contextlib.closing(PostgresDatabase(arguments)) as database,
+        _running(directory, port, "benchmarks.limit", str(port), str(settings)) as it,
+        Connection(port) as connection,
+    ):
+        database.create_bare_tables()
+        yield Subject(LIMIT, port, it.pid, database, connection)
+
+
+@contextlib.contextmanager
+def _running(directory: Path, port: int, module: str, *words: str) -> Iterator[Process]:
+    """Run a module until it is no longer needed, from when it accepts connections."""
     process = Process(
-        [sys.executable, "-m", "benchmarks.limit", str(port), str(settings)],
-        output=directory / "limit.txt",
+        [sys.executable, "-m", module, *words],
+        output=directory / f"{module}.txt",
         cwd=_REPOSITORY,
     )
     try:
-        database.create_bare_tables()
         process.wait_until(lambda: _accepts(port), _START_TIMEOUT)
-        with Connection(port) as connection:
-            yield Subject(LIMIT, port, process.pid, database, connection)
+        yield process
     finally:
-        database.close()
         process.kill()
 
 

@@ -57,12 +57,17 @@ class Stage:
 
     @property
     def synapses(self) -> dict[str, Subject]:
-        """Leave the limit out."""
+        """Leave the service and the limit out."""
         return {
             name: subject
             for name, subject in self.subjects.items()
             if subject.synapse is not None
         }
+
+    @property
+    def servers(self) -> dict[str, Subject]:
+        """Leave the limit out."""
+        return {n: subject for n, subject in self.subjects.items() if n != LIMIT}
 
     def database_version(self) -> str:
         """Tell which version of PostgreSQL this is."""

@@ -32,6 +32,7 @@ ON_POSTGRES: MappingProxyType[str, Row] = MappingProxyType(
         "statements": statements.statements,
         "costs": costs.costs,
         "million": million.million,
+        "crowd": crowd.crowd,
     }
 )
 ON_SQLITE: MappingProxyType[str, Row] = MappingProxyType(

@@ -1,4 +1,4 @@
-"""Many users who upload at once."""
+"""Many users: who upload at once, and in one table."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -8,12 +8,15 @@ from functools import partial
 from ..backups import Backup
 from ..client import Connection
 from ..keys import BATCH, Key
-from ..results import Results, compare
-from ..sampling import interleave
+from ..results import PLUGIN, STOCK, Results, at_most, compare, state
+from ..sampling import BURST, interleave
 from ..stage import Stage
+from .statements import postgres
+from .uploads import growth, upload_one
 
 USERS = 16
 _BATCHES = 3
+_CROWD_KEYS = 10
 
 Lots = Sequence[Sequence[Sequence[Key]]]
 
@@ -39,6 +42,31 @@ def users(stage: Stage, results: Results) -> None:
         )
     )
     stage.settle()
+
+
+def crowd(stage: Stage, results: Results) -> None:
+    """Upload single keys in tables of few users, then of as many as keys else."""
+    names = (STOCK, PLUGIN)
+    backups = stage.backup(_CROWD_KEYS, names=names)
+    samplers: dict[str, Callable[[Sequence[Key]], float]] = {
+        name: partial(upload_one, backup) for name, backup in backups.items()
+    }
+
+    def sample() -> dict[str, list[float]]:
+        return interleave(
+            samplers, stage.source.batches(stage.plan.fast, 1), burst=BURST
+        )
+
+    before = sample()
+    for name in names:
+        postgres(stage.subjects[name]).crowd(stage.size, _CROWD_KEYS)
+    after = sample()
+    title = f"a single new key, {stage.size:,} users in the table"
+    quotient = growth(before, after)
+    results.lines += [
+        compare("6", title, "ms", after),
+        state("6", f"{title}: against few users", "", quotient, goal=at_most(1.3)),
+    ]
 
 
 def _lots(stage: Stage, each: int) -> Iterator[Lots]:

@@ -57,7 +57,7 @@ def delete(stage: Stage, results: Results) -> None:
     fills = (stage.refill(accounts, stage.size) for _ in rounds)
     seconds = interleave(samplers, fills)
     title = f"DELETE a version of {stage.size:,} keys"
-    seen = {name: onlookers[name].samples for name in stage.synapses}
+    seen = {name: onlookers[name].samples for name in stage.servers}
     longest = {name: max(samples) for name, samples in seen.items()}
     results.lines += [
         compare("7", title, "s", seconds, goal=stage.speedup(3)),

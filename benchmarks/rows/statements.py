@@ -43,10 +43,10 @@ class _Kind:
 def statements(stage: Stage, results: Results) -> None:
     """Count statements and transactions of each kind of request."""
     backups = stage.backup(stage.size)
-    for subject in stage.synapses.values():
+    for subject in stage.servers.values():
         postgres(subject).execute("CREATE EXTENSION pg_stat_statements")
     times = 10 if stage.plan.quick else 50
-    with logging(postgres(next(iter(stage.synapses.values())))):
+    with logging(postgres(next(iter(stage.servers.values())))):
         for kind in _KINDS:
             _count_kind(stage, backups, kind, times, results)
     if not stage.plan.quick:
@@ -66,7 +66,7 @@ def _count_kind(
     """Count statements and transactions of one kind of request."""
     counts: dict[str, float] = {}
     ends: dict[str, float] = {}
-    for name in stage.synapses:
+    for name in stage.servers:
         requests = list(kind.requests(stage, backups[name], times))
         counts[name], ends[name] = _count(stage, backups[name], requests)
     results.lines += [
@@ -96,14 +96,14 @@ def _cross_check(stage: Stage, backups: Backups, results: Results) -> None:
     """Count transactions as PostgreSQL does, which takes it some seconds to tell."""
     progress("waiting for PostgreSQL's statistics")
     time.sleep(_FLUSH_SECONDS)
-    before = {name: _transactions(stage.subjects[name]) for name in stage.synapses}
-    for name in stage.synapses:
+    before = {name: _transactions(stage.subjects[name]) for name in stage.servers}
+    for name in stage.servers:
         for request in _one_new(stage, backups[name], _CROSS_CHECKS):
             backups[name].send(request)
     time.sleep(_FLUSH_SECONDS)
     counts = {
         name: (_transactions(stage.subjects[name]) - before[name]) / _CROSS_CHECKS
-        for name in stage.synapses
+        for name in stage.servers
     }
     title = "transactions: 1 new key (pg_stat_database, background work included)"
     results.lines.append(state("8", title, "", counts, goal=counted(1)))

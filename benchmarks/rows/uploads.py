@@ -16,6 +16,7 @@ from ..results import (
     at_most,
     compare,
     state,
+    within,
 )
 from ..sampling import BURST, SHORT_BURST, Summary, interleave
 from ..stage import Stage
@@ -40,7 +41,7 @@ def batches(stage: Stage, results: Results) -> None:
     tenths = "last tenth of these against the first"
     results.lines += [
         _rates(title, samples, stage.speedup(2.5)),
-        compare("1", title, "ms", samples),
+        compare("1", title, "ms", samples, service_goal=within(1.5)),
         state("1", whole, "keys/s", _overall(samples)),
         state("1", tenths, "", _slowdown(samples), goal=goal),
     ]
@@ -122,7 +123,8 @@ def _rates(title: str, samples: Samples, goal: Goal) -> Line:
 
 def _single(at: str, samples: Samples, goal: Goal) -> Line:
     """Compare uploads of a single key."""
-    return compare("2", f"a single new key, {at}", "ms", samples, goal=goal)
+    title = f"a single new key, {at}"
+    return compare("2", title, "ms", samples, goal=goal, service_goal=within(4))
 
 
 def _version(at: str, samples: Samples, stage: Stage) -> Line:

@@ -1,0 +1,36 @@
+"""A homeserver that knows everybody: the bearer token is the user's id.
+
+Run as a script with the port.
+"""
+
+import json
+import sys
+from typing import Any
+
+from twisted.internet import reactor
+from twisted.web.resource import Resource
+from twisted.web.server import Request, Site
+
+
+class Whoami(Resource):
+    """Answers who sends a request."""
+
+    isLeaf = True
+
+    def render_GET(self, request: Request) -> bytes:
+        """Answer with the token."""
+        token = (request.getHeader("Authorization") or "").removeprefix("Bearer ")
+        request.setHeader("Content-Type", "application/json")
+        return json.dumps({"user_id": token, "device_id": "DEVICE"}).encode()
+
+
+def main() -> None:
+    """Serve until killed."""
+    own: Any = reactor
+    whoami = Whoami()  # type: ignore[no-untyped-call]
+    own.listenTCP(int(sys.argv[1]), Site(whoami), interface="127.0.0.1")
+    own.run()
+
+
+if __name__ == "__main__":
+    main()
