@@ -1,31 +1,19 @@
 """A PgBouncer in front of a PostgreSQL of ours."""
 
-import functools
 import os
 import shutil
 import signal
 import socket
-import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import attrs
-
-from .processes import (
-    HOST,
-    Process,
-    StartFailed,
-    free_port,
-    make_directory,
-    remove_directory,
-)
+from .debian import locate
+from .processes import HOST, Process, free_port, make_directory, remove_directory
 
 _UNPRIVILEGED = "nobody"
 _TIMEOUT = 60.0
-_DOWNLOAD_TIMEOUT = 300.0
-_SYSTEM_PATHS = "/usr/sbin:/usr/local/sbin"
 
 #: As transaction pooling is set up, but for the ports and sizes: nothing is reset
 #: between two transactions, so whatever one leaves behind the next one meets.
@@ -81,7 +69,7 @@ class PgBouncer:
         """Start the pooler."""
         assert self._process is None, "already started"
         self.directory.mkdir(parents=True, exist_ok=True)
-        program = _program()
+        program = locate("pgbouncer", "pgbouncer")
         if self._home is None:
             self._home = make_directory("pgbouncer-")
             self._write_config(self._home)
@@ -145,73 +133,3 @@ class PgBouncer:
         """Tell whether the port answers yet."""
         with socket.socket() as probe:
             return probe.connect_ex((HOST, self.port)) == 0
-
-
-@attrs.frozen
-class _Program:
-    """A program, and the environment that it finds its libraries in."""
-
-    path: Path
-    environment: Mapping[str, str]
-
-
-@functools.cache
-def _program() -> _Program:
-    """Locate PgBouncer, fetching Debian's package where it isn't installed."""
-    search = f"{os.environ.get('PATH', os.defpath)}:{_SYSTEM_PATHS}"
-    installed = shutil.which("pgbouncer", path=search)
-    if installed is not None:
-        return _Program(Path(installed), {})
-    if shutil.which("apt-get") is None:
-        raise StartFailed(
-            "pgbouncer is not installed: install it, or run this on a Debian or Ubuntu,"
-            " where its package is fetched"
-        )
-    root = _fetch()
-    libraries = {str(path.parent) for path in root.rglob("*.so.*")}
-    return _Program(
-        root / "usr" / "sbin" / "pgbouncer",
-        {"LD_LIBRARY_PATH": ":".join(sorted(libraries))},
-    )
-
-
-def _fetch() -> Path:
-    """Unpack Debian's package, and those it needs that are missing, aside.
-
-    Nothing is installed: so no service is started, nothing needs to be removed, and
-    anybody may do it.
-    """
-    root = make_directory("pgbouncer-program-")
-    root.chmod(0o755)
-    (root / "lists" / "partial").mkdir(parents=True)
-    (root / "partial").mkdir()
-    apt = ["apt-get", "-o", "Debug::NoLocking=1", "-o", "APT::Sandbox::User=root"]
-    apt += ["-o", f"Dir::Cache={root}", "-o", f"Dir::Cache::archives={root}"]
-    download = ["install", "--yes", "--download-only", "--no-install-recommends"]
-    if _run([*apt, *download, "pgbouncer"]).returncode:
-        apt += ["-o", f"Dir::State::lists={root}/lists"]
-        _check(_run([*apt, "update"]))
-        _check(_run([*apt, *download, "pgbouncer"]))
-    for package in root.glob("*.deb"):
-        _check(_run(["dpkg-deb", "--extract", str(package), str(root)]))
-    return root
-
-
-def _run(command: list[str]) -> "subprocess.CompletedProcess[str]":
-    """Run one of the system's tools to its end."""
-    return subprocess.run(
-        command,
-        env={**os.environ, "LC_ALL": "C", "DEBIAN_FRONTEND": "noninteractive"},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=_DOWNLOAD_TIMEOUT,
-        check=False,
-    )
-
-
-def _check(done: "subprocess.CompletedProcess[str]") -> None:
-    """Give up if a tool has failed."""
-    if done.returncode:
-        raise StartFailed(f"pgbouncer can't be fetched:\n{done.stdout}")

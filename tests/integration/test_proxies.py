@@ -1,0 +1,384 @@
+"""The service behind reverse proxies, with the configurations of ``contrib/``."""
+
+from __future__ import annotations
+
+import json
+import socket
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
+from http.client import HTTPResponse
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+from pytest_twisted import blockon
+from twisted.internet.defer import Deferred
+from twisted.web.iweb import IResponse
+
+from ..backup_client import Api
+from ..client import HttpHost
+from ..contract import SCENARIOS, Scenario, User
+from ..contract.base import PREFIX, Rooms, key, keys_path, refused, same
+from ..servers.accounts import fetch
+from ..servers.caddy import Caddy
+from ..servers.haproxy import HaProxy
+from ..servers.homeserver import Homeserver
+from ..servers.nginx import Nginx
+from ..servers.processes import HOST
+from ..servers.proxy import Proxy
+from ..servers.service import Service
+
+KEYS = 80_000
+#: As long as a real one, in its JSON text; 73 MB of them are downloaded.
+SESSION_DATA = json.dumps({"ciphertext": "x" * 820, "mac": "y" * 11, "ephemeral": "z"})
+VERSION = 1_700_000_000
+ROOM = "!room"
+#: What a download may add to the memory of a process.
+BOUND = 20 * 1024 * 1024
+DEADLINE = 30.0
+#: Caddy doesn't wait for the whole of an upload, and can't send it twice.
+PASS_WHOLE_UPLOADS = [Nginx, HaProxy]
+passes_whole_uploads = pytest.mark.parametrize(
+    "proxy", PASS_WHOLE_UPLOADS, indirect=True
+)
+TRAFFIC = "synapse_roomkeys_download_bytes_total"
+
+
+@pytest.fixture(scope="module")
+def homeserver() -> Iterator[Homeserver]:
+    """Whose users they are."""
+    with Homeserver() as homeserver:
+        yield homeserver
+
+
+@pytest.fixture(scope="module")
+def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file that both processes work on."""
+    return tmp_path_factory.mktemp("database") / "roomkeys.db"
+
+
+@pytest.fixture(scope="module")
+def services(
+    homeserver: Homeserver, database: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Service, Service]]:
+    """Two processes on one database."""
+    settings = {
+        "database": {"name": "sqlite3", "args": {"database": str(database)}},
+        "trusted_proxies": [HOST],
+    }
+    one, two = (
+        Service(tmp_path_factory.mktemp("service"), homeserver.url, settings=settings)
+        for _ in range(2)
+    )
+    one.start()
+    two.start()
+    yield one, two
+    one.stop()
+    two.stop()
+
+
+@pytest.fixture(scope="module", params=[Nginx, HaProxy, Caddy])
+def proxy(
+    request: pytest.FixtureRequest,
+    services: tuple[Service, Service],
+    homeserver: Homeserver,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Proxy]:
+    """Each proxy, in front of both processes and the homeserver."""
+    kind: type[Proxy] = request.param
+    ports = [service.port for service in services]
+    with kind(tmp_path_factory.mktemp("proxy"), ports, homeserver.port) as proxy:
+        yield proxy
+
+
+class PastNginx(HttpHost):
+    """nginx, but for what it refuses itself: a path with a NUL."""
+
+    def __init__(
+        self,
+        url: str,
+        new_user: Callable[[], User],
+        new_guest: Callable[[], User],
+        service_url: str,
+    ) -> None:
+        super().__init__(url, new_user, new_guest)
+        self._urls = {True: service_url, False: url}
+
+    def open(self, method: str, path: str, **rest: Any) -> Deferred[IResponse]:
+        """As `HttpHost.open`."""
+        self.url = self._urls["%00" in path]
+        return super().open(method, path, **rest)
+
+
+@pytest.fixture
+def host(
+    proxy: Proxy, services: tuple[Service, Service], homeserver: Homeserver
+) -> Iterator[HttpHost]:
+    """The proxy as a server under test."""
+    users = (homeserver.new_user, homeserver.new_guest)
+    host = HttpHost(proxy.url, *users)
+    if isinstance(proxy, Nginx):
+        host = PastNginx(proxy.url, *users, services[0].url)
+    yield host
+    blockon(host.close())
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS.values(), ids=SCENARIOS)
+def test_contract(scenario: Scenario, host: HttpHost) -> Deferred[None]:
+    """The service keeps it behind each proxy, and so does every path intact."""
+    return scenario(host)
+
+
+def test_all_else_is_the_homeserver_s(proxy: Proxy, homeserver: Homeserver) -> None:
+    """Paths of others go where they went before, as they are."""
+    api = Api(proxy.url, homeserver.new_user().access_token)
+    paths = [
+        "/_matrix/client/versions",
+        "/_matrix/client/v3/sync?since=a%2Fb",
+        "/_matrix/client/v3/rooms/%21a%2Fb/state/m.room%2Broom_keys/",
+        "/_matrix/client/v1/room_keys/version",
+        "/_matrix/federation/v1/version",
+        "/.well-known/matrix/client",
+    ]
+    del homeserver.paths[:]
+    for path in paths:
+        fetch_any(proxy.url + path, api.token)
+    assert homeserver.paths == paths[1:]
+
+
+def fetch_any(url: str, token: str) -> bytes | None:
+    """The body of a success; None for an error."""
+    try:
+        return fetch(url, token=token)
+    except RuntimeError:
+        return None
+
+
+@passes_whole_uploads
+def test_too_large_an_upload(proxy: Proxy, homeserver: Homeserver) -> None:
+    """The service itself says so, in words that clients know."""
+    api = Api(proxy.url, homeserver.new_user().access_token)
+    version = api.create_version()
+    body = b" " * (10 * 1024 * 1024 + 1)
+    refused(api.put(keys_path(version), body), 413, "M_TOO_LARGE")
+
+
+@pytest.fixture(scope="module")
+def big(
+    services: tuple[Service, Service], homeserver: Homeserver, database: Path
+) -> str:
+    """The token of somebody with a big backup."""
+    user = homeserver.new_user()
+    rows = (
+        (user.user_id, ROOM, f"{n:08}", VERSION, n, 0, True, SESSION_DATA)
+        for n in range(KEYS)
+    )
+    with closing(sqlite3.connect(database)) as connection, connection:
+        connection.execute(
+            "INSERT INTO e2e_room_keys_versions"
+            " (user_id, version, algorithm, auth_data, deleted, etag)"
+            " VALUES (?, ?, 'a', '{}', 0, 1)",
+            (user.user_id, VERSION),
+        )
+        connection.executemany(
+            "INSERT INTO e2e_room_keys"
+            " (user_id, room_id, session_id, version, first_message_index,"
+            " forwarded_count, is_verified, session_data)"
+            " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+            rows,
+        )
+    return user.access_token
+
+
+def open_download(proxy: Proxy, token: str) -> HTTPResponse:
+    """Ask for a whole backup with little room for it, and read the head."""
+    connection = socket.socket()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
+    connection.settimeout(DEADLINE)
+    connection.connect((HOST, urlsplit(proxy.url).port))
+    with connection:
+        connection.sendall(
+            f"GET {PREFIX}{keys_path(str(VERSION))} HTTP/1.1\r\nHost: {HOST}\r\n"
+            f"Authorization: Bearer {token}\r\nConnection: close\r\n\r\n".encode()
+        )
+        response = HTTPResponse(connection)
+    response.begin()
+    return response
+
+
+def check_whole(body: bytes) -> None:
+    """It has every key of the big backup, once."""
+    sessions = json.loads(body)["rooms"][ROOM]["sessions"]
+    assert len(sessions) == KEYS
+    data = json.loads(SESSION_DATA)
+    assert all(sessions[f"{n:08}"] == key(n, 0, True, data) for n in range(KEYS))
+
+
+def sent(services: tuple[Service, Service]) -> float:
+    """How many bytes of downloads both processes have sent so far."""
+    total = 0.0
+    for service in services:
+        for line in fetch(service.metrics_url).decode().splitlines():
+            if line.startswith(f"{TRAFFIC} "):
+                total += float(line.split()[1])
+    return total
+
+
+def test_a_slow_download(
+    proxy: Proxy, services: tuple[Service, Service], big: str
+) -> None:
+    """It begins at once, is held by nobody while its client doesn't read, and comes
+    whole."""
+    before = sent(services)
+    parties: list[Proxy | Service] = [proxy, *services]
+    memory = [party.rss_bytes() for party in parties]
+    started = time.monotonic()
+    with open_download(proxy, big) as response:
+        assert response.status == 200
+        body = response.read(1000)
+        assert time.monotonic() - started < 1
+        last, now = -1.0, sent(services)
+        while now != last:
+            assert time.monotonic() - started < DEADLINE
+            time.sleep(0.5)
+            last, now = now, sent(services)
+        halted = now - before
+        assert proxy.temporary_bytes() == 0
+        for party, first in zip(parties, memory, strict=True):
+            assert party.rss_bytes() - first < BOUND
+        body += response.read()
+    check_whole(body)
+    # The rest is what the system keeps for connections: some MiB for each.
+    assert 0 < halted < len(body) / 2
+
+
+class Away(BaseHTTPRequestHandler):
+    """A process that is about to stop: it is asked, and answers 503."""
+
+    protocol_version = "HTTP/1.1"
+    asked: list[str]
+
+    def answer(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        ready = self.path == "/ready"
+        if not ready:
+            self.asked.append(self.command)
+        self.send_response(200 if ready else 503)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_GET = do_PUT = do_POST = do_DELETE = answer
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Print nothing."""
+
+
+class AwayServer(ThreadingHTTPServer):
+    """Doesn't mind that a proxy drops its connections."""
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Print nothing."""
+
+
+@pytest.mark.parametrize("kind", PASS_WHOLE_UPLOADS)
+def test_a_503_is_passed_to_the_other(
+    kind: type[Proxy],
+    services: tuple[Service, Service],
+    homeserver: Homeserver,
+    tmp_path: Path,
+) -> None:
+    """Whatever is asked: an upload of 200 keys and a new version too."""
+    asked: list[str] = []
+    handler = type("Handler", (Away,), {"asked": asked})
+    with ExitStack() as stack:
+        away = stack.enter_context(AwayServer((HOST, 0), handler))
+        thread = threading.Thread(target=away.serve_forever)
+        thread.start()
+        stack.callback(thread.join)
+        stack.callback(away.shutdown)
+        ports = [away.server_port, services[0].port]
+        proxy = stack.enter_context(kind(tmp_path, ports, homeserver.port))
+        for number in range(4):
+            api = Api(proxy.url, homeserver.new_user().access_token)
+            version = api.create_version()
+            rooms = batch(0, 200)
+            api.upload(version, rooms)
+            same(api.download(version), rooms)
+            api.delete(keys_path(version))
+            if number % 2 == 0:
+                api.info()
+    assert {"POST", "PUT", "GET", "DELETE"} <= set(asked)
+
+
+def batch(start: int, size: int) -> Rooms:
+    """Some keys as large as real ones."""
+    data = json.loads(SESSION_DATA)
+    return {ROOM: {f"{n}/+": key(data=data) for n in range(start, start + size)}}
+
+
+def back_up_until(done: threading.Event, api: Api) -> int:
+    """Upload keys, one or a hundred at a time, and read them again; the number of
+    requests, all of which were answered well."""
+    requests = 2
+    version = api.create_version()
+    rooms = batch(0, 0)
+    while not done.wait(0.01):
+        more = batch(len(rooms[ROOM]), 100 if requests % 5 == 0 else 1)
+        rooms[ROOM].update(more[ROOM])
+        assert api.upload(version, more)[1] == len(rooms[ROOM])
+        assert api.info()["version"] == version
+        requests += 2
+    api.upload(version, rooms)
+    same(api.download(version), rooms)
+    return requests
+
+
+def begin_until(done: threading.Event, api: Api) -> int:
+    """Make new versions and delete them; the number of requests."""
+    requests = 0
+    while not done.wait(0.01):
+        version = api.create_version()
+        assert api.delete(f"/version/{version}").status == 200
+        requests += 2
+    return requests
+
+
+def read_slowly(proxy: Proxy, token: str) -> None:
+    """Download a big backup in about three seconds."""
+    body = b""
+    with open_download(proxy, token) as response:
+        while more := response.read(2**20):
+            body += more
+            time.sleep(0.08)
+    check_whole(body)
+
+
+@passes_whole_uploads
+def test_restarts_under_load(
+    proxy: Proxy, services: tuple[Service, Service], homeserver: Homeserver, big: str
+) -> None:
+    """While the processes are restarted one after the other no request fails, and no
+    download is cut."""
+    done = threading.Event()
+    apis = [Api(proxy.url, homeserver.new_user().access_token) for _ in range(5)]
+    with ThreadPoolExecutor(10) as pool:
+        running = [pool.submit(back_up_until, done, api) for api in apis[1:]]
+        running.append(pool.submit(begin_until, done, apis[0]))
+        slow = [pool.submit(read_slowly, proxy, big) for _ in services]
+        try:
+            time.sleep(0.5)
+            for service in services:
+                service.stop()
+                time.sleep(0.5)
+                service.start()
+        finally:
+            done.set()
+        for future in slow:
+            future.result()
+        assert min(future.result() for future in running) > 20

@@ -1,0 +1,32 @@
+"""A Caddy with the configuration that operators are given."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from .debian import Program
+from .proxy import Proxy
+
+#: Ahead of the file: no port for its administration, no certificates.
+_OPTIONS = """\
+{
+	admin off
+	auto_https off
+}
+"""
+
+
+class Caddy(Proxy):
+    """A Caddy in front of the service."""
+
+    program = "caddy"
+    package = "caddy"
+    config = "Caddyfile"
+
+    def _addresses(self) -> Mapping[str, str]:
+        return {**super()._addresses(), "matrix.example.org": self.url}
+
+    def _write_config(self, home: Path, text: str) -> None:
+        (home / "Caddyfile").write_text(_OPTIONS + text)
+
+    def _command(self, program: Program, home: Path) -> list[str]:
+        return [str(program.path), "run", "--config", str(home / "Caddyfile")]

@@ -1,0 +1,104 @@
+"""A Prometheus that scrapes one process of the service."""
+
+import json
+import signal
+import subprocess
+import urllib.error
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+from urllib.parse import quote
+
+from .accounts import fetch
+from .debian import locate
+from .processes import HOST, Process, free_port
+
+_TIMEOUT = 30.0
+_CONFIG = """\
+global:
+  scrape_interval: 1s
+scrape_configs:
+  - job_name: synapse-roomkeys
+    static_configs:
+      - targets: ["{target}"]
+"""
+
+
+def promtool(*arguments: str, cwd: Path) -> "subprocess.CompletedProcess[str]":
+    """Run Prometheus' tool to its end."""
+    program = locate("promtool", "prometheus")
+    return subprocess.run(
+        [str(program.path), *arguments],
+        cwd=cwd,
+        env=dict(program.environment),
+        capture_output=True,
+        text=True,
+        timeout=_TIMEOUT,
+        check=False,
+    )
+
+
+class Prometheus:
+    """A Prometheus with data of its own in a directory."""
+
+    def __init__(self, directory: Path, target: str) -> None:
+        """Choose a port.
+
+        Args:
+            target: host and port that serve ``/metrics``.
+        """
+        self.directory = directory
+        self.port = free_port()
+        self._target = target
+        self._process: Process | None = None
+
+    @property
+    def url(self) -> str:
+        """Locate its API."""
+        return f"http://{HOST}:{self.port}"
+
+    def query(self, expression: str) -> list[dict[str, Any]]:
+        """The series that an expression has now."""
+        answer = fetch(f"{self.url}/api/v1/query?query={quote(expression, safe='')}")
+        body = json.loads(answer)
+        assert body["status"] == "success", body
+        series: list[dict[str, Any]] = body["data"]["result"]
+        return series
+
+    def __enter__(self) -> "Prometheus":
+        """Start scraping."""
+        program = locate("prometheus", "prometheus")
+        config = self.directory / "prometheus.yml"
+        config.write_text(_CONFIG.format(target=self._target))
+        self._process = Process(
+            [
+                str(program.path),
+                f"--config.file={config}",
+                f"--storage.tsdb.path={self.directory / 'data'}",
+                f"--web.listen-address={HOST}:{self.port}",
+            ],
+            output=self.directory / "prometheus.log",
+            cwd=self.directory,
+            environment=program.environment,
+        )
+        self._process.wait_until(self._is_ready, _TIMEOUT)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Stop scraping."""
+        if self._process is not None:
+            self._process.stop(signal.SIGTERM)
+            self._process = None
+
+    def _is_ready(self) -> bool:
+        """Tell whether it answers queries."""
+        try:
+            fetch(f"{self.url}/-/ready")
+        except (urllib.error.URLError, OSError, RuntimeError):
+            return False
+        return True

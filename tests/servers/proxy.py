@@ -1,0 +1,153 @@
+"""Reverse proxies with the configurations that operators are given."""
+
+import os
+import shutil
+import signal
+import socket
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TypeVar
+
+from .debian import Program, locate
+from .processes import HOST, Process, free_port, make_directory, remove_directory
+
+CONTRIB = Path(__file__).resolve().parents[2] / "contrib"
+_UNPRIVILEGED = "nobody"
+_TIMEOUT = 30.0
+
+AnyProxy = TypeVar("AnyProxy", bound="Proxy")
+
+
+class Proxy:
+    """A proxy in front of processes of the service and a homeserver.
+
+    Its configuration is a file of ``contrib/`` with other ports.
+    """
+
+    #: The program, the package that has it, and the file in ``contrib/``.
+    program: str
+    package: str
+    config: str
+
+    def __init__(
+        self, directory: Path, services: Sequence[int], homeserver: int
+    ) -> None:
+        """Choose a port.
+
+        Args:
+            services: the ports of the two processes of the service.
+            homeserver: the port of the homeserver.
+        """
+        self.directory = directory
+        self.port = free_port()
+        self._services = services
+        self._homeserver = homeserver
+        self._home: Path | None = None
+        self._process: Process | None = None
+
+    @property
+    def url(self) -> str:
+        """Locate the proxy."""
+        return f"http://{HOST}:{self.port}"
+
+    def start(self) -> None:
+        """Start the proxy and wait until it answers."""
+        assert self._process is None, "already started"
+        self.directory.mkdir(parents=True, exist_ok=True)
+        program = locate(self.program, self.package)
+        self._home = make_directory(f"{self.program}-")
+        self._write_config(self._home, self._adapted())
+        user = _UNPRIVILEGED if os.geteuid() == 0 else None
+        if user is not None:
+            for path in (self._home, *self._home.iterdir()):
+                shutil.chown(path, user)
+        self._process = Process(
+            self._command(program, self._home),
+            output=self.directory / f"{self.program}.log",
+            cwd=self._home,
+            environment={**program.environment, "HOME": str(self._home)},
+            user=user,
+        )
+        self._process.wait_until(self._accepts, _TIMEOUT)
+
+    def stop(self) -> None:
+        """Stop the proxy and delete its configuration."""
+        if self._process is not None:
+            self._process.stop(signal.SIGTERM, grace=5.0)
+            self._process = None
+        if self._home is not None:
+            remove_directory(self._home)
+            self._home = None
+
+    def log(self) -> str:
+        """Return what the proxy has printed."""
+        assert self._process is not None, "not started"
+        return self._process.output()
+
+    def rss_bytes(self) -> int:
+        """Measure the memory that the proxy's processes occupy."""
+        statm = (Path(f"/proc/{pid}/statm").read_text() for pid in self._pids())
+        pages = sum(int(text.split()[1]) for text in statm)
+        return pages * os.sysconf("SC_PAGE_SIZE")
+
+    def temporary_bytes(self) -> int:
+        """Measure the files that the proxy holds open in its directory, those that are
+        deleted already among them."""
+        total = 0
+        for pid in self._pids():
+            for link in Path(f"/proc/{pid}/fd").iterdir():
+                if os.readlink(link).startswith(f"{self._home}/"):
+                    total += link.stat().st_size
+        return total
+
+    def __enter__(self: AnyProxy) -> AnyProxy:
+        """Start the proxy."""
+        self.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Stop the proxy."""
+        self.stop()
+
+    def _addresses(self) -> Mapping[str, str]:
+        """What of the file differs here: each occurs in it once, and is replaced."""
+        first, second = self._services
+        return {
+            "127.0.0.1:8008": f"{HOST}:{self._homeserver}",
+            "127.0.0.1:8009": f"{HOST}:{first}",
+            "127.0.0.1:8010": f"{HOST}:{second}",
+        }
+
+    def _write_config(self, home: Path, text: str) -> None:
+        """Write the configuration, and what it is read from, into a directory."""
+        raise NotImplementedError
+
+    def _command(self, program: Program, home: Path) -> list[str]:
+        """What starts the proxy in the foreground."""
+        raise NotImplementedError
+
+    def _adapted(self) -> str:
+        """The file with the ports of this proxy."""
+        text = (CONTRIB / self.config).read_text()
+        for old, new in self._addresses().items():
+            assert text.count(old) == 1, (self.config, old)
+            text = text.replace(old, new)
+        return text
+
+    def _pids(self) -> list[int]:
+        """The proxy's process and its children."""
+        assert self._process is not None, "not started"
+        pid = self._process.pid
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+        return [pid, *map(int, children.split())]
+
+    def _accepts(self) -> bool:
+        """Tell whether the port answers yet."""
+        with socket.socket() as probe:
+            return probe.connect_ex((HOST, self.port)) == 0
