@@ -1,8 +1,12 @@
-"""Messages that only the backup brings back, with real Megolm in a real Synapse."""
+"""Messages that only the backup brings back, with real Megolm in a real Synapse.
+
+The backup is the module's, in that Synapse, or the service's beside it.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator, Mapping
 from itertools import chain, count
 from typing import Any
 
@@ -39,6 +43,7 @@ from ..contract.base import (
 )
 from ..servers import Synapse, User
 from ..servers.accounts import fetch
+from ..servers.service import Service
 
 CLIENT = "/_matrix/client/v3"
 #: Those of version 12 have ids without the name of a server.
@@ -65,15 +70,24 @@ def awkward_outbound() -> GroupSession:
 
 @attrs.frozen
 class Device:
-    """One login of a user."""
+    """One login of a user.
+
+    Attributes:
+        backups: the address of what answers ``/room_keys``.
+    """
 
     synapse: Synapse
     user: User
+    backups: str
     account: Account = attrs.field(factory=Account)
 
     @property
     def api(self) -> Api:
-        return Api(self.synapse.url, self.user.access_token)
+        return Api(self.backups, self.user.access_token)
+
+    def login(self, user: User) -> Device:
+        """Another device, of a user of the same server."""
+        return Device(self.synapse, self.synapse.login(user), self.backups)
 
     def call(self, method: str, path: str, body: Any = None) -> dict[str, Any]:
         """A request to the rest of the client-server API."""
@@ -137,10 +151,27 @@ class History:
         return sorted(chain.from_iterable(self.said[room_id].values()))
 
 
+@pytest.fixture(scope="module", params=["module", "service"])
+def backups(
+    request: pytest.FixtureRequest,
+    synapse: Synapse,
+    database: Callable[[], Mapping[str, Any] | None],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[str]:
+    """The address of either host."""
+    if request.param == "module":
+        yield synapse.url
+        return
+    directory = tmp_path_factory.mktemp("service")
+    with Service(directory, synapse.url, database=database()) as service:
+        yield service.url
+
+
 @pytest.fixture
-def device(synapse: Synapse) -> Device:
+def device(synapse: Synapse, backups: str) -> Device:
     """The first device of a new user."""
-    return Device(synapse, synapse.register(f"megolm{next(_numbers)}"))
+    user = synapse.register(f"megolm{next(_numbers)}")
+    return Device(synapse, user, backups)
 
 
 def live(device: Device) -> History:
@@ -186,7 +217,7 @@ def only_session(device: Device, version: str, private: str) -> Session:
 def test_the_whole_backup_restores_every_message(device: Device) -> None:
     """A new device with the private key reads all that the lost one could."""
     history = live(device)
-    second = Device(device.synapse, device.synapse.login(history.user))
+    second = device.login(history.user)
     version = second.api.info()["version"]
     sessions = restored(second.api.download(version), history.private)
     for room_id in history.said:
@@ -196,7 +227,7 @@ def test_the_whole_backup_restores_every_message(device: Device) -> None:
 def test_one_room_restores_its_messages(device: Device) -> None:
     """A room's keys are enough to read the room, and no other."""
     history = live(device)
-    second = Device(device.synapse, device.synapse.login(history.user))
+    second = device.login(history.user)
     for room_id in history.said:
         answer = second.api.get(keys_path(history.version, room_id))
         room = accepted(answer)["sessions"]
@@ -209,7 +240,7 @@ def test_one_room_restores_its_messages(device: Device) -> None:
 def test_one_session_restores_its_messages(device: Device) -> None:
     """A session's key, asked for alone, is enough to read what it encrypted."""
     history = live(device)
-    second = Device(device.synapse, device.synapse.login(history.user))
+    second = device.login(history.user)
     for room_id, room in history.said.items():
         for session_id, texts in room.items():
             path = keys_path(history.version, room_id, session_id)
@@ -223,7 +254,7 @@ def test_a_second_device_trusts_the_version(device: Device) -> None:
     user = device.user
     private = private_key()
     device.create_backup(private)
-    second = Device(device.synapse, device.synapse.login(user))
+    second = device.login(user)
     auth_data = second.api.info()["auth_data"]
     check_signature(auth_data, device.account, user.user_id, user.device_id)
     assert auth_data["public_key"] == public_key_of(private)
@@ -232,7 +263,7 @@ def test_a_second_device_trusts_the_version(device: Device) -> None:
 def test_the_wrong_private_key_reads_nothing(device: Device) -> None:
     """Only the holder of the private key can read what the server keeps."""
     history = live(device)
-    second = Device(device.synapse, device.synapse.login(history.user))
+    second = device.login(history.user)
     rooms = second.api.download(history.version)
     with pytest.raises(PkDecodeException):
         restored(rooms, private_key())
@@ -283,7 +314,7 @@ def test_a_second_device_let_in_later_changes_nothing(device: Device) -> None:
     assert (early.session_id, late.first_index) == (late.session_id, 1)
     assert back_up(device.api, version, [early]) == (1, 1)
     before = device.api.download(version)
-    second = Device(device.synapse, device.synapse.login(device.user))
+    second = device.login(device.user)
     for session in (late, early):
         assert back_up(second.api, version, [session]) == (1, 1)
     same(second.api.download(version), before)
