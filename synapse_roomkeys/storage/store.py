@@ -112,7 +112,8 @@ class EndToEndRoomKeyStore:
         """Make a version and fire with its number, one that no other ever had.
 
         It is the Unix time, or one more than the last number where that is larger:
-        so it is new even when the user's older versions have been forgotten.
+        so it is new even when the user's older versions have been forgotten, once the
+        clock has passed their numbers.
         """
         return self._database.run(
             "roomkeys_create_version",

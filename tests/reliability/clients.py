@@ -1,0 +1,263 @@
+"""Clients that write down what they saw of a backup that they share."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Generator, Mapping, Sequence
+from io import BytesIO
+from random import Random
+from typing import Any
+
+import attrs
+import treq
+from twisted.internet import reactor
+from twisted.internet.defer import (
+    CancelledError,
+    Deferred,
+    gatherResults,
+    inlineCallbacks,
+)
+from twisted.internet.error import (
+    ConnectError,
+    ConnectingCancelledError,
+    ConnectionClosed,
+    DNSLookupError,
+)
+from twisted.web.client import (
+    Agent,
+    FileBodyProducer,
+    RequestGenerationFailed,
+    RequestTransmissionFailed,
+    ResponseFailed,
+)
+from twisted.web.http_headers import Headers
+from twisted.web.iweb import IResponse
+
+from ..contract import Answer, User
+from ..contract.base import (
+    ALGORITHM,
+    NO_KEY,
+    PREFIX,
+    Rooms,
+    accepted,
+    encoded,
+    keys_path,
+    refused,
+    tally,
+    version_path,
+    wrapped,
+)
+from .history import Delete, Event, Look, Operation, Read, Upload
+from .model import Ids, Key
+
+ROOMS = ("!a:h", "!b:h", "!c:h")
+SESSIONS = ("1", "2", "3", "4")
+KEYS_IN_AN_UPLOAD = 6
+#: How soon a connection is cut, if it is, in seconds at most: some requests are
+#: answered by then, some under way.
+CUT_WITHIN = 0.03
+
+#: What a request fails with whose answer is lost.
+LOST = (
+    CancelledError,
+    ConnectError,
+    ConnectingCancelledError,
+    ConnectionClosed,
+    DNSLookupError,
+    RequestGenerationFailed,
+    RequestTransmissionFailed,
+    ResponseFailed,
+)
+
+
+@attrs.frozen
+class Connection:
+    """One user's way to one server. Each request has a connection of its own, so none
+    is sent again by the HTTP client, unseen."""
+
+    url: str
+    user: User
+
+    @inlineCallbacks
+    def request(
+        self, method: str, path: str, body: Any = None
+    ) -> Generator[Deferred[Any], Any, Answer]:
+        """The answer to a request; the path starts below the prefix."""
+        agent = Agent(reactor)
+        token = f"Bearer {self.user.access_token}"
+        content = encoded(body)
+        response: IResponse = yield agent.request(
+            method.encode(),
+            (self.url + PREFIX + path).encode(),
+            Headers({"Authorization": [token]}),
+            None if content is None else FileBodyProducer(BytesIO(content)),
+        )
+        got: bytes = yield treq.content(response)
+        return Answer(response.code, {}, got)
+
+
+@attrs.frozen
+class Recorder:
+    """A version of a backup, and what its clients saw.
+
+    Attributes:
+        events: all operations so far, in the order of their ends.
+    """
+
+    version: str
+    events: list[Event] = attrs.field(factory=list)
+
+    @inlineCallbacks
+    def perform(
+        self, connection: Connection, operation: Operation, cut: float | None = None
+    ) -> Generator[Deferred[Any], Any, None]:
+        """Send an operation and write down what came of it.
+
+        Args:
+            cut: after how many seconds to cut the connection, if the answer isn't
+                there by then.
+        """
+        start = time.monotonic()
+        answered: Deferred[Answer] = connection.request(
+            *request_of(self.version, operation)
+        )
+        if cut is not None:
+            # The exception is one of `LOST` already.
+            answered.addTimeout(cut, reactor, lambda failure, _: failure)
+        try:
+            answer = yield answered
+        except LOST:
+            answer = None
+        if answer is None or answer.status >= 500:
+            self.events.append(Event(operation, start))
+            return
+        seen = answer_of(operation, answer)
+        self.events.append(Event(operation, start, time.monotonic(), seen))
+
+
+def request_of(version: str, operation: Operation) -> tuple[str, str, Any]:
+    """Method, path and body."""
+    if isinstance(operation, Upload):
+        return "PUT", keys_path(version), wrapped(as_rooms(operation.keys))
+    if isinstance(operation, Look):
+        return "GET", version_path(version), None
+    method = "DELETE" if isinstance(operation, Delete) else "GET"
+    path = keys_path(version, operation.room_id, operation.session_id)
+    return method, path, None
+
+
+def answer_of(operation: Operation, answer: Answer) -> Any:
+    """An answer as `Upload.apply` gives it."""
+    if isinstance(operation, Upload | Delete):
+        return tally(answer)
+    if isinstance(operation, Look):
+        info = accepted(answer)
+        return int(info["etag"]), info["count"]
+    if operation.session_id is not None and answer.status == 404:
+        refused(answer, 404, "M_NOT_FOUND", error=NO_KEY)
+        return {}
+    return dict(as_keys(operation, accepted(answer)))
+
+
+def as_rooms(keys: Mapping[Ids, Key]) -> Rooms:
+    """Keys as they are uploaded."""
+    rooms: Rooms = {}
+    for (room_id, session_id), key in keys.items():
+        rooms.setdefault(room_id, {})[session_id] = key.json()
+    return rooms
+
+
+def as_keys(read: Read, body: Any) -> Generator[tuple[Ids, Key], None, None]:
+    """The keys of a download."""
+    room_id, session_id = read.room_id, read.session_id
+    if room_id is None:
+        rooms = {name: room["sessions"] for name, room in body["rooms"].items()}
+    elif session_id is None:
+        rooms = {room_id: body["sessions"]}
+    else:
+        rooms = {room_id: {session_id: body}}
+    for room, sessions in rooms.items():
+        for session, value in sessions.items():
+            yield (
+                (room, session),
+                Key(
+                    value["is_verified"],
+                    value["first_message_index"],
+                    value["forwarded_count"],
+                    json.dumps(value["session_data"]),
+                ),
+            )
+
+
+def any_operation(random: Random, mark: str) -> Operation:
+    """What a client may do next.
+
+    Args:
+        mark: tells the keys of an upload from those of others.
+    """
+    room_id = random.choice(ROOMS)
+    session_id = random.choice(SESSIONS)
+    scopes = [(None, None), (room_id, None), (room_id, session_id)]
+    kind = random.random()
+    if kind < 0.55:
+        every = [(room_id, session_id) for room_id in ROOMS for session_id in SESSIONS]
+        chosen = random.sample(every, random.randint(1, KEYS_IN_AN_UPLOAD))
+        return Upload({ids: any_key(random, mark) for ids in chosen})
+    if kind < 0.75:
+        return Delete(*random.choices(scopes, (1, 4, 5))[0])
+    if kind < 0.85:
+        return Look()
+    return Read(*random.choice(scopes))
+
+
+def any_key(random: Random, mark: str) -> Key:
+    """A good key of one of 16 ranks."""
+    verified = random.random() < 0.5
+    return Key(verified, random.randrange(4), random.randrange(2), json.dumps(mark))
+
+
+@inlineCallbacks
+def _act(
+    recorder: Recorder, connection: Connection, random: Random, count: int, cut: float
+) -> Generator[Deferred[Any], Any, None]:
+    """Perform operations, one after the other."""
+    mark = random.getrandbits(32)
+    for number in range(count):
+        after = random.random() * CUT_WITHIN if random.random() < cut else None
+        operation = any_operation(random, f"{mark:x}/{number}")
+        yield recorder.perform(connection, operation, after)
+
+
+@inlineCallbacks
+def record(
+    urls: Sequence[str], user: User, clients: int, count: int, seed: int, cut: float = 0
+) -> Generator[Deferred[Any], Any, list[Event]]:
+    """Have clients write to a new backup, and then read what it has come to.
+
+    Args:
+        urls: of the servers, which the clients take by turns.
+        count: how many operations each client performs.
+        seed: of what they do; when they do it is up to the machine.
+        cut: the part of the operations whose connections are cut.
+    """
+    connections = [Connection(url, user) for url in urls]
+    body = {"algorithm": ALGORITHM, "auth_data": {}}
+    answer: Answer = yield connections[0].request("POST", "/version", body)
+    recorder = Recorder(accepted(answer)["version"])
+    yield gatherResults(
+        [
+            _act(
+                recorder,
+                connections[n % len(urls)],
+                Random(f"{seed}/{n}"),
+                *(count, cut),
+            )
+            for n in range(clients)
+        ],
+        consumeErrors=True,
+    )
+    for connection in connections:
+        yield recorder.perform(connection, Read())
+        yield recorder.perform(connection, Look())
+    return recorder.events

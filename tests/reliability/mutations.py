@@ -1,0 +1,116 @@
+"""Faults for a store, each of which a test must notice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+from unittest import mock
+
+import attrs
+
+from synapse_roomkeys import merge
+from synapse_roomkeys.storage import EndToEndRoomKeyStore, database, rows, sql, store
+from synapse_roomkeys.types import KeyMetadata, KeyPage, RoomKey, StoredKey
+
+Patch: TypeAlias = Any
+"""What `mock.patch.object` gives: the fault, while it is entered."""
+
+
+def changed(text: str, old: str, new: str) -> str:
+    """A statement with a fault; the place for it must be there."""
+    assert text.count(old) == 1, text
+    return text.replace(old, new)
+
+
+def statement(name: str, old: str, new: str) -> Patch:
+    """A fault in a statement that both engines share."""
+    return mock.patch.object(sql, name, changed(getattr(sql, name), old, new))
+
+
+def rank_forwarded_first(key: KeyMetadata) -> tuple[bool, int, int]:
+    """A rank that takes the fields in another order."""
+    return (
+        not key.is_verified,
+        key.forwarded_count or 0,
+        key.first_message_index or 0,
+    )
+
+
+def is_not_worse(uploaded: KeyMetadata, stored: StoredKey) -> bool:
+    """A rule by which an equal key takes the old one's place."""
+    return not merge.is_sound(stored) or (
+        merge.rank(uploaded) <= merge.rank(stored.metadata)
+    )
+
+
+def write_all_but_one(
+    self: EndToEndRoomKeyStore,
+    txn: Any,
+    user_id: str,
+    version: int,
+    keys: Sequence[RoomKey],
+    *,
+    write: Callable[..., None] = EndToEndRoomKeyStore._write,
+) -> None:
+    """A write that loses the first key of several."""
+    write(self, txn, user_id, version, keys[1:] or keys)
+
+
+def execute_and_commit(
+    self: Any,
+    statement: str,
+    parameters: Any = (),
+    *,
+    execute: Callable[..., Any] = database._PostgresTransaction.execute,
+) -> Any:
+    """A statement that is a transaction of its own."""
+    result = execute(self, statement, parameters)
+    self._connection.commit()
+    return result
+
+
+def only_page(
+    found: list[tuple[Any, ...]], *, page: Callable[..., KeyPage] = rows.key_page
+) -> KeyPage:
+    """A page that claims to be the last one."""
+    return attrs.evolve(page(found), last=None)
+
+
+def without_lock() -> Patch:
+    """PostgreSQL without a lock on the version."""
+    lock = changed(sql.POSTGRES.lock_version, " FOR UPDATE", "")
+    dialect = attrs.evolve(sql.POSTGRES, lock_version=lock)
+    return mock.patch.object(sql, "POSTGRES", dialect)
+
+
+#: What one request after the other can show.
+PLAIN: dict[str, Callable[[], Patch]] = {
+    "wrong rank": lambda: mock.patch.object(merge, "rank", rank_forwarded_first),
+    "equal keys replace": lambda: mock.patch.object(merge, "is_better", is_not_worse),
+    "etag moves twice": lambda: statement(
+        "CLAIM", "COALESCE(etag, 0) + 1", "COALESCE(etag, 0) + 2"
+    ),
+    "count off": lambda: statement("MOVE_COUNT", "key_count = ?", "key_count = ? + 1"),
+    "lost key": lambda: mock.patch.object(
+        EndToEndRoomKeyStore, "_write", write_all_but_one
+    ),
+    "deletes too much": lambda: statement(
+        "DELETE_ROOM_KEY", "session_id = ?", "session_id >= ?"
+    ),
+}
+#: What only requests at the same time can show.
+RACES: dict[str, Callable[[], Patch]] = {
+    "no etag in the claim": lambda: statement(
+        "CLAIM", "COALESCE(etag, 0) = ?", "? IS NOT NULL"
+    ),
+    "no lock": without_lock,
+    "no transaction": lambda: mock.patch.object(
+        database._PostgresTransaction, "execute", execute_and_commit
+    ),
+}
+#: What clients of one version can't see.
+HIDDEN: dict[str, Callable[[], Patch]] = {
+    "a count for ever": lambda: mock.patch.object(sql, "COUNT_LIFETIME", 10**9),
+    "nobody forgotten": lambda: statement("FORGET_USER", "user_id = ?", "? IS NULL"),
+    "one page of many": lambda: mock.patch.object(store, "key_page", only_page),
+}

@@ -1,0 +1,146 @@
+"""Several clients and two processes: what they saw fits one order of the requests."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Generator, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import attrs
+import pytest
+from twisted.internet.defer import Deferred, gatherResults, inlineCallbacks
+
+from ..contract import User
+from ..memory import StubAuth
+from ..servers import PostgresServer
+from ..servers.processes import Process
+from ..sites import Backend, OwnSite
+from . import SOAK
+from .clients import record
+from .history import Event, NoOrder, find_order
+from .mutations import PLAIN, RACES
+
+Steps = Generator[Deferred[Any], Any, None]
+
+HISTORIES = 40 if SOAK else 3
+CLIENTS = 8
+#: How many operations a client performs in a history.
+COUNT = 60 if SOAK else 25
+#: The part of the requests whose connections are cut, in the histories where any are.
+CUT = 0.05
+#: In how many histories a fault must have shown.
+TRIES = 10
+_ROOT = Path(__file__).parents[2]
+_TIMEOUT = 30.0
+
+
+@attrs.frozen
+class Servers:
+    """Some servers on one database, and users that all of them know."""
+
+    urls: Sequence[str]
+    users: Iterator[User]
+
+
+def users() -> Iterator[User]:
+    """The users that a server knows, in their order."""
+    auth = StubAuth()
+    return iter([auth.new_user() for _ in range(2 * HISTORIES)])
+
+
+def is_listening(process: Process) -> bool:
+    """Whether a server has printed its address."""
+    return "http://" in process.output()
+
+
+@pytest.fixture(scope="module")
+def processes(
+    postgres: PostgresServer, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Servers]:
+    """Two processes."""
+    directory = tmp_path_factory.mktemp("processes")
+    database = json.dumps(postgres.create_database())
+    arguments = ["-m", f"{__package__}.server", database, str(2 * HISTORIES)]
+    running = [
+        Process(
+            [sys.executable, *arguments],
+            output=directory / f"{number}.log",
+            cwd=_ROOT,
+            environment=os.environ,
+        )
+        for number in range(2)
+    ]
+    try:
+        for process in running:
+            process.wait_until(partial(is_listening, process), _TIMEOUT)
+        urls = [process.output().split()[-1] for process in running]
+        yield Servers(urls, users())
+    finally:
+        for process in running:
+            process.kill()
+
+
+@pytest.fixture(scope="module")
+def backend(
+    postgres: PostgresServer, tmp_path_factory: pytest.TempPathFactory
+) -> Backend:
+    """A database for sites in this process."""
+    path = tmp_path_factory.mktemp("sites") / "unused"
+    return Backend("postgres", postgres.create_database(), path)
+
+
+@pytest.mark.parametrize("cut", [0, CUT])
+@inlineCallbacks
+def test_every_history_has_an_order(processes: Servers, cut: float) -> Steps:
+    """Answers, etags, counts and downloads are those of one request after the other,
+    whether or not some of the answers are lost."""
+    lost = total = 0
+    for seed in range(HISTORIES):
+        events: list[Event] = yield record(
+            processes.urls, next(processes.users), CLIENTS, COUNT, seed, cut
+        )
+        find_order(events)
+        total += len(events)
+        lost += sum(event.is_lost for event in events)
+    print(f"{total} operations, {lost} answers lost")
+    assert total == HISTORIES * (CLIENTS * COUNT + 2 * len(processes.urls))
+    assert bool(lost) == bool(cut)
+
+
+@pytest.mark.parametrize("fault", [*PLAIN, *RACES])
+@inlineCallbacks
+def test_a_fault_is_found(backend: Backend, fault: str) -> Steps:
+    """A store with a fault has a history that no order explains."""
+    with {**PLAIN, **RACES}[fault]():
+        one = OwnSite(backend)
+        two = OwnSite(backend, one.hs.auth)
+        yield gatherResults([one.start(), two.start()])
+        try:
+            tries: int = yield tries_until_found([one, two])
+        finally:
+            yield gatherResults([one.stop(), two.stop()])
+    print(f"{fault}: found in history {tries}")
+
+
+@inlineCallbacks
+def tries_until_found(
+    sites: Sequence[OwnSite],
+) -> Generator[Deferred[Any], Any, int]:
+    """How many histories it takes until one has no order.
+
+    Raises:
+        AssertionError: as many as there may be have one.
+    """
+    urls = [site.host.url for site in sites]
+    for number in range(TRIES):
+        user = sites[0].host.new_user()
+        events = yield record(urls, user, CLIENTS, COUNT, number)
+        try:
+            find_order(events)
+        except NoOrder:
+            return number + 1
+    raise AssertionError(f"{TRIES} histories have an order")
