@@ -2,6 +2,7 @@
 
 import logging
 import sqlite3
+import time
 from collections.abc import Callable, Generator, Mapping
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
@@ -14,6 +15,11 @@ from ..errors import UnavailableError
 from . import sql
 
 logger = logging.getLogger(__name__)
+
+#: For how long a connection waits, and how long between two tries, while another one is
+#: turning a new SQLite file's write-ahead log on, in seconds. SQLite doesn't wait there.
+_WAL_SECONDS = 5.0
+_WAL_PAUSE = 0.02
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -202,7 +208,15 @@ def sqlite_database(path: str) -> PoolDatabase:
     """A database in a file, made when it isn't there."""
 
     def prepare(connection: sqlite3.Connection) -> None:
-        connection.execute("PRAGMA journal_mode = WAL")
+        end = time.monotonic() + _WAL_SECONDS
+        while True:
+            try:
+                connection.execute("PRAGMA journal_mode = WAL")
+                return
+            except sqlite3.OperationalError:
+                if time.monotonic() > end:
+                    raise
+                time.sleep(_WAL_PAUSE)
 
     pool = adbapi.ConnectionPool(
         "sqlite3",
