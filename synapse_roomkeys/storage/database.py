@@ -16,8 +16,8 @@ from . import sql
 
 logger = logging.getLogger(__name__)
 
-#: For how long a connection waits, and how long between two tries, while another one is
-#: turning a new SQLite file's write-ahead log on, in seconds. SQLite doesn't wait there.
+#: For how long a connection waits, and how long between two tries, while another is
+#: turning a new SQLite file's write-ahead log on: SQLite doesn't wait there. Seconds.
 _WAL_SECONDS = 5.0
 _WAL_PAUSE = 0.02
 
