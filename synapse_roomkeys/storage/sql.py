@@ -250,7 +250,8 @@ class Dialect:
             disk when it returns.
         find_own_tables: how many of the plugin's own tables there are. What others
             commit is seen by the transaction's next statement.
-        lock_schema: keeps other processes from making tables until the commit.
+        lock_schema: keeps other processes from making tables until the commit, which
+            is on disk when it returns.
         lock_version: a version's row, locked until the commit. Parameters: user,
             version.
         find_sessions: what a version holds of some sessions, in rows that begin with
@@ -320,7 +321,7 @@ POSTGRES = Dialect(
     ),
     lock_schema=(
         "SELECT pg_advisory_xact_lock(hashtext('roomkeys schema'));"
-        " SET LOCAL lock_timeout TO '10s'"
+        " SET LOCAL lock_timeout TO '10s'; SET LOCAL synchronous_commit TO ON"
     ),
     lock_version=f"{_LOCK_VERSION} FOR UPDATE",
     find_sessions=_FIND_SESSIONS.format(

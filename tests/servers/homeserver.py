@@ -4,14 +4,13 @@ import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import count
-from types import TracebackType
 from typing import Any
 
 from ..contract import User
-from .processes import HOST
+from .processes import HOST, Server
 
 
-class Homeserver:
+class Homeserver(Server):
     """Answers whoami, and all else as a path that it does not know.
 
     It runs in a thread, so that whoever asks it may block.
@@ -73,24 +72,18 @@ class Homeserver:
         """A fresh guest."""
         return self.new_user(guest=True)
 
-    def __enter__(self) -> "Homeserver":
+    def start(self) -> None:
         """Start answering."""
         self._thread.start()
-        return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def stop(self) -> None:
         """Stop answering."""
         self._server.shutdown()
         self._thread.join()
         self._server.server_close()
 
     def _answer(self, path: str, token: str) -> tuple[int, dict[str, Any]]:
-        if path == "/_matrix/client/v3/account/whoami":
+        if path.partition("?")[0] == "/_matrix/client/v3/account/whoami":
             if token in self._users:
                 return 200, self._users[token]
             return 401, {"errcode": "M_UNKNOWN_TOKEN", "error": "Unknown token"}

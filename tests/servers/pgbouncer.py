@@ -6,11 +6,17 @@ import signal
 import socket
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from .debian import locate
-from .processes import HOST, Process, free_port, make_directory, remove_directory
+from .processes import (
+    HOST,
+    Process,
+    Server,
+    free_port,
+    make_directory,
+    remove_directory,
+)
 
 _UNPRIVILEGED = "nobody"
 _TIMEOUT = 60.0
@@ -35,7 +41,7 @@ max_client_conn = 500
 """
 
 
-class PgBouncer:
+class PgBouncer(Server):
     """A pooler that gives a connection to the database to one transaction at a time."""
 
     def __init__(
@@ -94,20 +100,6 @@ class PgBouncer:
         if self._home is not None:
             remove_directory(self._home)
             self._home = None
-
-    def __enter__(self) -> "PgBouncer":
-        """Start the pooler."""
-        self.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Stop the pooler and delete its configuration."""
-        self.close()
 
     def _write_config(self, home: Path) -> None:
         """Write the configuration where the user that the pooler runs as can read."""

@@ -11,13 +11,14 @@ import signal
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType, TracebackType
+from types import MappingProxyType
 from typing import Any
 
 from .guard import end
 from .processes import (
     HOST,
     Process,
+    Server,
     StartFailed,
     free_port,
     identity,
@@ -33,7 +34,7 @@ _CARELESS = {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "o
 _DEFAULTS: Mapping[str, str] = MappingProxyType({})
 
 
-class PostgresServer:
+class PostgresServer(Server):
     """A database server whose cluster lives as long as this object is in use."""
 
     def __init__(
@@ -116,20 +117,6 @@ class PostgresServer:
             "password": self._password,
             "dbname": name,
         }
-
-    def __enter__(self) -> "PostgresServer":
-        """Start the server."""
-        self.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Stop the server and delete its cluster."""
-        self.close()
 
     def _create_cluster(self) -> Path:
         """Create a cluster where the user that the server runs as can go."""

@@ -16,12 +16,15 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TypedDict
+from types import TracebackType
+from typing import TypedDict, TypeVar
 
 HOST = "127.0.0.1"
 _GUARD_SCRIPT = Path(__file__).with_name("guard.py")
 
 _lock = threading.Lock()
+
+AnyServer = TypeVar("AnyServer", bound="Server")
 
 
 class StartFailed(RuntimeError):
@@ -105,6 +108,36 @@ def identity(user: str | None) -> Identity:
     if user is None:
         return {"user": None, "group": None, "extra_groups": None}
     return {"user": user, "group": pwd.getpwnam(user).pw_gid, "extra_groups": []}
+
+
+class Server:
+    """Something that runs for as long as a with statement does."""
+
+    def start(self) -> None:
+        """Start it, and wait until it answers."""
+        raise NotImplementedError
+
+    def stop(self) -> None:
+        """Stop it in order."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Stop it for good, and leave nothing behind."""
+        self.stop()
+
+    def __enter__(self: AnyServer) -> AnyServer:
+        """Start it."""
+        self.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Stop it for good."""
+        self.close()
 
 
 class Process:

@@ -5,13 +5,12 @@ import signal
 import subprocess
 import urllib.error
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 from urllib.parse import quote
 
 from .accounts import fetch
 from .debian import locate
-from .processes import HOST, Process, free_port
+from .processes import HOST, Process, Server, free_port
 
 _TIMEOUT = 30.0
 _CONFIG = """\
@@ -38,7 +37,7 @@ def promtool(*arguments: str, cwd: Path) -> "subprocess.CompletedProcess[str]":
     )
 
 
-class Prometheus:
+class Prometheus(Server):
     """A Prometheus with data of its own in a directory."""
 
     def __init__(self, directory: Path, target: str) -> None:
@@ -65,7 +64,7 @@ class Prometheus:
         series: list[dict[str, Any]] = body["data"]["result"]
         return series
 
-    def __enter__(self) -> "Prometheus":
+    def start(self) -> None:
         """Start scraping."""
         program = locate("prometheus", "prometheus")
         config = self.directory / "prometheus.yml"
@@ -82,14 +81,8 @@ class Prometheus:
             environment=program.environment,
         )
         self._process.wait_until(self._is_ready, _TIMEOUT)
-        return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def stop(self) -> None:
         """Stop scraping."""
         if self._process is not None:
             self._process.stop(signal.SIGTERM)

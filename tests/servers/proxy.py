@@ -6,20 +6,23 @@ import signal
 import socket
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import TypeVar
 
 from .debian import Program, locate
-from .processes import HOST, Process, free_port, make_directory, remove_directory
+from .processes import (
+    HOST,
+    Process,
+    Server,
+    free_port,
+    make_directory,
+    remove_directory,
+)
 
 CONTRIB = Path(__file__).resolve().parents[2] / "contrib"
 _UNPRIVILEGED = "nobody"
 _TIMEOUT = 30.0
 
-AnyProxy = TypeVar("AnyProxy", bound="Proxy")
 
-
-class Proxy:
+class Proxy(Server):
     """A proxy in front of processes of the service and a homeserver.
 
     Its configuration is a file of ``contrib/`` with other ports.
@@ -100,20 +103,6 @@ class Proxy:
                 if os.readlink(link).startswith(f"{self._home}/"):
                     total += link.stat().st_size
         return total
-
-    def __enter__(self: AnyProxy) -> AnyProxy:
-        """Start the proxy."""
-        self.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Stop the proxy."""
-        self.stop()
 
     def _addresses(self) -> Mapping[str, str]:
         """What of the file differs here: each occurs in it once, and is replaced."""

@@ -4,15 +4,14 @@ import signal
 import socket
 import sys
 from pathlib import Path
-from types import TracebackType
 
-from .processes import HOST, Process, free_port
+from .processes import HOST, Process, Server, free_port
 
 _BROKER_SCRIPT = Path(__file__).with_name("broker.py")
 _START_TIMEOUT = 30.0
 
 
-class RedisServer:
+class RedisServer(Server):
     """A stand-in for Redis that carries the replication of one deployment.
 
     All servers share one name, which is the channel that replication goes by.
@@ -40,20 +39,6 @@ class RedisServer:
         if self._process is not None:
             self._process.stop(signal.SIGTERM)
             self._process = None
-
-    def __enter__(self) -> "RedisServer":
-        """Start serving."""
-        self.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Stop serving."""
-        self.stop()
 
     def _accepts(self) -> bool:
         """Tell whether the port answers yet."""

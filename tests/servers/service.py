@@ -7,18 +7,18 @@ import sys
 import urllib.error
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType, TracebackType
+from types import MappingProxyType
 from typing import Any
 
 from . import accounts
-from .processes import HOST, Process, StartFailed, free_port
+from .processes import HOST, Process, Server, StartFailed, free_port
 
 _REPOSITORY = Path(__file__).resolve().parents[2]
 _START_TIMEOUT = 30.0
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
-class Service:
+class Service(Server):
     """A process of the service, in a directory of its own.
 
     Attributes:
@@ -146,20 +146,6 @@ class Service:
         """Measure the memory that the process occupies."""
         pages = Path(f"/proc/{self.pid}/statm").read_text().split()[1]
         return int(pages) * os.sysconf("SC_PAGE_SIZE")
-
-    def __enter__(self) -> "Service":
-        """Start the process."""
-        self.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Stop the process."""
-        self.stop()
 
     def _running(self) -> Process:
         """Return the process, which must have been started."""

@@ -8,22 +8,20 @@ import sys
 import urllib.error
 from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType, TracebackType
-from typing import Any, TypeVar
+from types import MappingProxyType
+from typing import Any
 
 from . import accounts, config
 from .accounts import User
-from .processes import HOST, Process, StartFailed, free_port
+from .processes import HOST, Process, Server, StartFailed, free_port
 from .redis import RedisServer
 
 _REPOSITORY = Path(__file__).resolve().parents[2]
 _START_TIMEOUT = 120.0
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
 
-AnyServer = TypeVar("AnyServer", bound="_Server")
 
-
-class _Server:
+class _Server(Server):
     """What a main process and a worker have in common."""
 
     _app: str
@@ -95,20 +93,6 @@ class _Server:
         """Measure the memory that the process occupies."""
         pages = Path(f"/proc/{self.pid}/statm").read_text().split()[1]
         return int(pages) * os.sysconf("SC_PAGE_SIZE")
-
-    def __enter__(self: AnyServer) -> AnyServer:
-        """Start the process."""
-        self.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Stop the process."""
-        self.stop()
 
     def _running(self) -> Process:
         """Return the process, which must have been started."""
