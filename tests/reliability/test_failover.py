@@ -1,0 +1,70 @@
+"""A PostgreSQL that is lost, and its standby in its place."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from twisted.internet.defer import Deferred, inlineCallbacks
+
+from ..servers import PostgresServer
+from ..servers.homeserver import Homeserver
+from ..servers.processes import HOST
+from ..servers.service import Service
+from ..servers.standby import Standby
+from . import SOAK
+from .clients import Connection
+from .load import Load, new_load, shown
+
+Steps = Generator[Deferred[Any], Any, None]
+
+FAILOVERS = 10 if SOAK else 1
+#: How long it takes after the promotion until writes are answered again, in seconds at
+#: most.
+BACK_WITHIN = 10.0
+
+
+@pytest.fixture(scope="module")
+def homeserver() -> Iterator[Homeserver]:
+    """Whose users they are."""
+    with Homeserver() as homeserver:
+        yield homeserver
+
+
+@pytest.mark.parametrize("number", range(FAILOVERS))
+@inlineCallbacks
+def test_a_synchronous_standby(
+    homeserver: Homeserver, tmp_path: Path, number: int
+) -> Steps:
+    """The primary is killed under load, and the standby promoted: nothing that was
+    acknowledged is lost, and the service finds the new primary by itself."""
+    with PostgresServer(tmp_path / "primary", durable=True) as primary:
+        database = primary.create_database()
+        with Standby(tmp_path / "standby", primary) as standby:
+            standby.be_waited_for(database)
+            either = {
+                **database,
+                "host": f"{HOST},{HOST}",
+                "port": f"{primary.port},{standby.port}",
+                "target_session_attrs": "read-write",
+            }
+            with Service(tmp_path, homeserver.url, database=either) as service:
+                connection = Connection(service.url, homeserver.new_user())
+                load: Load = yield new_load(connection, number)
+
+                def fail_over() -> None:
+                    primary.kill()
+                    standby.promote()
+
+                yield load.run(fail_over)
+                yield load.look()
+                load.check(tries_again=True)
+                begin, end = load.fault_times
+                back = min(e.end for e in load.met() if not e.is_lost)
+                print(
+                    f"{shown([load])}; the promotion took {end - begin:.1f} s, and it"
+                    f" was back {back - end:.1f} s after it"
+                )
+                assert back - end < BACK_WITHIN

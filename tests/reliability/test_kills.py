@@ -1,0 +1,350 @@
+"""Processes killed at any moment: what was acknowledged is there when they are back."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import psycopg2
+import pytest
+from twisted.internet.defer import Deferred, inlineCallbacks
+
+from synapse_roomkeys.service.config import DatabaseConfig
+
+from ..backup_client import Api
+from ..contract import User
+from ..contract.base import key
+from ..integration.test_migrate import (
+    ADD_KEY,
+    ADD_VERSION,
+    KEYS,
+    VERSIONS,
+    Place,
+    keys_of,
+    make_synapses_tables,
+    same,
+)
+from ..servers import PostgresServer, Synapse
+from ..servers.homeserver import Homeserver
+from ..servers.service import Service
+from . import SOAK
+from .clients import Connection
+from .history import NoOrder
+from .load import Load, new_load, shown
+
+Steps = Generator[Deferred[Any], Any, None]
+
+SERVICE_KILLS = 100 if SOAK else 5
+SYNAPSE_KILLS = 100 if SOAK else 3
+POSTGRES_KILLS = 20 if SOAK else 2
+SCHEMA_KILLS = 20 if SOAK else 2
+MIGRATION_KILLS = 20 if SOAK else 3
+#: How many kills there may be until a loss is found.
+TRIES = 10
+#: How long after its first sign in the database a process that makes the tables is
+#: killed, in seconds at most. They take some 20 ms.
+MAKING = 0.05
+#: How long that sign, or the end of a migration, may take, in seconds.
+DEADLINE = 30.0
+#: The service without a part of its transactions' first statement.
+HASTY = """
+import attrs
+from synapse_roomkeys.service.cli import main
+from synapse_roomkeys.storage import sql
+
+begin, wait = sql.POSTGRES.begin_write.split(";")
+assert "synchronous_commit" in wait
+sql.POSTGRES = attrs.evolve(sql.POSTGRES, begin_write=begin)
+main()
+"""
+NewDatabase = Callable[[], Mapping[str, Any] | None]
+
+
+@pytest.fixture(scope="module")
+def homeserver() -> Iterator[Homeserver]:
+    """Whose users they are."""
+    with Homeserver() as homeserver:
+        yield homeserver
+
+
+@pytest.fixture(scope="module")
+def careless(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PostgresServer]:
+    """A PostgreSQL whose transactions don't wait for the disk unless told to."""
+    settings = {"synchronous_commit": "off", "wal_writer_delay": "10s"}
+    directory = tmp_path_factory.mktemp("careless")
+    with PostgresServer(directory, durable=True, settings=settings) as server:
+        yield server
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def new_database(request: pytest.FixtureRequest) -> NewDatabase:
+    """Makes databases of each engine: psycopg2's arguments, or None for SQLite."""
+    if request.param == "sqlite":
+        return lambda: None
+    server: PostgresServer = request.getfixturevalue("postgres")
+    return server.create_database
+
+
+@inlineCallbacks
+def kill_again_and_again(
+    url: str,
+    new_user: Callable[[int], User],
+    kill: Callable[[], None],
+    kills: int,
+    tries_again: bool = False,
+) -> Steps:
+    """Kill something under the load of a new backup's clients, and check all backups.
+
+    Args:
+        kill: ends it and starts it again.
+        tries_again: as for `Load.check`.
+    """
+    loads: list[tuple[Load, list[Any]]] = []
+    for number in range(kills):
+        connection = Connection(url, new_user(number))
+        load: Load = yield new_load(connection, number)
+        yield load.run(kill)
+        seen: list[Any] = yield load.look()
+        load.check(tries_again)
+        loads.append((load, seen))
+    for load, seen in loads:
+        again: list[Any] = yield load.look()
+        assert again == seen, "changed by the kills after its own"
+    print(shown([load for load, _ in loads]))
+
+
+@inlineCallbacks
+def test_the_service(
+    homeserver: Homeserver, new_database: NewDatabase, tmp_path: Path
+) -> Steps:
+    """Whatever it was doing: uploads without an answer are there as a whole or not at
+    all, those with one are, and etag and count are exact."""
+    with Service(tmp_path, homeserver.url, database=new_database()) as service:
+
+        def kill() -> None:
+            service.kill()
+            service.start()
+
+        yield kill_again_and_again(
+            service.url, lambda _: homeserver.new_user(), kill, SERVICE_KILLS
+        )
+        assert "Traceback" not in service.log()
+
+
+@inlineCallbacks
+def test_a_synapse(postgres: PostgresServer, tmp_path: Path) -> Steps:
+    """The same with the plugin in a Synapse."""
+    with Synapse(tmp_path, database=postgres.create_database()) as synapse:
+
+        def new_user(number: int) -> User:
+            user = synapse.register(f"user{number}")
+            return User(user.user_id, user.access_token)
+
+        def kill() -> None:
+            synapse.kill()
+            synapse.start()
+
+        yield kill_again_and_again(synapse.url, new_user, kill, SYNAPSE_KILLS)
+
+
+def kill_postgres(server: PostgresServer) -> None:
+    """Kill it with all its processes, and start it again."""
+    server.kill()
+    server.start()
+
+
+@inlineCallbacks
+def test_a_postgres(
+    homeserver: Homeserver, careless: PostgresServer, tmp_path: Path
+) -> Steps:
+    """A database is killed, and not the service, which tries again. It would not wait
+    for its disk, but for us it does."""
+    database = careless.create_database()
+    with Service(tmp_path, homeserver.url, database=database) as service:
+        yield kill_again_and_again(
+            service.url,
+            lambda _: homeserver.new_user(),
+            partial(kill_postgres, careless),
+            POSTGRES_KILLS,
+            tries_again=True,
+        )
+
+
+@inlineCallbacks
+def test_a_loss_is_found(
+    homeserver: Homeserver, careless: PostgresServer, tmp_path: Path
+) -> Steps:
+    """A service that lets the database acknowledge what isn't on its disk yet loses
+    some of it, and the check tells."""
+    database = careless.create_database()
+    service = Service(tmp_path, homeserver.url, database=database)
+    service.program = ("-c", HASTY)
+    with service:
+        tries: int = yield tries_until_found(
+            service.url, homeserver, careless, database
+        )
+    print(f"found at kill {tries}")
+
+
+@inlineCallbacks
+def tries_until_found(
+    url: str,
+    homeserver: Homeserver,
+    server: PostgresServer,
+    database: Mapping[str, Any],
+) -> Generator[Deferred[Any], Any, int]:
+    """How many kills it takes until what was seen has no order.
+
+    Raises:
+        AssertionError: after as many as there may be, it has.
+    """
+    for number in range(TRIES):
+        load: Load = yield new_load(Connection(url, homeserver.new_user()), number)
+        # The tables and the version stay, whatever is lost.
+        with closing(psycopg2.connect(**database)) as connection:
+            connection.autocommit = True
+            connection.cursor().execute("CHECKPOINT")
+        yield load.run(partial(kill_postgres, server))
+        yield load.look()
+        try:
+            load.check(tries_again=True)
+        except NoOrder:
+            return number + 1
+    raise AssertionError(f"{TRIES} kills have lost nothing")
+
+
+def place_of(database: Mapping[str, Any] | None, directory: Path) -> Place:
+    """The database that a service in a directory uses."""
+    if database is None:
+        path = str(directory / "roomkeys.db")
+        return Place(DatabaseConfig("sqlite3", {"database": path}))
+    return Place(DatabaseConfig("psycopg2", dict(database)))
+
+
+def wait_until_it_is_opened(place: Place) -> None:
+    """Wait until the service has begun with its database."""
+    end = time.monotonic() + DEADLINE
+    if place.config.name == "sqlite3":
+        path = Path(place.config.args["database"])
+        while not path.exists():
+            assert time.monotonic() < end
+            time.sleep(0.001)
+        return
+    with closing(psycopg2.connect(**place.config.args)) as connection:
+        connection.autocommit = True
+        cursor = connection.cursor()
+        while True:
+            cursor.execute(
+                "SELECT 1 FROM pg_stat_activity WHERE datname = current_database()"
+                " AND pid <> pg_backend_pid() AND backend_type = 'client backend'"
+            )
+            if cursor.fetchone():
+                return
+            assert time.monotonic() < end
+            time.sleep(0.001)
+
+
+def test_while_tables_are_made(
+    homeserver: Homeserver, new_database: NewDatabase, tmp_path: Path
+) -> None:
+    """The tables are there all together or not at all, and the next start makes them
+    all."""
+    random = Random(0)
+    early = 0
+    for number in range(SCHEMA_KILLS):
+        database = new_database()
+        directory = tmp_path / f"{number}"
+        place = place_of(database, directory)
+        service = Service(directory, homeserver.url, database=database)
+        service.begin()
+        wait_until_it_is_opened(place)
+        time.sleep(random.random() * MAKING)
+        service.kill()
+        tables = place.tables
+        early += not tables
+        assert len(tables) in (0, 4), tables
+        with service:
+            api = Api(service.url, homeserver.new_user().access_token)
+            version = api.create_version()
+            assert api.upload(version, {"!a": {"s": key()}}) == (1, 1)
+        assert len(place.tables) == 4
+    print(f"{SCHEMA_KILLS} kills, {early} before the tables were there")
+
+
+#: Whose backups are migrated, and how many keys each has.
+USERS = 40
+KEYS_OF_ONE = 700
+
+
+def source_in(directory: Path) -> Place:
+    """The database of a Synapse with some backups."""
+    path = str(directory / "homeserver.db")
+    source = make_synapses_tables(Place(DatabaseConfig("sqlite3", {"database": path})))
+    for number in range(USERS):
+        user = f"@user{number:03}:test.example"
+        source.run(ADD_VERSION, (user, 1, "a", "{}", 0, number))
+        source.run(ADD_KEY, *keys_of(user, 1, KEYS_OF_ONE))
+    return source
+
+
+def new_migration(
+    directory: Path, source: Place, database: Mapping[str, Any] | None
+) -> Service:
+    """A process that migrates, when it is started."""
+    directory.mkdir()
+    homeserver = directory / "homeserver.yaml"
+    path = source.config.args["database"]
+    homeserver.write_text(f"database: {{name: sqlite3, args: {{database: '{path}'}}}}")
+    arguments = ("migrate", "--config", "roomkeys.yaml", "--from", str(homeserver))
+    return Service(
+        directory, "http://127.0.0.1:1", database=database, arguments=arguments
+    )
+
+
+def is_in_whole_backups(source: Place, target: Place) -> bool:
+    """Whether each version at the target is the same as at the source."""
+    if not target.tables:
+        return True
+    versions = target.run(VERSIONS)
+    ids = {version[:2] for version in versions}
+    keys = [row for row in source.run(KEYS) if row[:2] in ids]
+    return set(versions) <= set(source.run(VERSIONS)) and target.run(KEYS) == keys
+
+
+def test_a_migration(new_database: NewDatabase, tmp_path: Path) -> None:
+    """Each backup is at the target as a whole or not at all; another run goes on from
+    there and ends with both sides equal."""
+    source = source_in(tmp_path)
+    measured = new_migration(tmp_path / "measured", source, new_database())
+    start = time.monotonic()
+    code, told = measured.run_to_end(DEADLINE)
+    took = time.monotonic() - start
+    assert code == 0, told
+    random = Random(0)
+    within = 0
+    for number in range(MIGRATION_KILLS):
+        database = new_database()
+        directory = tmp_path / f"{number}"
+        target = place_of(database, directory)
+        migration = new_migration(directory, source, database)
+        process = migration.spawn()
+        if process.wait(took * random.uniform(0.3, 1)) is None:
+            process.kill()
+        count = (
+            target.run("SELECT COUNT(*) FROM e2e_room_keys")[0][0]
+            if target.tables
+            else 0
+        )
+        within += 0 < count < USERS * KEYS_OF_ONE
+        assert is_in_whole_backups(source, target)
+        code, told = migration.run_to_end(DEADLINE)
+        assert code == 0, told
+        assert same(source, target)
+    print(
+        f"{MIGRATION_KILLS} kills, {within} with a part copied; {took:.1f} s unkilled"
+    )
