@@ -25,6 +25,7 @@ from ..backup_client import Api
 from ..client import HttpHost
 from ..contract import SCENARIOS, Scenario, User
 from ..contract.base import PREFIX, Rooms, key, keys_path, refused, same
+from ..servers import PostgresServer
 from ..servers.accounts import fetch
 from ..servers.caddy import Caddy
 from ..servers.haproxy import HaProxy
@@ -127,6 +128,33 @@ def host(
         host = PastNginx(proxy.url, *users, services[0].url)
     yield host
     blockon(host.close())
+
+
+@pytest.fixture(scope="module")
+def host_on_postgres(
+    homeserver: Homeserver,
+    postgres: PostgresServer,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[HttpHost]:
+    """A process on PostgreSQL behind nginx; the others here are on SQLite."""
+    directory = tmp_path_factory.mktemp("service")
+    database = postgres.create_database()
+    with Service(directory, homeserver.url, database=database) as service:
+        ports = [service.port, service.port]
+        directory = tmp_path_factory.mktemp("proxy")
+        with Nginx(directory, ports, homeserver.port) as proxy:
+            users = (homeserver.new_user, homeserver.new_guest)
+            host = PastNginx(proxy.url, *users, service.url)
+            yield host
+            blockon(host.close())
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS.values(), ids=SCENARIOS)
+def test_contract_on_postgres(
+    scenario: Scenario, host_on_postgres: HttpHost
+) -> Deferred[None]:
+    """The engine makes no difference behind a proxy."""
+    return scenario(host_on_postgres)
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS.values(), ids=SCENARIOS)
