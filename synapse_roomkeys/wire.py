@@ -26,6 +26,8 @@ from .types import BackupInfo, KeyMetadata, KeyPage, Limits, RoomKey, RoomPart
 MAX_INTEGER = 2**31 - 1
 #: The specification's limit for ids, in bytes of UTF-8.
 MAX_ID_BYTES = 255
+#: Characters of an id that are shown: all of a real one's. Two make no line of 2 KB.
+_MAX_SHOWN = 600
 #: A version is a ``bigint`` in the homeserver's tables.
 _VERSION = re.compile("[1-9][0-9]{0,18}")
 _MAX_VERSION = 2**63 - 1
@@ -106,7 +108,9 @@ def check_id(kind: str, value: str) -> None:
 
 def shown(value: str | None) -> str:
     """An id as a message or a log line may hold it: short, quoted, in ASCII."""
-    return json.dumps(value[:MAX_ID_BYTES] if value else value)
+    text = json.dumps(value[:MAX_ID_BYTES] if value else value)
+    # An escape has six characters: a cut id may have many times its bytes.
+    return text if len(text) <= _MAX_SHOWN else f'{text[:_MAX_SHOWN]}..."'
 
 
 def parse_version(version: str) -> int:

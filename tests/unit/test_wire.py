@@ -19,6 +19,7 @@ from synapse_roomkeys.wire import (
     parse_upload,
     parse_version,
     parse_version_info,
+    shown,
 )
 
 LIMITS = Limits(max_body_bytes=1000, max_session_data_bytes=100)
@@ -96,6 +97,13 @@ class ParseUploadTests(SynchronousTestCase):
             (BadJsonError, InvalidParamError), parse_upload, body, None, None, LIMITS
         )
         self.assertLess(len(str(error)), 400)
+
+    def test_messages_are_short_whatever_the_characters(self) -> None:
+        """An escape is longer than the character that it stands for."""
+        for id_ in ("\U0001f511" * 255, "\u00e9" * 255, "\ud800" * 255, "\0" * 255):
+            self.assertLess(len(shown(id_)), 610)
+            self.assertTrue(shown(id_).endswith('..."'))
+        self.assertEqual(len(shown("x" * 255)), 257)
 
 
 class ParseVersionTests(SynchronousTestCase):
