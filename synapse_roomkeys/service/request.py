@@ -76,6 +76,12 @@ class ServiceRequest(Request):
         self.responseHeaders.setRawHeaders("X-Request-ID", [self.request_id])
         copy_context().run(self._process)
 
+    def write(self, data: bytes) -> None:
+        """As `twisted.web.server.Request.write`; a connection's last answer says so."""
+        if not self.startedWriting and not self.channel.persistent:
+            self.responseHeaders.setRawHeaders("Connection", ["close"])
+        super().write(data)  # type: ignore[no-untyped-call]
+
     def connectionLost(self, reason: Failure) -> None:
         """As `twisted.web.http.Request.connectionLost`."""
         super().connectionLost(reason)  # type: ignore[no-untyped-call]

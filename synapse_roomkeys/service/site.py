@@ -59,6 +59,8 @@ class Channel(HTTPChannel):
         """As `Protocol.dataReceived`."""
         if self._arrival is None and not self._handlingRequest:
             self._expect(HEADERS_SECONDS)
+        # An older Twisted does it at whole lines only.
+        self.resetTimeout()  # type: ignore[no-untyped-call]
         super().dataReceived(data)  # type: ignore[no-untyped-call]
 
     def rawDataReceived(self, data: bytes) -> None:
@@ -89,14 +91,6 @@ class Channel(HTTPChannel):
         """As `HTTPChannel.checkPersistence`."""
         kept: bool = super().checkPersistence(request, version)  # type: ignore[no-untyped-call]
         return kept and self.persistent != 0 and not self.site.draining
-
-    def writeHeaders(
-        self, version: bytes, code: bytes, reason: bytes, headers: Any
-    ) -> None:
-        """As `HTTPChannel.writeHeaders`."""
-        if not self.persistent:
-            headers.setRawHeaders(b"Connection", [b"close"])
-        super().writeHeaders(version, code, reason, headers)  # type: ignore[no-untyped-call]
 
     def loseConnection(self) -> None:
         """As `HTTPChannel.loseConnection`; a client that is still sending is heard

@@ -7,14 +7,20 @@ from collections.abc import Iterator
 from typing import Any
 
 from prometheus_client import REGISTRY
+from twisted.internet.address import IPv4Address
 from twisted.internet.defer import Deferred
 from twisted.internet.error import ConnectionRefusedError
+from twisted.internet.interfaces import (
+    IHostnameResolver,
+    IReactorPluggableNameResolver,
+)
 from twisted.internet.testing import MemoryReactorClock
 from twisted.test import iosim
 from twisted.trial.unittest import SynchronousTestCase
 from twisted.web.http import Request
 from twisted.web.resource import Resource
 from twisted.web.server import NOT_DONE_YET, Site
+from zope.interface import implementer
 
 from synapse_roomkeys.clock import Clock
 from synapse_roomkeys.errors import TokenError, UnavailableError
@@ -36,6 +42,26 @@ TOKEN = "syt_VGhpcyBpcyBhIHRva2Vu_0123456789abcdef"
 USER = {"user_id": "@user:test.example", "device_id": "DEVICE"}
 
 
+@implementer(IHostnameResolver)
+class Resolver:
+    """Finds every name at one address, at once."""
+
+    def resolveHostName(
+        self,
+        resolutionReceiver: Any,
+        hostName: str,
+        portNumber: int = 0,
+        addressTypes: Any = None,
+        transportSemantics: str = "TCP",
+    ) -> Any:
+        """As `IHostnameResolver.resolveHostName`."""
+        resolutionReceiver.resolutionBegan(None)
+        resolutionReceiver.addressResolved(IPv4Address("TCP", "192.0.2.1", portNumber))
+        resolutionReceiver.resolutionComplete()
+        return resolutionReceiver
+
+
+@implementer(IReactorPluggableNameResolver)
 class MemoryNetwork(MemoryReactorClock):
     """A reactor whose connections all lead to one site.
 
@@ -45,6 +71,8 @@ class MemoryNetwork(MemoryReactorClock):
 
     def __init__(self, resource: Resource) -> None:
         super().__init__()
+        # That of an older Twisted has none.
+        self.nameResolver: Any = Resolver()
         self.site = Site(resource, reactor=self)
         self.refusing = False
         self._pumps: list[Any] = []
