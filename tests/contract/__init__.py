@@ -7,7 +7,7 @@ is reached, in memory, over a socket or inside a homeserver, is the `Host`'s aff
 
 from __future__ import annotations
 
-from . import downloads, errors, paths, uploads, versions
+from . import downloads, errors, paths, uploads, versions, walls
 from .base import SCENARIOS, Answer, Client, Host, Scenario, User
 
 __all__ = [
@@ -22,4 +22,5 @@ __all__ = [
     "paths",
     "uploads",
     "versions",
+    "walls",
 ]

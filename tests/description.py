@@ -1,0 +1,140 @@
+"""``docs/openapi.yaml``, the description of the API, and servers held to it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Generator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonschema_rs import Draft202012Validator
+from twisted.internet.defer import Deferred, inlineCallbacks
+
+from .contract import Answer, Host, User
+
+PATH = Path(__file__).parents[1] / "docs" / "openapi.yaml"
+_PREFIX = re.compile("/_matrix/client/(?:r0|v3|unstable)/room_keys")
+
+
+class Description:
+    """What the description says of requests and answers.
+
+    Attributes:
+        seen: operation, status and errcode of the answers that were checked.
+    """
+
+    def __init__(self) -> None:
+        self.document: dict[str, Any] = yaml.safe_load(PATH.read_text())
+        self.seen: set[tuple[str, int, str | None]] = set()
+        self._validators: dict[str, Draft202012Validator] = {}
+        self._paths = {
+            re.compile(re.sub(r"\{\w+\}", "[^/]*", path)): item
+            for path, item in self.document["paths"].items()
+        }
+
+    def check(self, method: str, target: str, body: bytes, answer: Answer) -> None:
+        """Fail unless the answer is described; and the request, if it was taken."""
+        where = f"{method} {target[:200]}: {answer}"
+        item = self._find(target.partition("?")[0])
+        operation = item and item.get({"HEAD": "get"}.get(method, method.lower()))
+        if operation is None:
+            status = 404 if item is None else 405
+            assert answer.status == status, where
+            assert method == "HEAD" or answer.json["errcode"] == "M_UNRECOGNIZED", where
+            return
+        described = operation["responses"].get(str(answer.status))
+        assert described is not None, f"not described: {where}"
+        self._check_answer(method, operation, self._follow(described), answer, where)
+        taken = self._follow(operation.get("requestBody", {})).get("content")
+        if taken is not None and answer.status == 200:
+            self._validate(taken["application/json"]["schema"], json.loads(body), where)
+
+    def described(self) -> set[tuple[str, int]]:
+        """Operation and status of each answer that is described."""
+        return {
+            (operation["operationId"], int(status))
+            for item in self.document["paths"].values()
+            for operation in item.values()
+            if "operationId" in operation
+            for status in operation["responses"]
+        }
+
+    def _check_answer(
+        self,
+        method: str,
+        operation: Mapping[str, Any],
+        described: Mapping[str, Any],
+        answer: Answer,
+        where: str,
+    ) -> None:
+        for name in described.get("headers", {}):
+            assert name.lower() in answer.headers, where
+        errcode = None
+        if "content" not in described:
+            assert not answer.body, where
+        elif method != "HEAD":
+            schema = described["content"][answer.headers["content-type"]]["schema"]
+            self._validate(schema, answer.json, where)
+            errcode = answer.json.get("errcode") if answer.status >= 400 else None
+        name = operation.get("operationId")
+        if name is not None and method != "HEAD":
+            self.seen.add((name, answer.status, errcode))
+
+    def _find(self, path: str) -> dict[str, Any] | None:
+        """What is described at a path."""
+        prefix = _PREFIX.match(path)
+        rest = path[prefix.end() :] if prefix else ""
+        found = (i for pattern, i in self._paths.items() if pattern.fullmatch(rest))
+        return next(found, None)
+
+    def _follow(self, value: Any) -> Any:
+        """A part of the description, or the part that it refers to."""
+        if "$ref" not in value:
+            return value
+        found: Any = self.document
+        for name in value["$ref"].removeprefix("#/").split("/"):
+            found = found[name]
+        return found
+
+    def _validate(self, schema: Any, value: Any, where: str) -> None:
+        key = json.dumps(schema)
+        if key not in self._validators:
+            whole = {**schema, "components": self.document["components"]}
+            self._validators[key] = Draft202012Validator(whole)
+        error = next(self._validators[key].iter_errors(value), None)
+        assert error is None, f"{error}: {where}"
+
+
+class DescribedHost:
+    """A server under test, each of whose answers must be described."""
+
+    def __init__(self, host: Host, description: Description) -> None:
+        self._host = host
+        self._description = description
+
+    def new_user(self) -> User:
+        """As `Host.new_user`."""
+        return self._host.new_user()
+
+    def new_guest(self) -> User:
+        """As `Host.new_guest`."""
+        return self._host.new_guest()
+
+    @inlineCallbacks
+    def request(
+        self,
+        method: str,
+        path: str,
+        *,
+        token: str | None,
+        body: bytes | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> Generator[Deferred[Any], Any, Answer]:
+        """As `Host.request`."""
+        answer: Answer = yield self._host.request(
+            method, path, token=token, body=body, headers=headers
+        )
+        self._description.check(method, path, body or b"", answer)
+        return answer

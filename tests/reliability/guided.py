@@ -1,0 +1,59 @@
+"""The parser under atheris, which looks for inputs that reach new code: RUNS CORPUS.
+
+It ends with a code other than 0 when an input does what none may.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from random import Random
+
+import atheris
+
+with atheris.instrument_imports(include=["synapse_roomkeys.wire", "json"]):
+    from synapse_roomkeys import wire
+
+from synapse_roomkeys.errors import RoomKeysError
+from synapse_roomkeys.types import Limits
+
+from .inputs import Inputs
+from .oracle import check_accepted, check_refusal
+
+LIMITS = Limits()
+SCOPES: tuple[tuple[str | None, str | None], ...] = (
+    (None, None),
+    ("!r:h", None),
+    ("!r:h", "s"),
+)
+#: How many bodies the search starts from.
+SEEDS = 200
+
+
+def try_body(data: bytes) -> None:
+    """Give one body to the parsers: the first byte says which is meant."""
+    scope = SCOPES[data[0] % len(SCOPES)] if data else SCOPES[0]
+    body = data[1:]
+    try:
+        keys = wire.parse_upload(body, scope[0], scope[1], LIMITS)
+        check_accepted(keys, body, *scope)
+    except RoomKeysError as error:
+        check_refusal(error)
+    try:
+        wire.parse_version_info(body, LIMITS)
+    except RoomKeysError as error:
+        check_refusal(error)
+
+
+def main(runs: str, corpus: str) -> None:
+    """Search, from bodies that are right or almost right."""
+    for seed in range(SEEDS):
+        for number, scope in enumerate(SCOPES):
+            body = Inputs(Random(seed)).upload(*scope)
+            (Path(corpus) / f"{seed}-{number}").write_bytes(bytes([number]) + body)
+    atheris.Setup([sys.argv[0], f"-runs={runs}", "-max_len=4096", corpus], try_body)
+    atheris.Fuzz()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,300 @@
+"""Inputs that are right, almost right, or nothing at all: bodies, paths, requests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from random import Random
+from urllib.parse import quote
+
+from ..contract.base import ALGORITHM, PREFIX
+
+#: How likely a part is spoilt, in an input; each input has one of these.
+SPOILT = (0.0, 0.0, 0.02, 0.1, 0.4)
+#: The part of the inputs that are large or deep: they take long.
+LARGE = 1 / 2000
+
+ROOMS = ("!a:h", "!b:h", "!31hneApxJ_1o-63DmFrpeqnkFfWppnzWso1JvH3ogLM")
+SESSIONS = ("s", "Zm9v/YmFy+YmF6/cXV4+Zg==", "t")
+FIELDS = ("first_message_index", "forwarded_count", "is_verified", "session_data")
+#: Ids as JSON strings have them, that no room or session can have; or can.
+ODD_IDS = (
+    *('""', '"\\u0000"', '"a\\u0000b"', '"\\ud800"', '"\\udc00\\ud800"', '"\\uDBFF"'),
+    *(f'"{"x" * 255}"', f'"{"x" * 256}"', f'"{chr(0xE9) * 128}"', '"\\ud83d\\udd11"'),
+    *(f'"{chr(0x1F511) * 64}"', '"\u2028"', '"\\\\"', '"\\""', '"\\n"', '"../.."'),
+    *('"%2F"', "'a'", "a", "1", "null", '"a', '"\x01"', '"\\x41"', '"\\u12"'),
+)
+NUMBERS = (
+    *("0", "1", "-0", "-1", "2147483647", "2147483648", "9223372036854775807"),
+    *("9223372036854775808", "18446744073709551616", "-9223372036854775809"),
+    *("1.0", "1e0", "1E2", "-0.0", "1.5", "1e400", "-1e400", "1e-400", "1e308"),
+    *("9" * 310, "9" * 5_000, "1" + "0" * 10_000, "-" + "9" * 10_000, "0." + "1" * 400),
+    *("01", "+1", ".5", "1.", "1_0", "1e", "0x1", "NaN", "Infinity", "-Infinity"),
+    *("\u0661", "\uff11", "--1", "1 0"),
+)
+WORDS = ("true", "false", "null", "True", "None", "undefined", "tru", "", " ", "\0")
+TEXTS = (
+    *('""', '"a"', '"true"', '"1"', '"\u00e9\u2603\U0001f511"', '"\\ud83d\\udd11"'),
+    *('"\\u0000"', '"\\/\\b\\f\\n\\r\\t\\u007f"', f'"{"x" * 1000}"'),
+    *('"<script>"', '"%s%n{0}"', '"\' OR 1=1 --"', '"\x7f\x80"'),
+)
+#: What stands around values that is no value.
+RUBBISH = (
+    *(b"\xff", b"\xc0\x80", b"\xed\xa0\x80", b"\xf4\x90\x80\x80", b"\0", b"\x1a"),
+    *(b"}", b"]", b",", b":", b'"', b"//", b"/*", b"{}", b" x", b"\r\n", b"\xe2\x80"),
+)
+DEPTHS = (100, 1_000, 5_000, 100_000)
+
+VERSIONS = (
+    *("", "0", "1", "-1", "01", "1_0", " 1", "1 ", "+1", "1.0", "1e3", "null", "0x1"),
+    *("\u0661", "\u00b2", "\uff11", "1\0", "\0", "1\n", "9" * 18, "9" * 19, "9" * 20),
+    *(str(2**63 - 1), str(2**63), str(10**400), "\ud7ff", "%31", "1;2", "1' OR '1'='1"),
+)
+#: Segments of paths as they are sent.
+SEGMENTS = (
+    *("%2F%2e%2e", "%2e%2e%2f%2e%2e%2fetc", "..", ".", "%2E", "%2F", "%252F", "%"),
+    *("%0", "%zz", "%u0041", "%ff", "%c0%af", "%ed%a0%80", "%00", "a%00b", "%0d%0a"),
+    *("a;b", "a=b", "a&b", "a%26b", "+", "%20", "%7F", "x" * 255, "x" * 256),
+    *("%F0%9F%94%91" * 64, "%c3%a9" * 128, "x" * 4_000, "~", "*", "'", "\\", "|", "{}"),
+)
+METHODS = ("GET", "PUT", "DELETE", "POST", "HEAD", "OPTIONS", "PATCH", "get", "TRACE")
+QUERIES = (
+    *(
+        "",
+        "version",
+        "version=",
+        "=1",
+        "&&",
+        "%",
+        "version=%",
+        "version=%ff",
+        "a" * 999,
+    ),
+    *("version[]=1", "VERSION=1", "access_token=x", "user_id=%40b%3Ah", "version=%zz"),
+)
+
+
+class Inputs:
+    """Makes inputs; the same ones from the same random numbers.
+
+    Attributes:
+        versions: those that there are, of the user in whose name requests are sent.
+    """
+
+    def __init__(self, random: Random, versions: tuple[str, ...] = ("1",)) -> None:
+        self.versions = versions
+        self._random = random
+        self._spoilt = random.choice(SPOILT)
+
+    def scope(self) -> tuple[str | None, str | None]:
+        """What the path of an upload names: nothing, a room, or a session too."""
+        return self._random.choice(((None, None), ("!r:h", None), ("!r:h", "s")))
+
+    def upload(self, room_id: str | None, session_id: str | None) -> bytes:
+        """The body of an upload to a whole backup, to a room or to one session."""
+        if session_id is not None:
+            return self._spoil(self._key())
+        if room_id is not None:
+            return self._spoil(self._sessions())
+        rooms = self._object(ROOMS, self._sessions)
+        return self._spoil(self._members([("rooms", rooms)]))
+
+    def version_info(self) -> bytes:
+        """The body of a request that makes or changes a version."""
+        algorithm = self._or_odd(f'"{ALGORITHM}"', self._value)
+        members = [("algorithm", algorithm), ("auth_data", self.data())]
+        if self._chance(0.2):
+            members.append(("version", self._or_odd('"1"', self._value)))
+        return self._spoil(self._members(members))
+
+    def data(self, depth: int = 0) -> str:
+        """A JSON text that may be any value but null, if it isn't spoilt."""
+        kind = self._random.randrange(5 if depth < 4 else 3)
+        if kind == 0:
+            return self._or_odd(self._random.choice(TEXTS), self._value)
+        if kind == 1:
+            return self._or_odd(str(self._random.getrandbits(40)), self._value)
+        if kind == 2:
+            return self._or_odd("true", self._value)
+        parts = [self.data(depth + 1) for _ in range(self._random.randrange(4))]
+        if kind == 3:
+            return f"[{', '.join(parts)}]"
+        names = (self._random.choice(TEXTS) for _ in parts)
+        return "{" + ",".join(map(":".join, zip(names, parts, strict=True))) + "}"
+
+    def version(self) -> str:
+        """A number of a version, or something else."""
+        return self._or_odd(
+            self._random.choice(self.versions), lambda: self._random.choice(VERSIONS)
+        )
+
+    def id(self) -> str:
+        """An id as a parser is given it, out of a path."""
+        if not self._spoils():
+            return self._random.choice(ROOMS + SESSIONS)
+        code = self._random.choice(
+            (0, 1, 0x7F, 0xE9, 0xD800, 0xDFFF, 0x1F511, 0x10FFFF)
+        )
+        return chr(code) * self._random.choice(
+            (0, 1, 2, 63, 64, 127, 128, 255, 256, 999)
+        )
+
+    def request(self) -> tuple[str, str, bytes]:
+        """Method, target and body of a request that is HTTP at least."""
+        kind = self._random.randrange(8)
+        method = self._or_odd(
+            self._random.choice(("PUT", "PUT", "GET", "DELETE")),
+            lambda: self._random.choice(METHODS),
+        )
+        if kind == 0:
+            path, method, body = "/version", "POST", self.version_info()
+            if self._chance(0.8):
+                path, body = "/version", b"" if method == "GET" else body
+        elif kind < 3:
+            path, body = f"/version/{self._version_segment()}", self.version_info()
+        else:
+            scope = self._random.randrange(3)
+            ids = [self._segment(ROOMS), self._segment(SESSIONS)][:scope]
+            path = "/".join(["/keys", *ids])
+            body = self.upload(*[*ids, None, None][:2])
+        body = body if method in ("PUT", "POST") or self._spoils() else b""
+        return method, self._prefix() + path + self._query(kind > 2), body
+
+    def _prefix(self) -> str:
+        if not self._spoils():
+            return PREFIX
+        return self._random.choice(
+            (
+                PREFIX.replace("v3", "r0"),
+                PREFIX.replace("v3", "unstable"),
+                PREFIX.replace("v3", "v1"),
+                *("", "/", PREFIX + "/", "//" + PREFIX, PREFIX.upper(), "/.."),
+                PREFIX.replace("_", "%5f"),
+            )
+        )
+
+    def _version_segment(self) -> str:
+        return self._or_odd(
+            quote(self.version(), safe=""), lambda: self._random.choice(SEGMENTS)
+        )
+
+    def _segment(self, ids: tuple[str, ...]) -> str:
+        return self._or_odd(
+            quote(self._random.choice(ids), safe=""),
+            lambda: self._random.choice(SEGMENTS),
+        )
+
+    def _query(self, wanted: bool) -> str:
+        parts = [f"version={quote(self.version(), safe='')}"] if wanted else []
+        while self._spoils():
+            parts.insert(
+                self._random.randrange(len(parts) + 1),
+                self._or_odd(f"version={self.version()}", self._odd_query),
+            )
+        text = "&".join(parts)
+        # As they are, these would make no request line.
+        text = "".join(c if "!" <= c < "\x7f" else quote(c) for c in text)
+        return f"?{text}" if text or self._spoils() else ""
+
+    def _odd_query(self) -> str:
+        return self._random.choice(QUERIES)
+
+    def _sessions(self) -> str:
+        sessions = self._object(SESSIONS, self._key)
+        return self._members([("sessions", sessions)])
+
+    def _key(self) -> str:
+        values = [
+            self._or_odd(str(self._random.randrange(2**31)), self._value),
+            self._or_odd(str(self._random.randrange(9)), self._value),
+            self._or_odd(self._random.choice(("true", "false")), self._value),
+            self.data(),
+        ]
+        return self._members(list(zip(FIELDS, values, strict=True)))
+
+    def _object(self, names: tuple[str, ...], value: Callable[[], str]) -> str:
+        """An object with some of the names as members."""
+        chosen = self._random.sample(names, self._random.randrange(len(names) + 1))
+        return self._members([(name, value()) for name in chosen])
+
+    def _members(self, members: list[tuple[str, str]]) -> str:
+        """An object; members may be missing, there twice, or have odd names."""
+        if self._spoils():
+            return self._value()
+        texts = []
+        for name, value in members:
+            if self._spoils():
+                change = self._random.randrange(4)
+                if change == 0:
+                    continue
+                if change == 1:
+                    texts.append(f'"{name}":{self._value()}')
+                elif change == 2:
+                    name = self._random.choice((*FIELDS, "rooms", "sessions", name * 2))
+                else:
+                    odd = self._random.choice(ODD_IDS)
+                    texts.append(f"{odd}:{self._or_odd(value, self._value)}")
+                    continue
+            texts.append(f'"{name}":{value}')
+        self._random.shuffle(texts)
+        blank = self._random.choice(("", "", " ", "\n\t"))
+        return "{" + ("," + blank).join(texts) + "}"
+
+    def _value(self) -> str:
+        """Any value, or what isn't one."""
+        if self._chance(LARGE):
+            return self._large()
+        kind = self._random.randrange(6)
+        if kind < 4:
+            return self._random.choice((NUMBERS, WORDS, TEXTS, ODD_IDS)[kind])
+        parts = [self._value() for _ in range(self._random.randrange(3))]
+        if kind == 4:
+            return f"[{','.join(parts)}]"
+        return "{" + ",".join(f'"{n}":{part}' for n, part in enumerate(parts)) + "}"
+
+    def _large(self) -> str:
+        depth = self._random.choice(DEPTHS)
+        kind = self._random.randrange(5)
+        if kind == 0:
+            return "[" * depth + "]" * depth
+        if kind == 1:
+            return '{"":' * depth + "1" + "}" * depth
+        if kind == 2:
+            return "[" * depth
+        if kind == 3:
+            return '"' + "x" * self._random.choice((65_534, 65_535, 10_485_760)) + '"'
+        return "[" + "0," * depth + "0]"
+
+    def _spoil(self, text: str) -> bytes:
+        """A text as bytes, which may be cut, mixed up, or in another encoding."""
+        body = text.encode()
+        if not self._spoils():
+            return body
+        kind = self._random.randrange(9)
+        at, to = sorted(self._random.randrange(len(body) + 1) for _ in range(2))
+        if kind == 0:
+            return body[:at]
+        if kind == 1:
+            return body[:at] + body[to:]
+        if kind == 2:
+            return body[:to] + body[at:]
+        if kind == 3:
+            return body[:at] + self._random.choice(RUBBISH) + body[at:]
+        if kind == 4:
+            return body + self._random.choice(RUBBISH)
+        if kind == 5:
+            return b"\xef\xbb\xbf" + body
+        if kind == 6:
+            return text.encode(self._random.choice(("utf-16", "utf-16-le", "utf-32")))
+        if kind == 7:
+            flipped = bytes([self._random.randrange(256)])
+            return body[:at] + flipped + body[at + 1 :]
+        return b""
+
+    def _or_odd(self, right: str, odd: Callable[[], str]) -> str:
+        return odd() if self._spoils() else right
+
+    def _spoils(self) -> bool:
+        return self._chance(self._spoilt)
+
+    def _chance(self, chance: float) -> bool:
+        return self._random.random() < chance

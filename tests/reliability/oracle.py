@@ -1,0 +1,92 @@
+"""What the contract says of a body, by another reader than the one under test."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+from synapse_roomkeys.errors import RoomKeysError
+from synapse_roomkeys.service.logs import MAX_LINE
+from synapse_roomkeys.types import RoomKey
+
+from ..contract.base import same
+from .inputs import FIELDS
+
+
+def read(body: bytes) -> Any:
+    """A body as the strictest of readers reads it."""
+
+    def refuse(name: str) -> Any:
+        raise AssertionError(f"{name} is no JSON")
+
+    value = json.loads(body.decode("utf-8"), parse_constant=refuse)
+    json.dumps(value, ensure_ascii=False).encode()
+    assert is_finite(value)
+    return value
+
+
+def is_finite(value: Any) -> bool:
+    """Whether all numbers fit in a double."""
+    if isinstance(value, dict):
+        return all(map(is_finite, value.values()))
+    if isinstance(value, list):
+        return all(map(is_finite, value))
+    return not isinstance(value, float) or math.isfinite(value)
+
+
+def keys_of(body: bytes, room_id: str | None, session_id: str | None) -> Any:
+    """The keys of an upload by room and session id, by the contract alone."""
+    value = read(body)
+    if session_id is not None:
+        return {room_id: {session_id: value}}
+    if room_id is not None:
+        return {room_id: value["sessions"]}
+    return {room: inner["sessions"] for room, inner in value["rooms"].items()}
+
+
+def is_integer(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**31
+
+
+def check_accepted(
+    keys: list[RoomKey], body: bytes, room_id: str | None, session_id: str | None
+) -> None:
+    """What was taken is what was sent, and what the contract has taken."""
+    got: dict[str, dict[str, Any]] = {}
+    for key in keys:
+        for id_ in (key.room_id, key.session_id):
+            assert 0 < len(id_.encode()) <= 255 and "\0" not in id_
+        metadata = key.metadata
+        got.setdefault(key.room_id, {})[key.session_id] = {
+            "first_message_index": metadata.first_message_index,
+            "forwarded_count": metadata.forwarded_count,
+            "is_verified": metadata.is_verified,
+            "session_data": json.loads(key.session_data),
+        }
+    for sessions in keys_of(body, room_id, session_id).values():
+        for sent in sessions.values():
+            assert is_integer(sent["first_message_index"])
+            assert is_integer(sent["forwarded_count"])
+            assert type(sent["is_verified"]) is bool
+            assert sent["session_data"] is not None
+    same(got, fields_of(keys_of(body, room_id, session_id)))
+
+
+def fields_of(rooms: Any) -> dict[str, dict[str, Any]]:
+    """Keys without the members that no server keeps, and without empty rooms."""
+    return {
+        room: {
+            session: {field: key[field] for field in FIELDS}
+            for session, key in sessions.items()
+        }
+        for room, sessions in rooms.items()
+        if sessions
+    }
+
+
+def check_refusal(error: RoomKeysError) -> None:
+    """A refusal has a status and an errcode of its own, and isn't long."""
+    assert error.code in (400, 404, 413), error
+    assert error.errcode.startswith("M_") and error.msg
+    assert len(error.msg.encode()) < MAX_LINE, error.msg

@@ -1,0 +1,156 @@
+"""HTTP by hand: what a client may do to a server, right and wrong."""
+
+from __future__ import annotations
+
+import json
+import socket
+import struct
+from collections.abc import Iterator, Mapping
+from typing import Any, BinaryIO
+
+import attrs
+
+from ..contract.base import ALGORITHM, PREFIX
+from ..servers.processes import HOST
+
+#: How long an answer may take, in seconds.
+DEADLINE = 20.0
+#: Makes closing a socket reset its connection.
+_RESET = struct.pack("ii", 1, 0)
+
+
+@attrs.frozen
+class Reply:
+    """An answer as it came; header names are lower-case."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+
+def connect(port: int) -> socket.socket:
+    """A connection to a server on this machine."""
+    return socket.create_connection((HOST, port), timeout=DEADLINE)
+
+
+def reset(client: socket.socket) -> None:
+    """End a connection as a crashed machine does."""
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+    client.close()
+
+
+def request(
+    method: str, target: str, token: str | None, body: bytes = b"", *headers: str
+) -> bytes:
+    """A request; one without a body has no Content-Length."""
+    lines = [f"{method} {target} HTTP/1.1", "Host: a", *headers]
+    if token is not None:
+        lines.append(f"Authorization: Bearer {token}")
+    if body:
+        lines.append(f"Content-Length: {len(body)}")
+    return "\r\n".join([*lines, "", ""]).encode("latin-1") + body
+
+
+def read_reply(stream: BinaryIO, method: str = "GET") -> Reply | None:
+    """The next answer on a connection, or None when it has ended."""
+    line = stream.readline()
+    if not line:
+        return None
+    assert line.startswith((b"HTTP/1.1 ", b"HTTP/1.0 ")), line
+    status = int(line.split()[1])
+    headers = dict(_headers(stream))
+    if method == "HEAD" or status in (100, 204):
+        body = b""
+    elif headers.get("transfer-encoding") == "chunked":
+        body = b"".join(_chunks(stream))
+    elif "content-length" in headers:
+        body = _exactly(stream, int(headers["content-length"]))
+    else:
+        body = stream.read()
+    return Reply(status, headers, body)
+
+
+def _headers(stream: BinaryIO) -> Iterator[tuple[str, str]]:
+    while line := stream.readline().decode("latin-1").rstrip("\r\n"):
+        name, _, value = line.partition(": ")
+        yield name.lower(), value
+
+
+def _chunks(stream: BinaryIO) -> Iterator[bytes]:
+    while size := int(stream.readline(), 16):
+        yield _exactly(stream, size)
+        assert stream.read(2) == b"\r\n"
+    assert stream.read(2) == b"\r\n"
+
+
+def _exactly(stream: BinaryIO, size: int) -> bytes:
+    content = stream.read(size)
+    assert len(content) == size, f"{len(content)} of {size} bytes"
+    return content
+
+
+@attrs.frozen
+class Exchange:
+    """What came back over a connection.
+
+    Attributes:
+        is_broken: whether the server has ended it while bytes were on their way.
+    """
+
+    replies: list[Reply]
+    is_broken: bool
+
+    @property
+    def statuses(self) -> list[int]:
+        """Those of all answers."""
+        return [reply.status for reply in self.replies]
+
+
+def exchange(
+    port: int, *parts: bytes, wanted: int = 1000, patience: float = DEADLINE
+) -> Exchange:
+    """Send bytes as they are, and read what is answered until the connection ends.
+
+    Args:
+        wanted: after how many answers the client ends it; whatever comes still, counts.
+        patience: after how many seconds without an answer the client ends it, too.
+    """
+    replies: list[Reply] = []
+    with connect(port) as client, client.makefile("rb") as stream:
+        try:
+            for part in parts:
+                client.sendall(part)
+            client.settimeout(patience)
+            if not wanted:
+                client.shutdown(socket.SHUT_WR)
+            while reply := read_reply(stream):
+                replies.append(reply)
+                if len(replies) == wanted:
+                    client.shutdown(socket.SHUT_WR)
+        except TimeoutError:
+            assert patience < DEADLINE, f"no answer but {replies}"
+        except OSError:
+            return Exchange(replies, True)
+    return Exchange(replies, False)
+
+
+def new_version(port: int, token: str) -> str:
+    """Make a version of a backup."""
+    body = json.dumps({"algorithm": ALGORITHM, "auth_data": {}}).encode()
+    sent = request("POST", PREFIX + "/version", token, body, "Connection: close")
+    [reply] = exchange(port, sent).replies
+    assert reply.status == 200, reply
+    version: str = json.loads(reply.body)["version"]
+    return version
+
+
+def upload(version: str, token: str, session_data: Any, *headers: str) -> bytes:
+    """An upload of one key."""
+    value = {
+        "first_message_index": 0,
+        "forwarded_count": 0,
+        "is_verified": True,
+        "session_data": session_data,
+    }
+    target = f"{PREFIX}/keys/!a:h/s?version={version}"
+    return request("PUT", target, token, json.dumps(value).encode(), *headers)

@@ -1,0 +1,78 @@
+"""``docs/openapi.yaml`` says what the contract's scenarios see, and no more."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from twisted.trial.unittest import SynchronousTestCase
+
+from ..contract import SCENARIOS, Answer
+from ..contract.base import PREFIX
+from ..description import DescribedHost, Description
+from ..memory import MemoryHost
+
+#: Statuses that no scenario sees: those of a body over the limit where none is needed,
+#: of a user who floods the server, and of a database that is away.
+UNSEEN = {413, 429, 503}
+JSON = {"content-type": "application/json"}
+
+
+def error(errcode: str, **members: Any) -> dict[str, Any]:
+    """The body of an error."""
+    return {"errcode": errcode, "error": "text", **members}
+
+
+class DescriptionTests(SynchronousTestCase):
+    """`Description`, and what it describes."""
+
+    def test_all_answers_are_described(self) -> None:
+        """Each scenario's, and each status that is described is some scenario's."""
+        description = Description()
+        for scenario in SCENARIOS.values():
+            host = DescribedHost(MemoryHost(), description)
+            self.successResultOf(scenario(host))
+        host = DescribedHost(MemoryHost(), description)
+        token = host.new_user().access_token
+        for method in ("GET", "DELETE"):
+            path = PREFIX + "/version/%ff"
+            self.successResultOf(host.request(method, path, token=token))
+        seen = {(operation, status) for operation, status, _ in description.seen}
+        unseen = description.described() - seen
+        self.assertEqual({row for row in unseen if row[1] not in UNSEEN}, set())
+
+    def test_what_is_not_described(self) -> None:
+        """Another status, errcode, type or member than the contract has is found."""
+        description = Description()
+        good = {"etag": "1", "count": 0}
+        for method, path, status, body in (
+            ("GET", "/keys", 200, good),
+            ("DELETE", "/keys", 200, {**good, "count": "0"}),
+            ("DELETE", "/keys", 200, {**good, "count": 0.5}),
+            ("DELETE", "/keys", 200, {**good, "etag": 1}),
+            ("DELETE", "/keys", 200, {**good, "more": 1}),
+            ("DELETE", "/keys", 200, {"etag": "1"}),
+            ("DELETE", "/keys", 500, error("M_UNKNOWN")),
+            ("DELETE", "/keys", 404, error("M_NOT_FOUND")),
+            ("DELETE", "/keys", 404, {"error": "Unknown backup version"}),
+            ("PUT", "/keys", 403, error("M_WRONG_ROOM_KEYS_VERSION")),
+            ("GET", "/version", 404, error("M_UNKNOWN")),
+            ("GET", "/version", 429, error("M_LIMIT_EXCEEDED", retry_after_ms=1)),
+            ("PATCH", "/version", 404, error("M_UNRECOGNIZED")),
+            ("GET", "/versions", 405, error("M_UNRECOGNIZED")),
+            ("OPTIONS", "/version", 200, {}),
+            ("OPTIONS", "/version", 204, {}),
+        ):
+            answer = Answer(status, JSON, json.dumps(body).encode())
+            row = f"{method} {path} {answer}"
+            with self.assertRaises((AssertionError, KeyError), msg=row):
+                description.check(method, PREFIX + path, b"{}", answer)
+
+    def test_a_request_that_is_not_described(self) -> None:
+        """What is taken must be described as well."""
+        answer = Answer(200, JSON, b'{"etag": "1", "count": 0}')
+        check = Description().check
+        check("PUT", PREFIX + "/keys", b'{"rooms": {}}', answer)
+        for body in (b"{}", b'{"rooms": {"": {"sessions": {}}}}', b"[]"):
+            with self.assertRaises(AssertionError, msg=body):
+                check("PUT", PREFIX + "/keys", body, answer)

@@ -1,0 +1,159 @@
+"""SQL is written in the source: what comes from outside is only ever a parameter."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+from twisted.trial.unittest import SynchronousTestCase
+
+import synapse_roomkeys
+
+PACKAGE = Path(synapse_roomkeys.__file__).parent
+#: Calls whose first argument is SQL.
+CALLS = {"execute", "_execute", "executemany", "copy_expert", "executescript"}
+#: What statements are taken from, besides constants of modules: the dialect's, and
+#: those that `page_statement`, `saving` and `_read_files` give from such.
+SOURCES = {"sql", "dialect", "_dialect", "pages"}
+GIVEN_BY = {"page_statement", "saving", "_read_files"}
+#: Functions that hand on the statement that they are given.
+FORWARDERS = {"execute", "_execute"}
+#: The least number of calls that there are: fewer means that they aren't found.
+LEAST_CALLS = 50
+_Binding = ast.Assign | ast.AugAssign | ast.NamedExpr
+
+
+def leaves(node: ast.expr) -> Iterator[ast.expr]:
+    """The parts that a statement is put together from."""
+    if isinstance(node, ast.JoinedStr):
+        for part in node.values:
+            yield from leaves(
+                part.value if isinstance(part, ast.FormattedValue) else part
+            )
+    elif isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        yield from leaves(node.left)
+        yield from leaves(node.right)
+    elif isinstance(node, ast.IfExp):
+        yield from leaves(node.body)
+        yield from leaves(node.orelse)
+    elif isinstance(node, ast.Tuple | ast.List):
+        for part in node.elts:
+            yield from leaves(part)
+    elif (
+        isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and node.func.attr in ("format", "replace", "items")
+    ):
+        yield from leaves(node.func.value)
+        for argument in (*node.args, *(word.value for word in node.keywords)):
+            yield from leaves(argument)
+    elif isinstance(node, ast.Subscript):
+        yield from leaves(node.value)
+    elif (
+        isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Name)
+        and node.func.id == "max"
+    ):
+        yield from leaves(node.args[0])
+    else:
+        yield node
+
+
+def bindings(function: ast.AST, name: str) -> Iterator[ast.expr | None]:
+    """What a name is bound to in a function; None for its own parameter."""
+    for node in ast.walk(function):
+        if isinstance(node, ast.arg) and node.arg == name:
+            yield None
+        elif isinstance(node, _Binding) and _is_in(name, node):
+            yield node.value
+        elif isinstance(node, ast.For | ast.comprehension) and _is_in(name, node):
+            yield node.iter
+
+
+def _is_in(
+    name: str,
+    node: _Binding | ast.For | ast.comprehension,
+) -> bool:
+    """Whether a name is one of those that are bound."""
+    targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+    found = (part for target in targets for part in ast.walk(target))
+    return any(isinstance(part, ast.Name) and part.id == name for part in found)
+
+
+def faults(function: ast.FunctionDef, node: ast.expr) -> Iterator[str]:
+    """The parts of a statement that may come from outside."""
+    for leaf in leaves(node):
+        if isinstance(leaf, ast.Constant):
+            continue
+        if isinstance(leaf, ast.Name) and leaf.id.isupper():
+            continue
+        names = {n.id for n in ast.walk(leaf) if isinstance(n, ast.Name)}
+        names |= {n.attr for n in ast.walk(leaf) if isinstance(n, ast.Attribute)}
+        if isinstance(leaf, ast.Attribute) and names & SOURCES:
+            continue
+        if isinstance(leaf, ast.Call) and names & GIVEN_BY:
+            continue
+        bound = list(bindings(function, leaf.id)) if isinstance(leaf, ast.Name) else []
+        if not bound:
+            yield f"{function.name}: {ast.unparse(leaf)}"
+        for value in bound:
+            if value is not None:
+                yield from faults(function, value)
+            elif function.name not in FORWARDERS:
+                yield f"{function.name}({ast.unparse(leaf)})"
+
+
+def statements(tree: ast.AST) -> Iterator[tuple[ast.FunctionDef, ast.expr]]:
+    """Each call that runs SQL: the function that it is in, and what it runs."""
+    for function in ast.walk(tree):
+        if not isinstance(function, ast.FunctionDef):
+            continue
+        for node in ast.walk(function):
+            if (
+                isinstance(node, ast.Call)
+                and isinstance(node.func, ast.Attribute)
+                and node.func.attr in CALLS
+            ):
+                yield function, node.args[0]
+
+
+def faults_of(source: str) -> list[str]:
+    """What is wrong with the statements of a module."""
+    found = statements(ast.parse(source))
+    return [fault for function, node in found for fault in faults(function, node)]
+
+
+class ParameterTests(SynchronousTestCase):
+    """What is given to ``execute``."""
+
+    def test_statements_are_constants(self) -> None:
+        """None is put together with what isn't written in the source."""
+        calls = 0
+        for path in PACKAGE.rglob("*.py"):
+            source = path.read_text()
+            calls += len(list(statements(ast.parse(source))))
+            self.assertEqual(faults_of(source), [], path)
+        self.assertGreaterEqual(calls, LEAST_CALLS)
+
+    def test_a_value_in_a_statement_is_found(self) -> None:
+        """However it gets there."""
+        for body in (
+            "txn.execute(f'SELECT {user_id}')",
+            "txn.execute('SELECT ' + user_id)",
+            "txn.execute('SELECT %s' % user_id)",
+            "txn.execute('SELECT {}'.format(user_id))",
+            "txn.execute(sql.KEYS.format(user=user_id))",
+            "txn.execute(sql.KEYS.replace('?', user_id))",
+            "txn.execute(user_id)",
+            "txn.execute(self.statement)",
+            "txn.execute(make(user_id))",
+            "txn.executemany(f'{COLUMNS} {user_id}', rows)",
+            "s = sql.KEYS\n s += user_id\n txn.execute(s)",
+            "s = f'SELECT {user_id}'\n txn.execute(s)",
+            "for s in user_id.split():\n  txn.execute(s)",
+        ):
+            source = f"def find(self, txn, user_id, rows):\n {body}\n"
+            self.assertEqual(len(faults_of(source)), 1, body)
+        for body in ("txn.execute(sql.KEYS, (user_id,))", "txn.execute('SELECT 1')"):
+            self.assertEqual(faults_of(f"def find(txn, user_id):\n {body}\n"), [], body)
