@@ -44,12 +44,15 @@ def two_backups(
     clients = [Client(host, host.new_user()) for _ in range(2)]
     newest = [0, 0]
     shared: list[str] = []
-    while len(shared) < 2:
+    for _ in range(100):
         behind = newest.index(min(newest))
         version: str = yield clients[behind].create_version({"mark": MARK})
         newest[behind] = int(version)
         if newest[0] == newest[1]:
             shared.append(version)
+        if len(shared) == 2:
+            break
+    assert len(shared) == 2, f"their numbers don't meet: {newest}"
     return clients[0], clients[1], shared
 
 

@@ -155,7 +155,7 @@ if SOAK:
             check=False,
         )
         assert done.returncode == 0, done.stderr[-5000:]
-        assert f"Done {GUIDED} in" in done.stderr, done.stderr[-5000:]
+        assert f"Done {GUIDED} runs in" in done.stderr, done.stderr[-5000:]
 
 
 class Servlets:
