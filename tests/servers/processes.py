@@ -23,6 +23,8 @@ HOST = "127.0.0.1"
 _GUARD_SCRIPT = Path(__file__).with_name("guard.py")
 
 _lock = threading.Lock()
+_chance = random.SystemRandom()
+_picked: set[int] = set()
 
 AnyServer = TypeVar("AnyServer", bound="Server")
 
@@ -64,9 +66,16 @@ def _end_guard(guard: "subprocess.Popen[str]", owner: int) -> None:
 
 
 def free_port() -> int:
-    """Pick a free port below the range that outgoing connections draw from."""
+    """Pick a free port below the range that outgoing connections draw from.
+
+    None is picked twice: a server may be stopped now and started again on its own. The
+    choice doesn't follow the seeds that tests set.
+    """
     while True:
-        port = random.randrange(15000, 32000)
+        port = _chance.randrange(15000, 32000)
+        if port in _picked:
+            continue
+        _picked.add(port)
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind((HOST, port))
             return port
