@@ -1,11 +1,14 @@
 """Waiting, in a way that suits the host."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterable
 from typing import Any, Protocol, TypeVar
 
-from twisted.internet.defer import Deferred
+from twisted.internet.defer import Deferred, inlineCallbacks
 
 T = TypeVar("T")
+
+#: For how long the reactor is kept at one go by what may be interrupted, in seconds.
+SLICE = 0.002
 
 
 class DelayedCall(Protocol):
@@ -22,6 +25,9 @@ class ReactorTime(Protocol):
         self, delay: float, callable: Callable[..., object], *args: object
     ) -> DelayedCall:
         """Call something after a number of seconds."""
+
+    def seconds(self) -> float:
+        """A time in seconds that goes on evenly."""
 
 
 def as_it_is(deferred: "Deferred[T]") -> "Deferred[T]":
@@ -81,3 +87,19 @@ class Clock:
         slept: Deferred[None] = Deferred()
         self._reactor.callLater(seconds, slept.callback, None)
         return self.wait(slept)
+
+    @inlineCallbacks
+    def gather(self, values: "Iterable[T]") -> "Generator[Deferred[Any], Any, list[T]]":
+        """All that an iterator gives; others have their turn while it takes long.
+
+        Raises:
+            Exception: what the iterator raises.
+        """
+        gathered = []
+        end = self._reactor.seconds() + SLICE
+        for value in values:
+            gathered.append(value)
+            if self._reactor.seconds() > end:
+                yield self.sleep(0)
+                end = self._reactor.seconds() + SLICE
+        return gathered

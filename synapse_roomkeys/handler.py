@@ -1,7 +1,7 @@
 """The operations of the API, with no HTTP and no SQL in them."""
 
 import logging
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable
 from typing import Any
 
 from twisted.internet.defer import Deferred, inlineCallbacks
@@ -121,19 +121,22 @@ class E2eRoomKeysHandler:
         self,
         user_id: str,
         version: str,
-        room_keys: Sequence[RoomKey],
+        room_keys: Iterable[RoomKey],
         device_id: str | None = None,
     ) -> "Generator[Deferred[Any], Any, BackupState]":
         """Merge keys into the current version, all of them or none.
+
+        Args:
+            room_keys: are taken one by one when it is the user's turn, and what that
+                raises is raised here.
 
         Raises:
             NotFoundError: there is no such version.
             RoomKeysVersionError: it isn't the current one.
             UserLimitError: the user's backups would get too large.
         """
-        number = wire.parse_version(version)
         result: UploadResult = yield self._writes.run(
-            user_id, self._store.upload_keys, user_id, number, room_keys
+            user_id, self._upload, user_id, version, room_keys
         )
         metrics.uploaded_keys.labels("stored").inc(result.stored)
         metrics.uploaded_keys.labels("replaced").inc(len(result.replaced))
@@ -142,11 +145,21 @@ class E2eRoomKeysHandler:
             logger.info(
                 "Replaced key: user=%s device=%s version=%s room=%s session=%s"
                 " old=%s new=%s",
-                *(user_id, device_id, number),
+                *(user_id, device_id, version),
                 *(wire.shown(key.room_id), wire.shown(key.session_id)),
                 *(key.old, key.new),
             )
         return result.state
+
+    @inlineCallbacks
+    def _upload(
+        self, user_id: str, version: str, room_keys: Iterable[RoomKey]
+    ) -> "Generator[Deferred[Any], Any, UploadResult]":
+        keys = yield self._clock.gather(room_keys)
+        result: UploadResult = yield self._store.upload_keys(
+            user_id, wire.parse_version(version), keys
+        )
+        return result
 
     @inlineCallbacks
     def delete_room_keys(

@@ -7,7 +7,7 @@ through as the text they came as.
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, NoReturn
 
 import attrs
@@ -31,20 +31,25 @@ _MAX_SHOWN = 600
 #: A version is a ``bigint`` in the homeserver's tables.
 _VERSION = re.compile("[1-9][0-9]{0,18}")
 _MAX_VERSION = 2**63 - 1
+#: A real body that speaks of a version has some KiB.
+MAX_VERSION_BODY_BYTES = 1 << 16
+#: How large a body may be to be read again only to say what is wrong with it.
+_MAX_EXPLAINED_BYTES = 1 << 18
 #: What stands between a session's id and its key in a download.
 _KEY_BEGINS = ':{"first_message_index":'
 
 _Integer = Annotated[int, msgspec.Meta(ge=0, le=MAX_INTEGER)]
 
 
-class _KeyBody(msgspec.Struct):
+# None of these can be part of a cycle: the garbage collector needn't look at them.
+class _KeyBody(msgspec.Struct, gc=False):
     first_message_index: _Integer
     forwarded_count: _Integer
     is_verified: bool
     session_data: msgspec.Raw
 
 
-class _RoomBody(msgspec.Struct):
+class _RoomBody(msgspec.Struct, gc=False):
     sessions: dict[str, _KeyBody]
 
 
@@ -65,12 +70,14 @@ def _finite(digits: str) -> float:
     return number
 
 
-#: Reads all that a body holds, opaque or not, only to see that others can read it.
+#: Reads what is opaque, only to see that others can read it.
 _decode_anything = msgspec.json.Decoder(float_hook=_finite).decode
 _decode_key = msgspec.json.Decoder(_KeyBody).decode
 _decode_room = msgspec.json.Decoder(_RoomBody).decode
 _decode_backup = msgspec.json.Decoder(_BackupBody).decode
 _decode_version = msgspec.json.Decoder(_VersionBody).decode
+#: Sees that a body is JSON, without any value made of it.
+_skip = msgspec.json.Decoder(msgspec.Raw).decode
 _encode_string = msgspec.json.Encoder().encode
 
 
@@ -126,8 +133,11 @@ def parse_version(version: str) -> int:
 
 def parse_upload(
     body: bytes, room_id: str | None, session_id: str | None, limits: Limits
-) -> list[RoomKey]:
+) -> Iterator[RoomKey]:
     """The keys of an upload, each session once.
+
+    A large one takes a while: the caller may do something else between two keys. What
+    the server has no use for is skipped, and only seen to be JSON.
 
     Args:
         body: a whole backup, or what the path leaves open of it: one room's
@@ -136,21 +146,19 @@ def parse_upload(
     Raises:
         NotJsonError: the body isn't JSON, or isn't UTF-8.
         BadJsonError: something is missing, of the wrong type or out of range; the
-            message names room, session and field.
+            message names room, session and field, unless the body is a large one.
         InvalidParamError: an id is empty or over 255 bytes.
         TooLargeError: the body or a ``session_data`` is over its limit.
     """
-    text = _text(body, limits)
+    _check_text(body, limits.max_body_bytes)
     try:
-        _decode_anything(body)
         rooms = _decode_upload(body, room_id, session_id)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        _refuse_upload(text, room_id, session_id, error)
-    return [
-        _room_key(room, session, key, limits)
-        for room, sessions in rooms.items()
-        for session, key in sessions.items()
-    ]
+    except (msgspec.MsgspecError, RecursionError) as error:
+        _refuse_upload(body, room_id, session_id, error)
+    for room, sessions in rooms.items():
+        check_id("Room", room)
+        for session, key in sessions.items():
+            yield _room_key(room, session, key, limits)
 
 
 def parse_version_info(body: bytes, limits: Limits) -> VersionInfo:
@@ -161,22 +169,21 @@ def parse_version_info(body: bytes, limits: Limits) -> VersionInfo:
         BadJsonError: ``algorithm`` or ``auth_data`` is missing or of the wrong type.
         TooLargeError: the body is over its limit.
     """
-    text = _text(body, limits)
+    _check_text(body, min(limits.max_body_bytes, MAX_VERSION_BODY_BYTES))
     try:
-        _decode_anything(body)
         info = _decode_version(body)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        value = _load(text)
-        if not isinstance(value, dict):
+        auth_data = bytes(info.auth_data)
+        _decode_anything(auth_data)
+    except (msgspec.MsgspecError, RecursionError) as error:
+        if not isinstance(_load(body, error), dict):
             raise BadJsonError("The body must be an object") from None
         raise BadJsonError(f"The body can't be used: {error}") from None
     if "\0" in info.algorithm:
         raise BadJsonError("algorithm holds a NUL")
-    auth_data = bytes(info.auth_data).decode()
-    if auth_data == "null":
+    if auth_data == b"null":
         raise BadJsonError("auth_data must not be null")
     version = None if info.version is msgspec.UNSET else info.version
-    return VersionInfo(info.algorithm, auth_data, version)
+    return VersionInfo(info.algorithm, auth_data.decode(), version)
 
 
 def encode_key(part: RoomPart) -> bytes:
@@ -244,11 +251,11 @@ class BackupEncoder:
         return b"}}"
 
 
-def _text(body: bytes, limits: Limits) -> str:
-    if len(body) > limits.max_body_bytes:
-        raise TooLargeError(f"The body is over {limits.max_body_bytes} bytes")
+def _check_text(body: bytes, limit: int) -> None:
+    if len(body) > limit:
+        raise TooLargeError(f"The body is over {limit} bytes")
     try:
-        return body.decode()
+        body.decode()
     except UnicodeDecodeError:
         raise NotJsonError("The body is not UTF-8") from None
 
@@ -265,26 +272,30 @@ def _decode_upload(
 
 
 def _room_key(room_id: str, session_id: str, body: _KeyBody, limits: Limits) -> RoomKey:
-    check_id("Room", room_id)
     check_id("Session", session_id)
-    session_data = bytes(body.session_data).decode()
-    if len(body.session_data) > limits.max_session_data_bytes:
+    session_data = bytes(body.session_data)
+    if len(session_data) > limits.max_session_data_bytes:
         where = _where("session_data", room_id, session_id)
         raise TooLargeError(f"{where} is over {limits.max_session_data_bytes} bytes")
-    if session_data == "null":
+    if session_data == b"null":
         where = _where("session_data", room_id, session_id)
         raise BadJsonError(f"{where} must not be null")
+    try:
+        _decode_anything(session_data)
+    except (msgspec.MsgspecError, RecursionError) as error:
+        where = _where("session_data", room_id, session_id)
+        raise BadJsonError(f"{where} can't be used: {error}") from None
     metadata = KeyMetadata(
         body.first_message_index, body.forwarded_count, body.is_verified
     )
-    return RoomKey(room_id, session_id, metadata, session_data)
+    return RoomKey(room_id, session_id, metadata, session_data.decode())
 
 
 def _refuse_upload(
-    text: str, room_id: str | None, session_id: str | None, error: Exception
+    body: bytes, room_id: str | None, session_id: str | None, error: Exception
 ) -> NoReturn:
     """Say what is wrong with an upload that the strict decoder refused."""
-    value = _load(text)
+    value = _load(body, error)
     if session_id is not None:
         value = {"sessions": {session_id: value}}
     if room_id is not None:
@@ -299,14 +310,28 @@ def _refuse_upload(
     raise BadJsonError(f"The body can't be used: {error}")
 
 
-def _load(text: str) -> Any:
-    """The body, read by a decoder that takes more than the strict one does."""
+def _load(body: bytes, error: Exception) -> Any:
+    """A body that was refused, read by a decoder that takes more than the strict one.
+
+    Args:
+        error: why it was refused.
+
+    Raises:
+        NotJsonError: it isn't JSON.
+        BadJsonError: it is nested too deeply; or nothing more is to be said of it, as
+            it is too large to be read at one go.
+    """
     try:
-        return json.loads(text, parse_int=_clipped, parse_constant=_no_constant)
+        if len(body) > _MAX_EXPLAINED_BYTES:
+            _skip(body)
+            raise BadJsonError(f"The body can't be used: {error}")
+        return json.loads(
+            body.decode(), parse_int=_clipped, parse_constant=_no_constant
+        )
     except RecursionError:
         raise BadJsonError("The body is nested too deeply") from None
-    except ValueError as error:
-        raise NotJsonError(f"The body is not JSON: {error}") from None
+    except ValueError as reason:
+        raise NotJsonError(f"The body is not JSON: {reason}") from None
 
 
 def _clipped(digits: str) -> int:

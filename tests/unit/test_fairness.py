@@ -1,6 +1,6 @@
 """One user's requests wait for each other, and for nobody else's."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock as FakeReactor
@@ -85,3 +85,44 @@ class UserQueuesTests(SynchronousTestCase):
             self.reactor.advance(0)
         self.assertEqual([self.successResultOf(d) for d in done], list("1234"))
         self.assertEqual((self.queues._running, self.queues._waiting), ({}, {}))
+
+
+class GatherTests(SynchronousTestCase):
+    """`Clock.gather`, where each value takes a millisecond."""
+
+    def setUp(self) -> None:
+        self.reactor = FakeReactor()
+        self.taken = 0
+
+    def values(self) -> Iterator[int]:
+        """Ten values."""
+        for self.taken in range(1, 11):
+            self.reactor.rightNow += 0.001
+            yield self.taken
+
+    def test_others_have_their_turn(self) -> None:
+        """A few values are taken at one go, and the reactor's next turn goes on."""
+        seen: list[int] = []
+
+        def look() -> None:
+            seen.append(self.taken)
+            if self.taken < 10:
+                self.reactor.callLater(0, look)
+
+        done = Clock(self.reactor).gather(self.values())
+        look()
+        self.assertNoResult(done)
+        self.reactor.advance(0)
+        self.assertEqual(seen, [3, 6, 9, 10])
+        self.assertEqual(self.successResultOf(done), list(range(1, 11)))
+
+    def test_an_error_ends_it(self) -> None:
+        """What the iterator raises comes out."""
+
+        def values() -> Iterator[int]:
+            yield from self.values()
+            raise KeyError
+
+        done = Clock(self.reactor).gather(values())
+        self.reactor.advance(0)
+        self.failureResultOf(done, KeyError)

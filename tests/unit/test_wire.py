@@ -1,6 +1,7 @@
 """Bodies in and out."""
 
 import json
+from unittest import mock
 
 from twisted.trial.unittest import SynchronousTestCase
 
@@ -26,10 +27,17 @@ LIMITS = Limits(max_body_bytes=1000, max_session_data_bytes=100)
 BEFORE = b'{"first_message_index":1,"forwarded_count":2,"is_verified":true,'
 
 
+def parse(
+    body: bytes, room_id: str | None, session_id: str | None, limits: Limits
+) -> list[RoomKey]:
+    """The keys of an upload."""
+    return list(parse_upload(body, room_id, session_id, limits))
+
+
 def parse_key(session_data: bytes) -> RoomKey:
     """A key with this session data."""
     body = BEFORE + b'"session_data":' + session_data + b"}"
-    [key] = parse_upload(body, "!r", "s", LIMITS)
+    [key] = parse(body, "!r", "s", LIMITS)
     return key
 
 
@@ -58,7 +66,7 @@ class ParseUploadTests(SynchronousTestCase):
         ):
             self.assertRaises(
                 BadJsonError,
-                parse_upload,
+                parse,
                 BEFORE + b'"session_data":' + number + b"}",
                 "!r",
                 "s",
@@ -66,7 +74,7 @@ class ParseUploadTests(SynchronousTestCase):
             )
         for text in (b'": 1e999"', b'"' + b"9" * 300 + b'"', b"1e-999", b"[1e300]"):
             body = BEFORE + b'"session_data":' + text + b"}"
-            [key] = parse_upload(body, "!r", "s", Limits())
+            [key] = parse(body, "!r", "s", Limits())
             self.assertEqual(key.session_data, text.decode())
 
     def test_deep_nesting(self) -> None:
@@ -74,15 +82,35 @@ class ParseUploadTests(SynchronousTestCase):
         deep = b"[" * 100_000 + b"]" * 100_000
         for body in (deep, BEFORE + b'"session_data":' + deep + b"}", deep[:100_000]):
             error = self.assertRaises(
-                (BadJsonError, NotJsonError), parse_upload, body, "!r", "s", Limits()
+                (BadJsonError, NotJsonError), parse, body, "!r", "s", Limits()
             )
             self.assertLess(len(str(error)), 200)
+
+    def test_a_large_body_is_not_read_at_length(self) -> None:
+        """To read a value costs a hundred times its bytes: no more is read of a large
+        body than is needed, and the message says less of what is wrong."""
+        lists = b"[" + b"[]," * 300_000 + b"[]]"
+        before = BEFORE + b'"session_data":1,"more":'
+        for body, error, says in (
+            (before + lists + b"}", None, ""),
+            (BEFORE + b'"session_data":' + lists + b"}", TooLargeError, "65536"),
+            (BEFORE + b'"more":' + lists + b"}", BadJsonError, "`session_data`"),
+            (lists, BadJsonError, "`object`"),
+            (before + lists, NotJsonError, "truncated"),
+            (b'{"is_verified":1,"more":' + lists, NotJsonError, "truncated"),
+        ):
+            with self.subTest(error=error), mock.patch.object(json, "loads", None):
+                if error is None:
+                    self.assertEqual(len(parse(body, "!r", "s", Limits())), 1)
+                else:
+                    raised = self.assertRaises(error, parse, body, "!r", "s", Limits())
+                    self.assertIn(says, str(raised))
 
     def test_messages_name_what_is_wrong(self) -> None:
         """Room, session and field, in ASCII, however odd they are."""
         body = '{"rooms":{"!é":{"sessions":{"s\\n":' + BEFORE.decode() + '"x":1}}}}}'
         error = self.assertRaises(
-            BadJsonError, parse_upload, body.encode(), None, None, Limits()
+            BadJsonError, parse, body.encode(), None, None, Limits()
         )
         self.assertEqual(
             str(error),
@@ -94,7 +122,7 @@ class ParseUploadTests(SynchronousTestCase):
         """A long id is cut in what is said of it."""
         body = b'{"rooms":{"' + b"x" * 900 + b'":{"sessions":{}}, "":1}}'
         error = self.assertRaises(
-            (BadJsonError, InvalidParamError), parse_upload, body, None, None, LIMITS
+            (BadJsonError, InvalidParamError), parse, body, None, None, LIMITS
         )
         self.assertLess(len(str(error)), 400)
 
@@ -133,6 +161,11 @@ class ParseVersionTests(SynchronousTestCase):
         info = parse_version_info(body, LIMITS)
         self.assertEqual(info.auth_data, '{ "a" : [1.0] }')
         self.assertIsNone(info.version)
+
+    def test_a_large_body(self) -> None:
+        """It is refused before it is read."""
+        body = b'{"auth_data":{},"algorithm":"m","more":[' + b"[]," * 22_000 + b"1]}"
+        self.assertRaises(TooLargeError, parse_version_info, body, Limits())
 
     def test_a_version_of_the_wrong_type(self) -> None:
         """The version that a body may name is a string."""
