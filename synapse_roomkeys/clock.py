@@ -7,7 +7,8 @@ from twisted.internet.defer import Deferred, inlineCallbacks
 
 T = TypeVar("T")
 
-#: For how long the reactor is kept at one go by what may be interrupted, in seconds.
+#: For how long the reactor is kept at one go by what may be interrupted, and for how
+#: long others have it then, in seconds.
 SLICE = 0.002
 
 
@@ -89,17 +90,17 @@ class Clock:
         return self.wait(slept)
 
     @inlineCallbacks
-    def gather(self, values: "Iterable[T]") -> "Generator[Deferred[Any], Any, list[T]]":
-        """All that an iterator gives; others have their turn while it takes long.
+    def for_each(
+        self, call: Callable[[T], object], values: "Iterable[T]"
+    ) -> "Generator[Deferred[Any], Any, None]":
+        """Call something with each value; others have their turn while it takes long.
 
         Raises:
-            Exception: what the iterator raises.
+            Exception: what the call or the iterator raises.
         """
-        gathered = []
         end = self._reactor.seconds() + SLICE
         for value in values:
-            gathered.append(value)
+            call(value)
             if self._reactor.seconds() > end:
-                yield self.sleep(0)
+                yield self.sleep(SLICE)
                 end = self._reactor.seconds() + SLICE
-        return gathered

@@ -18,21 +18,19 @@ RETRY_AFTER = 5
 
 
 class UserQueues:
-    """Lets a number of each user's calls run at once, and the others wait in order.
+    """Lets one of each user's calls run at a time, and the others wait in order.
 
     Waiting calls hold nothing but their own memory: no thread and no connection.
     """
 
-    def __init__(self, clock: Clock, slots: int, max_waiting: int) -> None:
+    def __init__(self, clock: Clock, max_waiting: int) -> None:
         """
         Args:
-            slots: how many calls of one user run at once.
-            max_waiting: how many more may wait; the next one is refused.
+            max_waiting: how many of one user's calls may wait; the next one is refused.
         """
         self._clock = clock
-        self._slots = slots
         self._max_waiting = max_waiting
-        self._running: dict[str, int] = {}
+        #: The calls that wait, of each user who has one that runs.
         self._waiting: dict[str, deque[Deferred[None]]] = {}
 
     @inlineCallbacks
@@ -48,35 +46,26 @@ class UserQueues:
         Raises:
             LimitExceededError: too many calls of this user are waiting.
         """
-        if self._running.get(user_id, 0) < self._slots:
-            self._running[user_id] = self._running.get(user_id, 0) + 1
-        else:
-            turn = self._turn(user_id)
+        waiting = self._waiting.get(user_id)
+        if waiting is None:
+            self._waiting[user_id] = deque()
+        elif len(waiting) < self._max_waiting:
+            turn: Deferred[None] = Deferred()
+            waiting.append(turn)
             with metrics.waiting_requests.track_inprogress():
                 yield self._clock.wait(turn)
+        else:
+            raise LimitExceededError(RETRY_AFTER)
         try:
             result: T = yield call(*args, **kwargs)
             return result
         finally:
-            self._release(user_id)
+            self._end_turn(user_id)
 
-    def _turn(self, user_id: str) -> "Deferred[None]":
-        """A Deferred that fires when a slot has been handed over."""
-        waiting = self._waiting.setdefault(user_id, deque())
-        if len(waiting) >= self._max_waiting:
-            raise LimitExceededError(RETRY_AFTER)
-        turn: Deferred[None] = Deferred()
-        waiting.append(turn)
-        return turn
-
-    def _release(self, user_id: str) -> None:
-        """Hand the slot to the user's next call, or give it back."""
-        waiting = self._waiting.get(user_id)
+    def _end_turn(self, user_id: str) -> None:
+        """Let the user's next call run, if there is one."""
+        waiting = self._waiting[user_id]
         if waiting:
             self._clock.fire(waiting.popleft())
-            if not waiting:
-                del self._waiting[user_id]
-            return
-        self._running[user_id] -= 1
-        if not self._running[user_id]:
-            del self._running[user_id]
+        else:
+            del self._waiting[user_id]

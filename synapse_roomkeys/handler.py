@@ -16,14 +16,12 @@ from .types import (
     BackupState,
     KeyPage,
     Limits,
+    Replacement,
     RoomKey,
     UploadResult,
 )
 
 logger = logging.getLogger(__name__)
-
-#: How many of a user's reads may use the database at once, in one process.
-READS_AT_ONCE = 4
 
 
 class KeyPages:
@@ -87,8 +85,8 @@ class E2eRoomKeysHandler:
         self._store = store
         self._clock = clock
         waiting = limits.max_waiting_requests
-        self._reads = UserQueues(clock, READS_AT_ONCE, waiting)
-        self._writes = UserQueues(clock, 1, waiting)
+        self._reads = UserQueues(clock, waiting)
+        self._writes = UserQueues(clock, waiting)
 
     @inlineCallbacks
     def get_room_keys(
@@ -135,13 +133,29 @@ class E2eRoomKeysHandler:
             RoomKeysVersionError: it isn't the current one.
             UserLimitError: the user's backups would get too large.
         """
-        result: UploadResult = yield self._writes.run(
-            user_id, self._upload, user_id, version, room_keys
+        state: BackupState = yield self._writes.run(
+            user_id, self._upload, user_id, version, room_keys, device_id
+        )
+        return state
+
+    @inlineCallbacks
+    def _upload(
+        self,
+        user_id: str,
+        version: str,
+        room_keys: Iterable[RoomKey],
+        device_id: str | None,
+    ) -> "Generator[Deferred[Any], Any, BackupState]":
+        keys: list[RoomKey] = []
+        yield self._clock.for_each(keys.append, room_keys)
+        result: UploadResult = yield self._store.upload_keys(
+            user_id, wire.parse_version(version), keys
         )
         metrics.uploaded_keys.labels("stored").inc(result.stored)
         metrics.uploaded_keys.labels("replaced").inc(len(result.replaced))
         metrics.uploaded_keys.labels("kept").inc(result.kept)
-        for key in result.replaced:
+
+        def log(key: Replacement) -> None:
             logger.info(
                 "Replaced key: user=%s device=%s version=%s room=%s session=%s"
                 " old=%s new=%s",
@@ -149,17 +163,9 @@ class E2eRoomKeysHandler:
                 *(wire.shown(key.room_id), wire.shown(key.session_id)),
                 *(key.old, key.new),
             )
-        return result.state
 
-    @inlineCallbacks
-    def _upload(
-        self, user_id: str, version: str, room_keys: Iterable[RoomKey]
-    ) -> "Generator[Deferred[Any], Any, UploadResult]":
-        keys = yield self._clock.gather(room_keys)
-        result: UploadResult = yield self._store.upload_keys(
-            user_id, wire.parse_version(version), keys
-        )
-        return result
+        yield self._clock.for_each(log, result.replaced)
+        return result.state
 
     @inlineCallbacks
     def delete_room_keys(

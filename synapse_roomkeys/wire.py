@@ -33,8 +33,13 @@ _VERSION = re.compile("[1-9][0-9]{0,18}")
 _MAX_VERSION = 2**63 - 1
 #: A real body that speaks of a version has some KiB.
 MAX_VERSION_BODY_BYTES = 1 << 16
-#: How large a body may be to be read again only to say what is wrong with it.
-_MAX_EXPLAINED_BYTES = 1 << 18
+#: How many objects an upload may hold, and for how many of its bytes one more. A real
+#: key has two in 900 bytes; it takes 40 ms to make what is used of a body of 10 MiB.
+_OBJECTS = 10_000
+_BYTES_PER_OBJECT = 256
+#: How many values a body may hold, about, to be read again only to say what is wrong
+#: with it: 200 keys have 2,000.
+_MAX_EXPLAINED = 10_000
 #: What stands between a session's id and its key in a download.
 _KEY_BEGINS = ':{"first_message_index":'
 
@@ -146,12 +151,16 @@ def parse_upload(
     Raises:
         NotJsonError: the body isn't JSON, or isn't UTF-8.
         BadJsonError: something is missing, of the wrong type or out of range; the
-            message names room, session and field, unless the body is a large one.
+            message names room, session and field, unless the body holds a great many.
         InvalidParamError: an id is empty or over 255 bytes.
-        TooLargeError: the body or a ``session_data`` is over its limit.
+        TooLargeError: the body or a ``session_data`` is over its limit, or the body
+            holds more objects than any real one of its length.
     """
     _check_text(body, limits.max_body_bytes)
     try:
+        if body.count(b"{") > _OBJECTS + len(body) // _BYTES_PER_OBJECT:
+            _skip(body)
+            raise TooLargeError("The body holds too many objects")
         rooms = _decode_upload(body, room_id, session_id)
     except (msgspec.MsgspecError, RecursionError) as error:
         _refuse_upload(body, room_id, session_id, error)
@@ -319,10 +328,10 @@ def _load(body: bytes, error: Exception) -> Any:
     Raises:
         NotJsonError: it isn't JSON.
         BadJsonError: it is nested too deeply; or nothing more is to be said of it, as
-            it is too large to be read at one go.
+            it holds too much to be read at one go.
     """
     try:
-        if len(body) > _MAX_EXPLAINED_BYTES:
+        if sum(map(body.count, (b"{", b"[", b","))) > _MAX_EXPLAINED:
             _skip(body)
             raise BadJsonError(f"The body can't be used: {error}")
         return json.loads(

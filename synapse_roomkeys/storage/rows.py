@@ -1,17 +1,23 @@
 """Rows of the database as values."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from operator import itemgetter
 from typing import Any
 
 import attrs
 
-from ..types import KeyMetadata, KeyPage, RoomPart, StoredKey
+from ..types import KeyMetadata, KeyPage, RoomKey, RoomPart, StoredKey
 from . import sql
 
 #: How many keys a page of a download holds: about half a MiB of real ones.
 PAGE_KEYS = 500
+#: How many characters of ``session_data`` a statement writes at least, where more
+#: follow: what makes a statement of them holds Python's interpreter meanwhile. Ordinary
+#: uploads have less.
+CHUNK_SIZE = 1 << 19
+#: What a row counts for besides.
+_ROW_SIZE = 100
 
 
 @attrs.frozen
@@ -70,6 +76,30 @@ def key_page(rows: list[tuple[Any, ...]]) -> KeyPage:
         for room_id, room in groupby(rows, itemgetter(0))
     )
     return KeyPage(parts, rows[-1][:2] if len(rows) == PAGE_KEYS else None)
+
+
+def chunks(keys: Iterable[RoomKey]) -> Iterator[list[tuple[Any, ...]]]:
+    """Keys as rows to write, as many as one statement takes at a time."""
+    rows: list[tuple[Any, ...]] = []
+    size = 0
+    for key in keys:
+        given = key.metadata
+        rows.append(
+            (
+                key.room_id,
+                key.session_id,
+                given.first_message_index,
+                given.forwarded_count,
+                given.is_verified,
+                key.session_data,
+            )
+        )
+        size += len(key.session_data) + _ROW_SIZE
+        if size > CHUNK_SIZE:
+            yield rows
+            rows, size = [], 0
+    if rows:
+        yield rows
 
 
 def metadata(row: Sequence[Any]) -> KeyMetadata:

@@ -22,7 +22,7 @@ from ..types import (
 )
 from . import sql
 from .database import Database, Transaction
-from .rows import Found, found_of, key_page, page_statement
+from .rows import Found, chunks, found_of, key_page, page_statement
 
 
 class EndToEndRoomKeyStore:
@@ -246,23 +246,14 @@ class EndToEndRoomKeyStore:
         Raises:
             RoomKeysVersionError: another has become the current one before the lock.
         """
-        rows = [
-            (
-                key.room_id,
-                key.session_id,
-                key.metadata.first_message_index,
-                key.metadata.forwarded_count,
-                key.metadata.is_verified,
-                key.session_data,
+        for rows in chunks(keys):
+            parameters = self._dialect.pack(rows, 6)
+            txn.execute(
+                self._dialect.write_keys,
+                (user_id, version, *parameters, user_id, version),
             )
-            for key in keys
-        ]
-        txn.execute(
-            self._dialect.write_keys,
-            (user_id, version, *self._dialect.pack(rows, 6), user_id, version),
-        )
-        if not txn.rowcount:
-            raise RoomKeysVersionError(str(self._current(txn, user_id)))
+            if not txn.rowcount:
+                raise RoomKeysVersionError(str(self._current(txn, user_id)))
 
     def _current(self, txn: Transaction, user_id: str) -> int | None:
         txn.execute(sql.CURRENT_VERSION, (user_id,))

@@ -6,7 +6,7 @@ from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock as FakeReactor
 from twisted.trial.unittest import SynchronousTestCase
 
-from synapse_roomkeys.clock import Clock
+from synapse_roomkeys.clock import SLICE, Clock
 from synapse_roomkeys.errors import LimitExceededError
 from synapse_roomkeys.fairness import UserQueues
 
@@ -16,7 +16,7 @@ class UserQueuesTests(SynchronousTestCase):
 
     def setUp(self) -> None:
         self.reactor = FakeReactor()
-        self.queues = UserQueues(Clock(self.reactor), slots=2, max_waiting=2)
+        self.queues = UserQueues(Clock(self.reactor), max_waiting=2)
         self.begun: list[str] = []
         self.ends: dict[str, Deferred[str]] = {}
 
@@ -35,60 +35,55 @@ class UserQueuesTests(SynchronousTestCase):
         return self.queues.run(user, self.call(name))
 
     def test_calls_begin_in_order_as_others_end(self) -> None:
-        """As many run as there are slots; the next begins when one has ended."""
-        done = [self.run_call("a", name) for name in "1234"]
-        self.assertEqual(self.begun, ["1", "2"])
-        self.ends["2"].callback("2")
-        self.reactor.advance(0)
-        self.assertEqual(self.begun, ["1", "2", "3"])
-        self.ends["1"].callback("1")
-        self.reactor.advance(0)
-        self.assertEqual(self.begun, ["1", "2", "3", "4"])
-        for name in "34":
+        """One runs at a time; the next begins when it has ended."""
+        done = [self.run_call("a", name) for name in "123"]
+        for count, name in enumerate("123", 1):
+            self.assertEqual(self.begun, list("123"[:count]))
             self.ends[name].callback(name)
-        self.assertEqual([self.successResultOf(d) for d in done], list("1234"))
+            self.reactor.advance(0)
+        self.assertEqual([self.successResultOf(d) for d in done], list("123"))
 
     def test_users_do_not_wait_for_each_other(self) -> None:
         """Another user's calls begin at once."""
         for name in "123":
             self.run_call("a", name)
         self.run_call("b", "other")
-        self.assertEqual(self.begun, ["1", "2", "other"])
+        self.assertEqual(self.begun, ["1", "other"])
 
     def test_a_failing_call_gives_its_turn_on(self) -> None:
         """The error reaches its own caller, and the next call begins."""
-        done = [self.run_call("a", name) for name in "123"]
+        done = [self.run_call("a", name) for name in "12"]
         self.ends["1"].errback(ZeroDivisionError())
         self.reactor.advance(0)
         self.failureResultOf(done[0], ZeroDivisionError)
-        self.assertEqual(self.begun, ["1", "2", "3"])
+        self.assertEqual(self.begun, ["1", "2"])
 
     def test_a_long_queue_is_refused(self) -> None:
         """A call too many fails, and those before it are not harmed."""
-        done = [self.run_call("a", name) for name in "12345"]
-        error = self.failureResultOf(done[4], LimitExceededError).value
+        done = [self.run_call("a", name) for name in "1234"]
+        error = self.failureResultOf(done[3], LimitExceededError).value
         self.assertEqual(error.code, 429)
         self.assertEqual(
             error.error_dict()["retry_after_ms"],
             int(error.headers()["Retry-After"]) * 1000,
         )
-        for name in "1234":
+        for name in "123":
             self.ends[name].callback(name)
             self.reactor.advance(0)
-        self.assertEqual([self.successResultOf(d) for d in done[:4]], list("1234"))
+        self.assertEqual([self.successResultOf(d) for d in done[:3]], list("123"))
 
     def test_nothing_is_kept_of_users_who_are_done(self) -> None:
         """Memory doesn't grow with the number of users."""
-        done = [self.run_call("a", name) for name in "1234"]
-        for name in "1234":
+        done = [self.run_call("a", name) for name in "123"]
+        for name in "123":
             self.ends[name].callback(name)
             self.reactor.advance(0)
-        self.assertEqual([self.successResultOf(d) for d in done], list("1234"))
-        self.assertEqual((self.queues._running, self.queues._waiting), ({}, {}))
+        self.assertEqual([self.successResultOf(d) for d in done], list("123"))
+        self.assertEqual(self.queues._waiting, {})
 
 
-class GatherTests(SynchronousTestCase):
-    """`Clock.gather`, where each value takes a millisecond."""
+class ForEachTests(SynchronousTestCase):
+    """`Clock.for_each`, where two values take more than a slice."""
 
     def setUp(self) -> None:
         self.reactor = FakeReactor()
@@ -97,24 +92,21 @@ class GatherTests(SynchronousTestCase):
     def values(self) -> Iterator[int]:
         """Ten values."""
         for self.taken in range(1, 11):
-            self.reactor.rightNow += 0.001
+            self.reactor.rightNow += 0.75 * SLICE
             yield self.taken
 
     def test_others_have_their_turn(self) -> None:
-        """A few values are taken at one go, and the reactor's next turn goes on."""
-        seen: list[int] = []
-
-        def look() -> None:
-            seen.append(self.taken)
-            if self.taken < 10:
-                self.reactor.callLater(0, look)
-
-        done = Clock(self.reactor).gather(self.values())
-        look()
-        self.assertNoResult(done)
-        self.reactor.advance(0)
-        self.assertEqual(seen, [3, 6, 9, 10])
-        self.assertEqual(self.successResultOf(done), list(range(1, 11)))
+        """A few values are taken at one go, and then others have as long."""
+        got: list[int] = []
+        done = Clock(self.reactor).for_each(got.append, self.values())
+        for taken in (2, 4, 6, 8, 10):
+            self.assertNoResult(done)
+            self.assertEqual(got[-1], taken)
+            self.reactor.advance(SLICE / 2)
+            self.assertEqual(got[-1], taken)
+            self.reactor.advance(SLICE / 2)
+        self.successResultOf(done)
+        self.assertEqual(got, list(range(1, 11)))
 
     def test_an_error_ends_it(self) -> None:
         """What the iterator raises comes out."""
@@ -123,6 +115,7 @@ class GatherTests(SynchronousTestCase):
             yield from self.values()
             raise KeyError
 
-        done = Clock(self.reactor).gather(values())
-        self.reactor.advance(0)
+        done = Clock(self.reactor).for_each(id, values())
+        for _ in range(5):
+            self.reactor.advance(SLICE)
         self.failureResultOf(done, KeyError)

@@ -61,6 +61,15 @@ class CostTests(Operations):
                 self.assertEqual(len(statements), 4, statements)
                 self.assertNotIn(COUNT, "".join(statements))
 
+    def test_a_large_upload_is_written_in_parts(self) -> None:
+        """Of half a MiB and a little, and all of them are there."""
+        rooms: Rooms = {"!b": {str(i): key(data="x" * 60_000) for i in range(20)}}
+        statements = self.statements_of(rooms)
+        self.assertEqual(len([s for s in statements if "INSERT INTO e2e" in s]), 3)
+        downloaded = self.successResultOf(self.client.download(self.version))
+        self.assertEqual(downloaded, rooms)
+        self.assertEqual(self.info()["count"], 20)
+
     def test_an_upload_that_changes_nothing_writes_nothing(self) -> None:
         """Equal keys cost one look, and no lock."""
         rooms: Rooms = {"!a": {str(i): key() for i in range(100)}}

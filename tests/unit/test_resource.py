@@ -1,6 +1,7 @@
 """The servlets as Twisted resources."""
 
 from prometheus_client import REGISTRY
+from twisted.internet.defer import Deferred
 from twisted.trial.unittest import SynchronousTestCase
 from twisted.web.resource import Resource
 from twisted.web.server import Site
@@ -71,14 +72,13 @@ class FaultTests(SynchronousTestCase):
     def test_a_client_that_left_is_not_answered(self) -> None:
         """A connection that closes before the answer does no harm."""
         host = MemoryHost()
-        reads = host.handler._reads
-        for _ in range(4):
-            reads._running["@user0:test.example"] = 4
+        turn: Deferred[None] = Deferred()
+        host.handler._reads.run("@user0:test.example", lambda: turn)
         token = host.new_user().access_token
         transport = host.send("GET", VERSION, token=token)
         self.assertEqual(transport.value(), b"")
         transport.loseConnection()
-        reads._release("@user0:test.example")
+        turn.callback(None)
         host.reactor.advance(0)
         self.assertEqual(transport.value(), b"")
 
@@ -106,8 +106,8 @@ class MetricsTests(SynchronousTestCase):
         timed = self.sample("request_seconds_count", **servlet)
         in_flight = self.sample("requests_in_flight", method="GET")
         waiting = self.sample("waiting_requests")
-        reads = host.handler._reads
-        reads._running["@user0:test.example"] = 4
+        turn: Deferred[None] = Deferred()
+        host.handler._reads.run("@user0:test.example", lambda: turn)
         token = host.new_user().access_token
         left = host.send("GET", VERSION, token=token)
         host.send("GET", VERSION, token=token)
@@ -115,9 +115,8 @@ class MetricsTests(SynchronousTestCase):
         self.assertEqual(self.sample("waiting_requests"), waiting + 2)
         left.loseConnection()
         self.assertEqual(self.sample("requests_in_flight", method="GET"), in_flight + 1)
-        for _ in range(2):
-            reads._release("@user0:test.example")
-            host.reactor.advance(0)
+        turn.callback(None)
+        host.reactor.advance(0)
         self.assertEqual(self.sample("requests_in_flight", method="GET"), in_flight)
         self.assertEqual(self.sample("waiting_requests"), waiting)
         after = [self.sample("requests_total", status=n, **servlet) for n in names]

@@ -106,6 +106,21 @@ class ParseUploadTests(SynchronousTestCase):
                     raised = self.assertRaises(error, parse, body, "!r", "s", Limits())
                     self.assertIn(says, str(raised))
 
+    def test_more_objects_than_a_real_body_has(self) -> None:
+        """An upload may be large, or hold many small things, but not both."""
+        empty = b'{"rooms":{%b}}'
+        rooms = [b'"%d":{"sessions":{}}' % n for n in range(20_000)]
+        few, many = (empty % b",".join(rooms[:n]) for n in (4_000, 20_000))
+        self.assertEqual(parse(few, None, None, Limits()), [])
+        error = self.assertRaises(
+            TooLargeError, parse, many, None, None, Limits(max_body_bytes=10**7)
+        )
+        self.assertIn("objects", str(error))
+        key = BEFORE + b'"session_data":{"ciphertext":"%b"}}' % (b"x" * 400)
+        sessions = b",".join(b'"%d":%b' % (n, key) for n in range(20_000))
+        body = b'{"sessions":{%b}}' % sessions
+        self.assertEqual(len(parse(body, "!r", None, Limits())), 20_000)
+
     def test_messages_name_what_is_wrong(self) -> None:
         """Room, session and field, in ASCII, however odd they are."""
         body = '{"rooms":{"!é":{"sessions":{"s\\n":' + BEFORE.decode() + '"x":1}}}}}'
