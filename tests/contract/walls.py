@@ -6,7 +6,7 @@ import json
 from collections.abc import Generator
 from typing import Any
 
-from twisted.internet.defer import Deferred, inlineCallbacks
+from twisted.internet.defer import Deferred, gatherResults, inlineCallbacks
 
 from .base import (
     ALGORITHM,
@@ -15,10 +15,12 @@ from .base import (
     Host,
     Rooms,
     Steps,
+    User,
     accepted,
     key,
     keys_path,
     quoted,
+    refused,
     same,
     scenario,
     version_path,
@@ -29,24 +31,37 @@ from .paths import endpoints
 MARK = "of-the-other-one"
 #: The room and session are those that `endpoints` uses, and others.
 OTHERS: Rooms = {"!r:h": {"s": key(9, data=MARK)}, f"!{MARK}:h": {MARK: key(data=MARK)}}
+#: Where a request may name somebody else, in its query and its body; None is nowhere.
+NAMINGS = (None, "user_id", "user", "org.matrix.msc3202.device_id")
 
 
-def with_member(path: str, name: str, value: str) -> str:
-    """A path with one more query parameter."""
-    return f"{path}{'&' if '?' in path else '?'}{name}={quoted(value)}"
+@inlineCallbacks
+def ask_naming(
+    client: Client, other: Client, naming: str | None, row: tuple[str, str, Any]
+) -> Generator[Deferred[Any], Any, Answer]:
+    """The answer to a request that names another user; nothing of theirs is in it."""
+    method, path, body = row
+    if naming is not None:
+        name = other.user.user_id
+        path += f"{'&' if '?' in path else '?'}{naming}={quoted(name)}"
+        body = {**body, naming: name} if isinstance(body, dict) else body
+    answer: Answer = yield client.request(method, path, body)
+    assert MARK not in answer.body.decode(), f"{method} {path}: {answer}"
+    return answer
 
 
 @inlineCallbacks
 def two_backups(
     host: Host,
 ) -> Generator[Deferred[Any], Any, tuple[Client, Client, list[str]]]:
-    """Two users' clients, and the numbers of two versions that each of them has."""
+    """Two users' clients, and the numbers of two versions that each of them has; the
+    second one's are marked."""
     clients = [Client(host, host.new_user()) for _ in range(2)]
     newest = [0, 0]
     shared: list[str] = []
     for _ in range(100):
         behind = newest.index(min(newest))
-        version: str = yield clients[behind].create_version({"mark": MARK})
+        version: str = yield clients[behind].create_version({"of": ("a", MARK)[behind]})
         newest[behind] = int(version)
         if newest[0] == newest[1]:
             shared.append(version)
@@ -75,17 +90,10 @@ def the_same_numbers_and_ids_are_each_users_own(host: Host) -> Steps:
     yield other.upload(versions[1], OTHERS)
     before: list[Any] = yield all_of(other, versions)
     for version in reversed(versions):
-        for naming in (None, "user_id", "user", "org.matrix.msc3202.device_id"):
-            for method, path, body in endpoints(version)[1:-1]:
-                row = f"{method} {path} with {naming}"
-                if naming is not None:
-                    path = with_member(path, naming, other.user.user_id)
-                if isinstance(body, dict) and naming is not None:
-                    body = {**body, naming: other.user.user_id}
-                answer: Answer = yield client.request(method, path, body)
-                if "/version" not in path:
-                    assert MARK not in answer.body.decode(), f"{row}: {answer}"
-                same((yield all_of(other, versions)), before, row)
+        for naming in NAMINGS:
+            for row in endpoints(version)[1:-1]:
+                yield ask_naming(client, other, naming, row)
+                same((yield all_of(other, versions)), before, f"{row} with {naming}")
     for room in OTHERS:
         for path in (
             keys_path(versions[1], room),
@@ -97,10 +105,10 @@ def the_same_numbers_and_ids_are_each_users_own(host: Host) -> Steps:
                 assert MARK not in json.dumps(answer.json), f"{method} {path}"
     same((yield client.download(versions[1])), {})
     assert (yield client.tally(versions[1]))[1] == 0
-    for version in versions:
-        accepted((yield client.delete(version_path(version))), version)
-    yield client.create_version()
-    same((yield all_of(other, versions)), before, "versions deleted")
+    for naming in NAMINGS:
+        for row in (*(endpoints(v)[-1] for v in versions), endpoints("")[0]):
+            accepted((yield ask_naming(client, other, naming, row)))
+            same((yield all_of(other, versions)), before, f"{row} with {naming}")
 
 
 @scenario
@@ -127,3 +135,43 @@ def anothers_version_is_as_unknown_as_none_at_all(host: Host) -> Steps:
         assert got.status == want.status == 404, f"{row}: {got}, {want}"
         assert got.body == want.body, f"{row}: {got}, {want}"
     same((yield all_of(other, [version])), before)
+
+
+@scenario
+def anothers_counts_and_newer_versions_are_not_ones_own(host: Host) -> Steps:
+    """One's own are told and written to, though numbers and etags are the same."""
+    client, other, versions = yield two_backups(host)
+    clients, rooms = (client, other), ({"!r:h": {"s": key(9)}}, OTHERS)
+    for one, its in zip(clients, rooms, strict=True):
+        etag = (yield one.upload(versions[1], its))[0]
+        assert etag == 1, "the etags aren't the same"
+    for one, its in zip(clients, rooms, strict=True):
+        for version in (None, versions[1]):
+            assert (yield one.tally(version)) == (1, len(its)), version
+    newer: str = yield other.create_version()
+    assert int(newer) > int(versions[1])
+    better = {"!r:h": {"s": key(5)}}
+    assert (yield client.upload(versions[1], better)) == (2, 1)
+    assert (yield client.info())["version"] == versions[1]
+    same((yield client.download(versions[1])), better)
+    same((yield other.download(versions[1])), OTHERS)
+
+
+@scenario
+def a_token_is_its_users_alone(host: Host) -> Steps:
+    """It isn't confused with another that is asked about, nor with one nearly alike."""
+    clients = [Client(host, host.new_user()) for _ in range(9)]
+    names = [client.user.user_id for client in clients]
+    yield gatherResults(
+        [
+            client.create_version({"of": n})
+            for client, n in zip(clients, names, strict=True)
+        ]
+    )
+    for _ in range(2):
+        infos: list[Any] = yield gatherResults([client.info() for client in clients])
+        assert [info["auth_data"]["of"] for info in infos] == names
+    token = clients[0].user.access_token
+    for near in (token.swapcase(), token[:-1], token[1:], token + "a", token[::-1]):
+        stranger = Client(host, User(names[0], near))
+        refused((yield stranger.get("/version")), 401, "M_UNKNOWN_TOKEN", row=near)

@@ -130,6 +130,8 @@ def test_no_secret_is_told(log_format: str, level: str, tmp_path: Path) -> None:
                 text = fetch(url).decode()
                 assert MARKER not in text and token not in text, text
         assert service.log().count("synapse_roomkeys.access") >= number
+        stored = b"".join(path.read_bytes() for path in tmp_path.glob("*.db*"))
+        assert MARKER.encode() in stored and token.encode() not in stored
         check_log(service, token)
     print(f"{number} requests")
 

@@ -163,6 +163,8 @@ class Servlets:
 
     def __init__(self) -> None:
         self.host = MemoryHost()
+        # Timers of a reactor that doesn't run would keep all connections for ever.
+        self.host.site.timeOut = None
         self.token = self.host.new_user().access_token
         self.versions = (self.new_version(), self.new_version())
 
