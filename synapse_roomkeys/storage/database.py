@@ -1,14 +1,15 @@
 """Transactions, over `twisted.enterprise.adbapi` or over the host's own pool."""
 
 import logging
+import math
 import sqlite3
 import time
 from collections.abc import Callable, Generator, Mapping
-from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
+from typing import Any, Concatenate, NoReturn, ParamSpec, Protocol, TypeVar
 
 import attrs
 from twisted.enterprise import adbapi
-from twisted.internet.defer import Deferred, inlineCallbacks
+from twisted.internet.defer import Deferred, DeferredSemaphore, inlineCallbacks
 
 from ..clock import Clock
 from ..errors import UnavailableError
@@ -20,12 +21,21 @@ logger = logging.getLogger(__name__)
 #: turning a new SQLite file's write-ahead log on: SQLite doesn't wait there. Seconds.
 _WAL_SECONDS = 5.0
 _WAL_PAUSE = 0.02
+#: For how long one try waits while another process has an SQLite file locked. It holds
+#: the one connection meanwhile, and readers need that. Seconds.
+_LOCK_SECONDS = 0.5
+#: For how long a transaction waits for a connection. Seconds.
+WAIT_SECONDS = 5
+#: For how long psycopg2 waits for each host, where the operator doesn't say. Seconds.
+_CONNECT_SECONDS = 5
 
 T = TypeVar("T")
 P = ParamSpec("P")
 
 #: Seconds between the tries of a transaction while the database is away.
 RETRY_DELAYS = (0.1, 0.2, 0.4, 0.8, 1.6)
+#: No try begins later than that after the first one, in seconds: each may take a while.
+TRY_SECONDS = 4
 #: What a client is told to wait when all tries have failed, in seconds.
 RETRY_AFTER = 10
 
@@ -129,19 +139,19 @@ class RetryingDatabase:
         Raises:
             UnavailableError: the database is away.
         """
-        for delay in RETRY_DELAYS:
+        end = time.monotonic() + TRY_SECONDS
+        for delay in (*RETRY_DELAYS, math.inf):
             try:
                 result: T = yield self._database.run(desc, function, *args, **kwargs)
                 return result
             except self._transient as error:
-                logger.warning("%s failed, trying again: %s", desc, _brief(error))
+                brief = _brief(error)
+            if time.monotonic() + delay > end:
+                break
+            logger.warning("%s failed, trying again: %s", desc, brief)
             yield self._clock.sleep(delay)
-        try:
-            result = yield self._database.run(desc, function, *args, **kwargs)
-            return result
-        except self._transient as error:
-            logger.error("%s failed for good: %s", desc, _brief(error))
-            raise UnavailableError(RETRY_AFTER) from None
+        logger.error("%s failed for good: %s", desc, brief)
+        raise UnavailableError(RETRY_AFTER)
 
 
 def _brief(error: Exception) -> str:
@@ -150,34 +160,51 @@ def _brief(error: Exception) -> str:
 
 
 class PoolDatabase:
-    """A database over a connection pool of `twisted.enterprise.adbapi`."""
+    """A database over a connection pool of `twisted.enterprise.adbapi`.
+
+    Transactions wait for a connection here, not for a thread there, so that they can
+    give up.
+    """
 
     def __init__(self, pool: adbapi.ConnectionPool) -> None:
+        # As adbapi does: whoever only imports this has no reactor yet.
+        from twisted.internet import reactor
+
+        self._reactor = reactor
         self._pool = pool
-        self._pending = 0
+        self._connections = DeferredSemaphore(pool.max)
 
     @property
     def in_use(self) -> int:
         """How many transactions have a connection."""
-        return min(self._pending, self._pool.max)
+        return self._connections.limit - self._connections.tokens
 
     @property
     def waiting(self) -> int:
         """How many transactions wait for a connection."""
-        return self._pending - self.in_use
+        return len(self._connections.waiting)
 
+    @inlineCallbacks
     def run(
         self,
         desc: str,
         function: Callable[Concatenate[Transaction, P], T],
         *args: P.args,
         **kwargs: P.kwargs,
-    ) -> "Deferred[T]":
-        """As `Database.run`; the description goes nowhere."""
+    ) -> "Generator[Deferred[Any], Any, T]":
+        """As `Database.run`.
+
+        Raises:
+            UnavailableError: others have had all connections for too long.
+        """
+        turn = self._connections.acquire()
+        yield turn.addTimeout(WAIT_SECONDS, self._reactor, _give_up)
         interact: Any = self._pool.runInteraction
-        self._pending += 1
-        done: Deferred[T] = interact(function, *args, **kwargs)
-        return done.addBoth(self._forget)
+        try:
+            result: T = yield interact(function, *args, **kwargs)
+            return result
+        finally:
+            self._connections.release()
 
     def check(self) -> "Deferred[None]":
         """Fires with None when the database answers, or fails with its error."""
@@ -187,9 +214,10 @@ class PoolDatabase:
         """Close the connections and end the threads."""
         self._pool.close()
 
-    def _forget(self, result: T) -> T:
-        self._pending -= 1
-        return result
+
+def _give_up(result: object, seconds: float) -> NoReturn:
+    logger.error("All connections to the database are taken for %d s", seconds)
+    raise UnavailableError(RETRY_AFTER)
 
 
 def _ask_for_nothing(txn: Transaction) -> None:
@@ -202,6 +230,21 @@ class _PostgresTransaction(adbapi.Transaction):
     def execute(self, statement: str, parameters: Any = ()) -> Any:
         cursor: Any = self._cursor
         return cursor.execute(statement.replace("?", "%s"), parameters)
+
+
+class _PostgresConnection(adbapi.Connection):
+    """A connection that is left without a word when it is lost.
+
+    The error that says so is on its way to whoever asked for the transaction.
+    """
+
+    def rollback(self) -> None:
+        """Undo the transaction, or have the next one connect anew."""
+        connection: Any = self._connection
+        if connection.closed:
+            self._pool.disconnect(connection)
+        else:
+            super().rollback()  # type: ignore[no-untyped-call]
 
 
 def sqlite_database(path: str) -> PoolDatabase:
@@ -224,6 +267,7 @@ def sqlite_database(path: str) -> PoolDatabase:
         cp_min=1,
         cp_max=1,
         cp_openfun=prepare,
+        timeout=_LOCK_SECONDS,
         check_same_thread=False,
     )
     return PoolDatabase(pool)
@@ -236,7 +280,9 @@ def postgres_database(arguments: Mapping[str, Any]) -> PoolDatabase:
         arguments: those of ``psycopg2.connect``, and ``cp_min`` and ``cp_max`` of
             `adbapi.ConnectionPool`, how many connections there are.
     """
-    connections = {"cp_min": 1, "cp_max": 10, "cp_reconnect": True}
-    pool = adbapi.ConnectionPool("psycopg2", **{**connections, **arguments})
+    defaults = {"cp_min": 1, "cp_max": 10, "cp_reconnect": True}
+    defaults["connect_timeout"] = _CONNECT_SECONDS
+    pool = adbapi.ConnectionPool("psycopg2", **{**defaults, **arguments})
+    pool.connectionFactory = _PostgresConnection
     pool.transactionFactory = _PostgresTransaction
     return PoolDatabase(pool)

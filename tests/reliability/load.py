@@ -12,9 +12,11 @@ from twisted.internet import reactor
 from twisted.internet.defer import Deferred, gatherResults, inlineCallbacks
 from twisted.internet.task import deferLater
 
+from synapse_roomkeys.storage import PAGE_KEYS
+
 from ..contract import Answer
 from ..contract.base import ALGORITHM, accepted
-from .clients import ROOMS, Connection, Recorder, any_key, any_operation
+from .clients import ROOMS, SESSIONS, Connection, Recorder, any_key, any_operation
 from .history import (
     Delete,
     Event,
@@ -56,6 +58,8 @@ class Load:
         begun: how many operations there were.
         fault: fires after it.
         fault_times: when it began and when it was over.
+        room: how many new keys there may be yet: a download of one page shows one
+            moment, which a longer one doesn't.
     """
 
     connection: Connection
@@ -65,6 +69,7 @@ class Load:
     begun: int = 0
     fault: Deferred[None] = attrs.field(factory=Deferred)
     fault_times: tuple[float, float] = (0, 0)
+    room: int = PAGE_KEYS - len(ROOMS) * len(SESSIONS)
 
     @inlineCallbacks
     def run(self, cause: Callable[[], None]) -> Generator[Deferred[Any], Any, None]:
@@ -101,10 +106,27 @@ class Load:
     ) -> Generator[Deferred[Any], Any, None]:
         mark = f"{number}/{self.begun}"
         self.begun += 1
-        operation = an_operation(random, mark)
+        operation = self._choose(random, mark)
         yield self.recorder.perform(self.connection, operation, PATIENCE)
         if self.recorder.events[-1].is_lost:
             yield deferLater(reactor, PAUSE)
+
+    def _choose(self, random: Random, mark: str) -> Operation:
+        """What a client may do next.
+
+        Args:
+            mark: tells its new keys from those of others.
+        """
+        if random.random() > NEW or not self.room:
+            return any_operation(random, mark)
+        number = random.randint(1, min(NEW_KEYS, self.room))
+        self.room -= number
+        return Upload(
+            {
+                (random.choice(ROOMS), f"{mark}/{n}"): any_key(random, mark)
+                for n in range(number)
+            }
+        )
 
     @inlineCallbacks
     def look(self) -> Generator[Deferred[Any], Any, list[Any]]:
@@ -160,22 +182,6 @@ def new_load(
         Recorder(accepted(answer)["version"]),
         random,
         random.randint(1, OPERATIONS),
-    )
-
-
-def an_operation(random: Random, mark: str) -> Operation:
-    """What a client may do next.
-
-    Args:
-        mark: tells its new keys from those of others.
-    """
-    if random.random() > NEW:
-        return any_operation(random, mark)
-    return Upload(
-        {
-            (random.choice(ROOMS), f"{mark}/{n}"): any_key(random, mark)
-            for n in range(random.randint(1, NEW_KEYS))
-        }
     )
 
 

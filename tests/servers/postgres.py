@@ -118,6 +118,27 @@ class PostgresServer(Server):
             "dbname": name,
         }
 
+    def log(self) -> str:
+        """Return what it has logged."""
+        return (self.directory / "postgres.log").read_text(errors="replace")
+
+    def give(self, directory: Path) -> None:
+        """Let the server write to a directory."""
+        if self._user is not None:
+            _give(directory, self._user)
+
+    def move_log(self, directory: Path) -> None:
+        """Restart the server with its write-ahead log in another directory."""
+        self.stop()
+        log = self._data() / "pg_wal"
+        moved = directory / "pg_wal"
+        shutil.copytree(log, moved)
+        shutil.rmtree(log)
+        log.symlink_to(moved)
+        for path in (moved, *moved.rglob("*")):
+            self.give(path)
+        self.start()
+
     def _create_cluster(self) -> Path:
         """Create a cluster where the user that the server runs as can go."""
         home = make_directory("postgres-")

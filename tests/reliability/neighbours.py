@@ -1,0 +1,101 @@
+"""Users who behave, and how long each of their requests takes: PORT VERSION:TOKEN...
+
+A user's requests are due at fixed times, and each is measured from then on: one that
+has to wait for the one before it counts in full. For each a line is printed: when it
+was due, in seconds of the system's monotonic clock, how long it took, and its status.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+import time
+from collections.abc import Iterator
+from itertools import count
+
+from ..contract.base import PREFIX, key, keys_path, version_path, wrapped
+from ..servers.processes import HOST
+from .sockets import request
+
+#: Seconds between two requests of a user.
+PACE = 0.1
+#: How many keys an upload has, and how many bytes each.
+KEYS = 5
+KEY_BYTES = 900
+ROOM = "!room:h"
+
+Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+
+
+class Connection:
+    """A user's connection, that is kept, and made anew when it has ended.
+
+    Attributes:
+        body: of the last answer.
+    """
+
+    def __init__(self, port: int, token: str) -> None:
+        self.body = b""
+        self._port = port
+        self._token = token
+        self._streams: Streams | None = None
+
+    async def send(self, method: str, path: str, body: bytes = b"") -> int:
+        """Send a request and read the answer; its status, or 0 when there is none.
+
+        The path starts below the prefix.
+        """
+        try:
+            if self._streams is None:
+                self._streams = await asyncio.open_connection(HOST, self._port)
+            reader, writer = self._streams
+            writer.write(request(method, PREFIX + path, self._token, body))
+            head = await reader.readuntil(b"\r\n\r\n")
+            length = head.lower().partition(b"\r\ncontent-length: ")[2]
+            self.body = await reader.readexactly(int(length.partition(b"\r\n")[0]))
+            return int(head.split()[1])
+        except (OSError, asyncio.IncompleteReadError):
+            if self._streams is not None:
+                self._streams[1].close()
+            self._streams = None
+            return 0
+
+
+def requests_of(version: str) -> Iterator[tuple[str, str, bytes]]:
+    """What a user does, for ever: methods, paths and bodies."""
+    for number in count():
+        sessions = {f"{number}/{n}": key(data="x" * KEY_BYTES) for n in range(KEYS)}
+        body = json.dumps(wrapped({ROOM: sessions})).encode()
+        yield "PUT", keys_path(version), body
+        yield "GET", keys_path(version, ROOM, f"{number}/0"), b""
+        yield "GET", version_path(version), b""
+
+
+async def behave(port: int, version: str, token: str, start: float) -> None:
+    """Be one of the users.
+
+    Args:
+        start: when the first request is due.
+    """
+    connection = Connection(port, token)
+    for number, row in enumerate(requests_of(version)):
+        due = start + number * PACE
+        await asyncio.sleep(due - time.monotonic())
+        status = await connection.send(*row)
+        print(f"{due:.4f} {time.monotonic() - due:.6f} {status}", flush=True)
+
+
+async def main(port: str, *users: str) -> None:
+    """Have the users behave until the process is ended."""
+    start = time.monotonic()
+    tasks = []
+    for number, user in enumerate(users):
+        version, token = user.split(":")
+        first = start + PACE * number / len(users)
+        tasks.append(behave(int(port), version, token, first))
+    await asyncio.gather(*tasks)
+
+
+if __name__ == "__main__":
+    asyncio.run(main(*sys.argv[1:]))

@@ -1,0 +1,199 @@
+"""Disks that are full under the service's database: what clients are told meanwhile,
+and that all is well afterwards."""
+
+from __future__ import annotations
+
+import resource
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import attrs
+import pytest
+from twisted.internet.defer import inlineCallbacks
+
+from ..contract import Answer
+from ..contract.base import tally, wrapped
+from ..servers import PostgresServer
+from ..servers.homeserver import Homeserver
+from ..servers.processes import make_directory, remove_directory
+from . import SOAK
+from .faults import (
+    KEYS,
+    Backup,
+    Serve,
+    Served,
+    Steps,
+    connected,
+    new_keys,
+    serving,
+    together,
+)
+
+#: What room there is on a full disk, in bytes: enough for a part of an upload.
+LEFT = 65536
+TMPFS_SIZE = "40m"
+
+
+@pytest.fixture(scope="module")
+def homeserver() -> Iterator[Homeserver]:
+    """Whose users they are."""
+    with Homeserver() as homeserver:
+        yield homeserver
+
+
+@pytest.fixture
+def serve(homeserver: Homeserver, tmp_path: Path) -> Iterator[Serve]:
+    """Starts the service on a database."""
+    with serving(homeserver, tmp_path / "service") as serve:
+        yield serve
+
+
+@attrs.frozen
+class Disk:
+    """A small file system."""
+
+    directory: Path
+
+    def fill(self) -> None:
+        """Leave next to no room."""
+        with (self.directory / "ballast").open("ab", buffering=0) as ballast:
+            with suppress(OSError):
+                while True:
+                    ballast.write(bytes(4096))
+            ballast.truncate(ballast.tell() - LEFT)
+
+    def free(self) -> None:
+        """Leave as much room as there was."""
+        (self.directory / "ballast").unlink()
+
+
+@contextmanager
+def mounted(size: str) -> Iterator[Disk]:
+    """A file system in memory; it takes root to make one."""
+    directory = make_directory("disk-")
+    how = ["mount", "-t", "tmpfs", "-o", f"size={size}", "roomkeys-tests"]
+    subprocess.run([*how, str(directory)], check=True, capture_output=True)
+    try:
+        yield Disk(directory)
+    finally:
+        subprocess.run(["umount", "--lazy", str(directory)], check=True)
+        remove_directory(directory)
+
+
+def can_mount() -> bool:
+    """Whether we may make file systems."""
+    try:
+        with mounted("1m"):
+            return True
+    except (OSError, subprocess.CalledProcessError):
+        return False
+
+
+needs_a_mount = pytest.mark.skipif(not can_mount(), reason="it takes root")
+
+
+@inlineCallbacks
+def meet_a_full_disk(
+    served: Served, fill: Callable[[], None], free: Callable[[], None]
+) -> Steps:
+    """Uploads are refused while there is no room, and downloads are served."""
+    backups: list[Backup] = yield served.new_backups(3)
+    fill()
+    yield together([backup.refuse() for backup in backups])
+    yield together([backup.check() for backup in backups])
+    free()
+    yield together([backup.upload() for backup in backups])
+    yield together([backup.check() for backup in backups])
+
+
+@inlineCallbacks
+def test_a_file_that_may_not_grow(serve: Serve, tmp_path: Path) -> Steps:
+    """SQLite's files have reached the size that the system allows a process."""
+    served = serve()
+    log = tmp_path / "service" / "roomkeys.db-wal"
+
+    def limit(size: int) -> None:
+        limits = (size, resource.RLIM_INFINITY)
+        resource.prlimit(served.service.pid, resource.RLIMIT_FSIZE, limits)
+
+    yield meet_a_full_disk(
+        served,
+        lambda: limit(log.stat().st_size + LEFT),
+        lambda: limit(resource.RLIM_INFINITY),
+    )
+    assert "failed for good: OperationalError: disk I/O error" in served.service.log()
+
+
+@pytest.fixture
+def disk() -> Iterator[Disk]:
+    """A file system of which one knows the end."""
+    with mounted(TMPFS_SIZE) as disk:
+        yield disk
+
+
+@needs_a_mount
+@inlineCallbacks
+def test_a_full_disk_under_sqlite(disk: Disk, serve: Serve) -> Steps:
+    """There is no room on the file system."""
+    served = serve(path=disk.directory / "roomkeys.db")
+    yield meet_a_full_disk(served, disk.fill, disk.free)
+    full = "failed for good: OperationalError: database or disk is full"
+    assert full in served.service.log()
+
+
+@pytest.fixture
+def own_postgres(tmp_path: Path) -> Iterator[PostgresServer]:
+    """A server that a test may break."""
+    with PostgresServer(tmp_path / "own", durable=True) as server:
+        yield server
+
+
+@needs_a_mount
+@inlineCallbacks
+def test_a_full_tablespace(
+    disk: Disk, own_postgres: PostgresServer, serve: Serve
+) -> Steps:
+    """There is no room for PostgreSQL's tables."""
+    database = own_postgres.create_database()
+    own_postgres.give(disk.directory)
+    with connected(database) as cursor:
+        cursor.execute(f"CREATE TABLESPACE small LOCATION '{disk.directory}'")
+    served = serve({**database, "options": "-c default_tablespace=small"})
+    yield meet_a_full_disk(served, disk.fill, disk.free)
+    assert "failed for good: DiskFull" in served.service.log()
+
+
+if SOAK:
+
+    @needs_a_mount
+    @inlineCallbacks
+    def test_a_full_disk_under_the_write_ahead_log(
+        disk: Disk, own_postgres: PostgresServer, serve: Serve
+    ) -> Steps:
+        """PostgreSQL has no room for its log, which ends it; it is started again when
+        there is some."""
+        database = own_postgres.create_database()
+        own_postgres.move_log(disk.directory)
+        served = serve(database)
+        backups: list[Backup] = yield served.new_backups(2)
+        disk.fill()
+        last = backups[0]
+        while True:
+            rooms = new_keys()
+            answer: Answer = yield last.send("PUT", wrapped(rooms))
+            if answer.status == 503:
+                break
+            tally(answer)
+            last.take(rooms)
+        own_postgres.stop()
+        disk.free()
+        own_postgres.start()
+        # Nobody knows of the one that ended it.
+        if (yield last.client.tally(last.version))[1] > len(last.rooms) * KEYS:
+            last.take(rooms)
+        yield together([backup.check() for backup in backups])
+        yield together([backup.upload() for backup in backups])
+        yield together([backup.check() for backup in backups])
+        assert "No space left on device" in own_postgres.log()

@@ -1,0 +1,158 @@
+"""One user who does the worst there is, and nine who behave and hardly notice.
+
+The service, its database and all clients share the processors of one machine, so what
+the nine wait for the bad one's client counts as well.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import attrs
+import pytest
+
+from ..contract.base import PREFIX, key, keys_path, wrapped
+from ..servers import PostgresServer
+from ..servers.homeserver import Homeserver
+from ..servers.processes import Process
+from ..servers.service import Service
+from . import SOAK
+from .sockets import exchange, new_version, request
+from .worst import ALL, ROOM, SESSION, real_keys
+
+NEIGHBOURS = 9
+#: How much longer the slowest hundredth of their requests may take.
+RATIO = 3.0
+#: For how long they are measured, each time, in seconds.
+SECONDS = 30 if SOAK else 8
+#: How long the service may take to end what the bad one has begun, in seconds.
+SETTLED = 10 if SOAK else 1
+#: How many large uploads a bad one's backup is made of: more than what the system
+#: takes in for those who read slowly.
+ROOMS = 3
+#: What the bad one does, by itself and all together.
+ATTACKS = [*([name] for name in ALL if SOAK), list(ALL)]
+
+
+@attrs.frozen
+class Waits:
+    """How long requests have taken, in seconds, in order."""
+
+    seconds: Sequence[float]
+
+    def part(self, part: float) -> float:
+        """What a part of them has taken at most."""
+        return self.seconds[int(len(self.seconds) * part)]
+
+    def __str__(self) -> str:
+        figures = (self.part(0.5), self.part(0.99), self.seconds[-1])
+        p50, p99, longest = (1000 * figure for figure in figures)
+        return (
+            f"p50 {p50:.1f} ms, p99 {p99:.1f} ms, max {longest:.1f} ms"
+            f" of {len(self.seconds)}"
+        )
+
+
+@attrs.frozen
+class Street:
+    """The service, and those who behave.
+
+    Attributes:
+        good: the process of the nine.
+    """
+
+    homeserver: Homeserver
+    service: Service
+    directory: Path
+    good: Process
+
+    def quiet(self) -> Waits:
+        """What requests take with the bad one away."""
+        time.sleep(SETTLED)
+        start = time.monotonic()
+        time.sleep(SECONDS)
+        return self._waits(start)
+
+    def noisy(self, names: Sequence[str]) -> Waits:
+        """What they take while a bad one does some things, and is answered."""
+        port = self.service.port
+        token = self.homeserver.new_user().access_token
+        version = new_version(port, token)
+        fill(port, token, version)
+        bad = begin(
+            *("worst", self.directory / f"{'-'.join(names)}.txt"),
+            *(str(port), token, version, str(SECONDS)),
+            *names,
+        )
+        bad.wait_until(lambda: "begins" in bad.output(), timeout=30)
+        start = time.monotonic()
+        assert bad.wait(SECONDS + 30) == 0, bad.output()
+        answers = json.loads(bad.output().splitlines()[1])
+        print(answers)
+        assert {answer.split()[0] for answer in answers} == {*names}
+        return self._waits(start)
+
+    def _waits(self, start: float) -> Waits:
+        """What the requests have taken that were due from then on, all answered."""
+        rows = [line.split() for line in self.good.output().splitlines()[:-1]]
+        found = [row for row in rows if start <= float(row[0]) < start + SECONDS]
+        assert {status for _, _, status in found} == {"200"}
+        return Waits(sorted(float(seconds) for _, seconds, _ in found))
+
+
+@pytest.fixture(scope="module")
+def street(
+    postgres: PostgresServer, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Street]:
+    """With the nine at it already."""
+    directory = tmp_path_factory.mktemp("street")
+    database = postgres.create_database()
+    with (
+        Homeserver() as homeserver,
+        Service(directory, homeserver.url, database=database) as service,
+    ):
+        users = []
+        for _ in range(NEIGHBOURS):
+            token = homeserver.new_user().access_token
+            users.append(f"{new_version(service.port, token)}:{token}")
+        good = begin("neighbours", directory / "good.txt", str(service.port), *users)
+        yield Street(homeserver, service, directory, good)
+        assert good.poll() is None, good.output()
+        good.kill()
+        assert "Traceback" not in service.log()
+
+
+def begin(module: str, output: Path, *arguments: str) -> Process:
+    """Have a module of this package run in a process of its own."""
+    command = [sys.executable, "-m", f"{__package__}.{module}", *arguments]
+    return Process(command, output=output, cwd=Path(__file__).parents[2])
+
+
+def fill(port: int, token: str, version: str) -> None:
+    """Make a bad one's backup: many keys, and the one that is asked for."""
+    bodies = [
+        real_keys().replace(ROOM.encode(), b"!room%d:h" % number)
+        for number in range(ROOMS)
+    ]
+    sessions = wrapped({ROOM: {SESSION: key()}})
+    for body in (*bodies, json.dumps(sessions).encode()):
+        path = PREFIX + keys_path(version)
+        sent = request("PUT", path, token, body, "Connection: close")
+        [reply] = exchange(port, sent).replies
+        assert reply.status == 200, reply
+
+
+@pytest.mark.parametrize("names", ATTACKS, ids="-".join)
+def test_one_at_its_worst(street: Street, names: Sequence[str]) -> None:
+    """The nine see no error; in the soak, which is to run alone on its machine, they
+    also wait not much longer than with that one away."""
+    quiet = street.quiet()
+    noisy = street.noisy(names)
+    ratio = noisy.part(0.99) / quiet.part(0.99)
+    text = f"{', '.join(names)}: {noisy}; with that one away {quiet}: {ratio:.1f} times"
+    print(text)
+    assert ratio <= RATIO or not SOAK, text

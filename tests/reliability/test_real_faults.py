@@ -1,0 +1,211 @@
+"""Databases that really fail under the service: what clients are told meanwhile, and
+that all is well afterwards.
+
+Faults that no database can be brought to at will are in test_bad_days.py.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import psycopg2
+import pytest
+from twisted.internet.defer import inlineCallbacks
+
+from ..contract import Answer
+from ..contract.base import key, tally, wrapped
+from ..servers import PostgresServer
+from ..servers.homeserver import Homeserver
+from . import SOAK
+from .faults import (
+    KEYS,
+    WITHIN,
+    Backup,
+    Serve,
+    Steps,
+    connected,
+    later,
+    serving,
+    together,
+)
+
+#: A fault this long is over before a request gives up, in seconds.
+SHORT = 1.0
+#: How many users there are where several meet a fault at once.
+USERS = 6
+LOCKS = ("IMMEDIATE", "EXCLUSIVE") if SOAK else ("EXCLUSIVE",)
+LOCK_ROW = "SELECT 1 FROM e2e_room_keys_versions WHERE user_id = %s FOR UPDATE"
+
+
+@pytest.fixture(scope="module")
+def homeserver() -> Iterator[Homeserver]:
+    """Whose users they are."""
+    with Homeserver() as homeserver:
+        yield homeserver
+
+
+@pytest.fixture
+def serve(homeserver: Homeserver, tmp_path: Path) -> Iterator[Serve]:
+    """Starts the service on a database."""
+    with serving(homeserver, tmp_path / "service") as serve:
+        yield serve
+
+
+@contextmanager
+def transaction(database: Mapping[str, Any]) -> Iterator[Any]:
+    """A cursor of somebody else's, in a transaction that comes to nothing."""
+    with closing(psycopg2.connect(**database)) as connection:
+        yield connection.cursor()
+
+
+@inlineCallbacks
+def until_waiting(database: Mapping[str, Any]) -> Steps:
+    """Wait until somebody waits for a lock."""
+    end = time.monotonic() + WITHIN
+    with connected(database) as cursor:
+        while True:
+            cursor.execute("SELECT 1 FROM pg_locks WHERE NOT granted")
+            if cursor.fetchone():
+                return
+            assert time.monotonic() < end
+            yield later(0.02, lambda: None)
+
+
+@contextmanager
+def locked(path: Path, how: str) -> Iterator[Callable[[], object]]:
+    """A file that another connection has locked; gives what ends that."""
+    with closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        connection.execute(f"BEGIN {how}")
+        yield lambda: connection.execute("ROLLBACK")
+
+
+@pytest.mark.parametrize("how", LOCKS)
+@inlineCallbacks
+def test_a_locked_file(serve: Serve, tmp_path: Path, how: str) -> Steps:
+    """Another process writes to the SQLite file: for a moment, which nobody sees, and
+    for long, which writers are told while readers are served."""
+    served = serve()
+    path = tmp_path / "service" / "roomkeys.db"
+    backups: list[Backup] = yield served.new_backups(USERS)
+    with locked(path, how) as unlock:
+        ending = later(SHORT, unlock)
+        yield together([backup.upload() for backup in backups])
+        yield ending
+    with locked(path, how):
+        writers = [
+            b.refuse("DELETE" if n % 2 else "PUT") for n, b in enumerate(backups)
+        ]
+        readers = [backup.check() for backup in backups]
+        start = time.monotonic()
+        yield together(writers + readers)
+        print(f"503 within {time.monotonic() - start:.1f} s")
+    yield together([backup.check() for backup in backups])
+    yield together([backup.upload() for backup in backups])
+    yield together([backup.check() for backup in backups])
+    assert "database is locked" in served.service.log()
+
+
+@inlineCallbacks
+def test_a_statement_timeout(postgres: PostgresServer, serve: Serve) -> Steps:
+    """PostgreSQL cancels what waits for another session's lock: for a moment, which
+    nobody sees, and for long, which that user is told while others are served."""
+    database = postgres.create_database()
+    served = serve({**database, "options": "-c statement_timeout=300"})
+    backups: list[Backup] = yield served.new_backups(2)
+    victim, other = backups
+    with transaction(database) as cursor:
+        cursor.execute(LOCK_ROW, (victim.client.user.user_id,))
+        ending = later(SHORT, cursor.connection.rollback)
+        yield together([victim.upload(), other.upload()])
+        yield ending
+    with transaction(database) as cursor:
+        cursor.execute(LOCK_ROW, (victim.client.user.user_id,))
+        yield together([victim.refuse(), victim.check(), other.upload()])
+    yield together([victim.upload(), other.check()])
+    yield victim.check()
+    assert "failed for good: QueryCanceled" in served.service.log()
+
+
+@inlineCallbacks
+def test_a_deadlock(postgres: PostgresServer, serve: Serve) -> Steps:
+    """Another session takes a key and its version in the opposite order; PostgreSQL
+    ends the upload, which is then tried again."""
+    database = postgres.create_database()
+    served = serve(database)
+    backups: list[Backup] = yield served.new_backups(1)
+    [backup] = backups
+    [room_id] = backup.rooms
+    user_id = backup.client.user.user_id
+    better = {room_id: {"0": key(verified=True)}}
+    with transaction(database) as cursor:
+        # Whoever waits for so long looks for a deadlock: not this one.
+        cursor.execute("SET deadlock_timeout TO '1min'")
+        cursor.execute("SELECT 1 FROM e2e_room_keys WHERE session_id = '0' FOR UPDATE")
+        upload = backup.send("PUT", wrapped(better))
+        yield until_waiting(database)
+        # It blocks until the deadlock is found.
+        cursor.execute(LOCK_ROW, (user_id,))
+        cursor.connection.commit()
+        answer: Answer = yield upload
+    backup.take(better)
+    assert tally(answer) == (backup.etag, KEYS)
+    yield backup.check()
+    assert "trying again: DeadlockDetected" in served.service.log()
+
+
+@inlineCallbacks
+def test_a_pool_that_is_taken(postgres: PostgresServer, serve: Serve) -> Steps:
+    """The only connection waits for another session's lock: who waits for it is told
+    so in time, and the one who has it is served in the end."""
+    database = postgres.create_database()
+    served = serve({**database, "cp_max": 1})
+    backups: list[Backup] = yield served.new_backups(USERS)
+    victim, *others = backups
+    with transaction(database) as cursor:
+        cursor.execute(LOCK_ROW, (victim.client.user.user_id,))
+        upload = victim.upload()
+        yield until_waiting(database)
+        yield together(
+            [b.refuse("GET" if n % 2 else "PUT") for n, b in enumerate(others)]
+        )
+    yield upload
+    yield together([backup.upload() for backup in others])
+    yield together([backup.check() for backup in backups])
+
+
+@inlineCallbacks
+def test_no_connection_is_left(tmp_path: Path, serve: Serve) -> Steps:
+    """Others have all the connections that PostgreSQL allows, and ours are ended."""
+    settings = {"max_connections": "12"}
+    with (
+        PostgresServer(tmp_path / "own", settings=settings) as server,
+        ExitStack() as s,
+    ):
+        database = server.create_database()
+        served = serve(database)
+        backups: list[Backup] = yield served.new_backups(3)
+        taken: list[Any] = []
+        with connected(database) as cursor:
+            end_ours = (
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE"
+                " backend_type = 'client backend' AND pid <> ALL(%s)"
+            )
+            cursor.execute(end_ours, ([cursor.connection.info.backend_pid],))
+            with pytest.raises(psycopg2.OperationalError, match="too many clients"):
+                while True:
+                    taken.append(psycopg2.connect(**database))
+                    s.callback(taken[-1].close)
+            yield together(
+                [b.refuse("GET" if n % 2 else "PUT") for n, b in enumerate(backups)]
+            )
+        s.close()
+        yield together([backup.check() for backup in backups])
+        yield together([backup.upload() for backup in backups])
+        yield together([backup.check() for backup in backups])
+        assert "too many clients" in served.service.log()
+        served.service.stop()
