@@ -339,7 +339,7 @@ def _load(body: bytes, error: Exception) -> Any:
         )
     except RecursionError:
         raise BadJsonError("The body is nested too deeply") from None
-    except ValueError as reason:
+    except (ValueError, msgspec.MsgspecError) as reason:
         raise NotJsonError(f"The body is not JSON: {reason}") from None
 
 

@@ -39,7 +39,7 @@ from ..homeserver import (
 )
 
 TOKEN = "syt_VGhpcyBpcyBhIHRva2Vu_0123456789abcdef"
-USER = {"user_id": "@user:test.example", "device_id": "DEVICE"}
+USER = {"user_id": "@User:test.example", "device_id": "DEVICE"}
 
 
 @implementer(IHostnameResolver)
@@ -178,7 +178,7 @@ class WhoamiTests(SynchronousTestCase):
     def test_user_and_device(self) -> None:
         """The homeserver is asked with the token in the header, nowhere else."""
         found = self.successResultOf(self.begin())
-        self.assertEqual(found, Requester("@user:test.example", "DEVICE"))
+        self.assertEqual(found, Requester("@User:test.example", "DEVICE"))
         (asked,) = self.homeserver.asked
         self.assertEqual((asked.path, asked.token, asked.query), (WHOAMI, TOKEN, {}))
 
@@ -372,7 +372,7 @@ class WhoamiTests(SynchronousTestCase):
         done = [self.auth.get_user_by_req(client_request(TOKEN)) for _ in range(50)]
         self.network.turn()
         found = {self.successResultOf(one) for one in done}
-        self.assertEqual(found, {Requester("@user:test.example", "DEVICE")})
+        self.assertEqual(found, {Requester("@User:test.example", "DEVICE")})
         self.assertEqual(len(self.homeserver.asked), 1)
 
     def test_one_refusal_each(self) -> None:
@@ -465,7 +465,7 @@ class WhoamiTests(SynchronousTestCase):
             self.network.refusing = False
             self.network.turn(0.6)
             found = self.successResultOf(done)
-            self.assertEqual(found, Requester("@user:test.example", "DEVICE"), name)
+            self.assertEqual(found, Requester("@User:test.example", "DEVICE"), name)
 
     def test_delays_grow(self) -> None:
         """It is asked a few times in the seconds there are, the last at their end."""
