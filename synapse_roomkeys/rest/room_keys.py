@@ -11,7 +11,12 @@ from twisted.internet.defer import Deferred, inlineCallbacks
 from twisted.web.http import Request
 
 from ..clock import Clock
-from ..errors import MissingParamError, NoVersionToDeleteError, no_room_keys
+from ..errors import (
+    MissingParamError,
+    NotJsonError,
+    NoVersionToDeleteError,
+    no_room_keys,
+)
 from ..handler import E2eRoomKeysHandler, KeyPages
 from ..types import BackupInfo, BackupState, Limits, Requester
 from ..wire import (
@@ -218,6 +223,9 @@ def check_ids(room_id: str | None, session_id: str | None) -> None:
 
 def _body(request: Request) -> bytes:
     content: Any = request.content
+    if content.closed:
+        # Twisted closes it when the connection is lost: nobody gets this answer.
+        raise NotJsonError("The client left before its body was read")
     return content.read()  # type: ignore[no-any-return]
 
 

@@ -1,5 +1,7 @@
 """The servlets as Twisted resources."""
 
+from unittest import mock
+
 from prometheus_client import REGISTRY
 from twisted.internet.defer import Deferred
 from twisted.trial.unittest import SynchronousTestCase
@@ -8,7 +10,7 @@ from twisted.web.server import Site
 
 from synapse_roomkeys import RoomKeysVersionServlet, register_servlets
 from synapse_roomkeys.rest import JsonResource
-from synapse_roomkeys.types import Limits
+from synapse_roomkeys.types import Limits, Requester
 
 from ..contract import Client
 from ..memory import MemoryHost, read_answer
@@ -68,6 +70,21 @@ class FaultTests(SynchronousTestCase):
         body = b'{"rooms": {}}' + b" " * 1000
         answer = self.successResultOf(client.put(f"/keys?version={version}", body))
         self.assertEqual((answer.status, answer.json["errcode"]), (413, "M_TOO_LARGE"))
+
+    def test_a_client_that_leaves_while_its_user_is_asked_for(self) -> None:
+        """Its body is gone with it, which is no defect."""
+        host = MemoryHost()
+        user = host.new_user()
+        version = self.successResultOf(Client(host, user).create_version())
+        asked: Deferred[Requester] = Deferred()
+        auth = host.hs.get_auth()
+        with mock.patch.object(type(auth), "get_user_by_req", lambda *_: asked):
+            path = f"/_matrix/client/v3/room_keys/keys?version={version}"
+            transport = host.send("PUT", path, token=user.access_token, body=b"{}")
+            transport.loseConnection()
+            with self.assertNoLogs("synapse_roomkeys", "ERROR"):
+                asked.callback(Requester(user.user_id, None))
+        self.assertEqual(transport.value(), b"")
 
     def test_a_client_that_left_is_not_answered(self) -> None:
         """A connection that closes before the answer does no harm."""
