@@ -28,7 +28,7 @@ NEIGHBOURS = 9
 #: How much longer the slowest hundredth of their requests may take.
 RATIO = 3.0
 #: For how long they are measured, each time, in seconds.
-SECONDS = 30 if SOAK else 8
+SECONDS = 30 if SOAK else 4
 #: How long the service may take to end what the bad one has begun, in seconds.
 SETTLED = 10 if SOAK else 1
 #: How many large uploads a bad one's backup is made of: more than what the system
