@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from .servers import PostgresServer
+from .servers.homeserver import Homeserver
 
 #: The tokens of either kind of homeserver, and what the contract's scenarios and the
 #: tests of secrets have in ``session_data`` and ``auth_data``.
@@ -32,6 +33,13 @@ def no_log_has_a_secret(tmp_path_factory: pytest.TempPathFactory) -> Iterator[No
     """None of the whole run's, of any Synapse or service that a test has started."""
     yield
     assert not list(lines_with_secrets(tmp_path_factory.getbasetemp()))[:10]
+
+
+@pytest.fixture(scope="module")
+def homeserver() -> Iterator[Homeserver]:
+    """Whose users they are."""
+    with Homeserver() as homeserver:
+        yield homeserver
 
 
 @pytest.fixture(scope="session")

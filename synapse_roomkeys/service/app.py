@@ -23,6 +23,7 @@ from twisted.web.http import Request
 from .. import metrics
 from ..clock import Clock
 from ..config import OptionError
+from ..errors import UnavailableError
 from ..handler import E2eRoomKeysHandler
 from ..rest import JsonResource, register_servlets
 from ..storage import (
@@ -124,6 +125,7 @@ class Service:
         self._reactor = reactor
         self._clock = Clock(reactor)
         self._database, self._engine = database_of(config.database)
+        self._retrying = RetryingDatabase(self._database, self._engine, self._clock)
         self._auth = WhoamiAuth(reactor, self._clock, config.homeserver)
         self._homeserver = Probe("homeserver", self._auth.check, reactor)
         probe = Probe("database", self._database.check, reactor)
@@ -150,7 +152,7 @@ class Service:
     def _make_resource(self) -> JsonResource:
         config = self._config
         store = EndToEndRoomKeyStore(
-            RetryingDatabase(self._database, self._engine, self._clock),
+            self._retrying,
             self._engine.dialect,
             time.time,
             config.limits,
@@ -197,9 +199,10 @@ class Service:
     @inlineCallbacks
     def _upgrade(self) -> "Generator[Deferred[Any], Any, None]":
         try:
-            yield self._database.run("upgrade", upgrade_tables, self._engine, True)
-        except (SchemaError, self._engine.error) as error:
-            brief = (str(error).splitlines() or [type(error).__name__])[0]
+            yield self._retrying.run("upgrade", upgrade_tables, self._engine, True)
+        except (SchemaError, UnavailableError, self._engine.error) as error:
+            cause = error.__cause__ or error
+            brief = (str(cause).splitlines() or [type(cause).__name__])[0]
             raise StartError(f"database: {brief}") from None
 
     @inlineCallbacks

@@ -25,7 +25,7 @@ _WAL_PAUSE = 0.02
 #: the one connection meanwhile, and readers need that. Seconds.
 _LOCK_SECONDS = 0.5
 #: For how long a transaction waits for a connection. Seconds.
-WAIT_SECONDS = 5
+_WAIT_SECONDS = 5
 #: For how long psycopg2 waits for each host, where the operator doesn't say. Seconds.
 _CONNECT_SECONDS = 5
 
@@ -33,9 +33,9 @@ T = TypeVar("T")
 P = ParamSpec("P")
 
 #: Seconds between the tries of a transaction while the database is away.
-RETRY_DELAYS = (0.1, 0.2, 0.4, 0.8, 1.6)
+_RETRY_DELAYS = (0.1, 0.2, 0.4, 0.8, 1.6)
 #: No try begins later than that after the first one, in seconds: each may take a while.
-TRY_SECONDS = 4
+_TRY_SECONDS = 4
 #: What a client is told to wait when all tries have failed, in seconds.
 RETRY_AFTER = 10
 
@@ -137,21 +137,21 @@ class RetryingDatabase:
         """As `Database.run`.
 
         Raises:
-            UnavailableError: the database is away.
+            UnavailableError: the database is away; its cause is what the last try met.
         """
-        end = time.monotonic() + TRY_SECONDS
-        for delay in (*RETRY_DELAYS, math.inf):
+        end = time.monotonic() + _TRY_SECONDS
+        for delay in (*_RETRY_DELAYS, math.inf):
             try:
                 result: T = yield self._database.run(desc, function, *args, **kwargs)
                 return result
             except self._transient as error:
-                brief = _brief(error)
+                failure = error
             if time.monotonic() + delay > end:
                 break
-            logger.warning("%s failed, trying again: %s", desc, brief)
+            logger.warning("%s failed, trying again: %s", desc, _brief(failure))
             yield self._clock.sleep(delay)
-        logger.error("%s failed for good: %s", desc, brief)
-        raise UnavailableError(RETRY_AFTER)
+        logger.error("%s failed for good: %s", desc, _brief(failure))
+        raise UnavailableError(RETRY_AFTER) from failure
 
 
 def _brief(error: Exception) -> str:
@@ -198,7 +198,7 @@ class PoolDatabase:
             UnavailableError: others have had all connections for too long.
         """
         turn = self._connections.acquire()
-        yield turn.addTimeout(WAIT_SECONDS, self._reactor, _give_up)
+        yield turn.addTimeout(_WAIT_SECONDS, self._reactor, _give_up)
         interact: Any = self._pool.runInteraction
         try:
             result: T = yield interact(function, *args, **kwargs)

@@ -52,13 +52,6 @@ TRAFFIC = "synapse_roomkeys_download_bytes_total"
 
 
 @pytest.fixture(scope="module")
-def homeserver() -> Iterator[Homeserver]:
-    """Whose users they are."""
-    with Homeserver() as homeserver:
-        yield homeserver
-
-
-@pytest.fixture(scope="module")
 def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The file that both processes work on."""
     return tmp_path_factory.mktemp("database") / "roomkeys.db"

@@ -34,13 +34,6 @@ each_scenario = pytest.mark.parametrize("scenario", SCENARIOS.values(), ids=SCEN
 
 
 @pytest.fixture(scope="module")
-def homeserver() -> Iterator[Homeserver]:
-    """Whose users they are."""
-    with Homeserver() as homeserver:
-        yield homeserver
-
-
-@pytest.fixture(scope="module")
 def service(
     homeserver: Homeserver,
     database: Callable[[], Mapping[str, Any] | None],

@@ -27,13 +27,6 @@ KEYS = 400
 DATA = "x" * 60_000
 
 
-@pytest.fixture(scope="module")
-def homeserver() -> Iterator[Homeserver]:
-    """Whose users they are."""
-    with Homeserver() as homeserver:
-        yield homeserver
-
-
 class Backup:
     """A user's backup, larger than what a connection holds, and connections to it."""
 

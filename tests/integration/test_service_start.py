@@ -7,7 +7,8 @@ import socket
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
@@ -40,21 +41,17 @@ os.execv(sys.executable, program)
 """
 
 
-@pytest.fixture(scope="module")
-def homeserver() -> Iterator[Homeserver]:
-    """Whose users they are."""
-    with Homeserver() as homeserver:
-        yield homeserver
-
-
-def failure(service: Service, code: int, *names: str) -> None:
-    """It ends with this code and one line that says why, and tells no secret."""
+def failure(service: Service, code: int, *names: str, tries: int = 0) -> None:
+    """It ends with this code and one line that says why, and tells no secret; before it
+    are only those of the tries that failed."""
     found, output = service.run_to_end()
     assert found == code, output
-    assert output.count("\n") == 1, output
+    *lines, last = output.splitlines()
+    assert len(lines) == tries, output
+    assert all("upgrade failed" in line for line in lines), output
     assert SECRET not in output
     for name in names:
-        assert name in output
+        assert name in last
 
 
 def test_no_file_is_needed(homeserver: Homeserver, tmp_path: Path) -> None:
@@ -78,14 +75,35 @@ def test_a_port_in_use(homeserver: Homeserver, tmp_path: Path) -> None:
 
 
 def test_a_database_that_is_away(homeserver: Homeserver, tmp_path: Path) -> None:
-    """It doesn't start; the password isn't told."""
+    """It is tried for some seconds, then it ends; the password isn't told."""
     args = {"host": HOST, "port": free_port(), "user": "a", "password": SECRET}
     failure(
         Service(tmp_path / "a", homeserver.url, database=args),
-        *(1, "database: ", "Connection refused"),
+        *(1, "Can't start: database: ", "Connection refused"),
+        tries=6,
     )
     away = {"database": {"args": {"database": "/nowhere/roomkeys.db"}}}
-    failure(Service(tmp_path / "b", homeserver.url, settings=away), 1, "database: ")
+    service = Service(tmp_path / "b", homeserver.url, settings=away)
+    failure(service, 1, "Can't start: database: unable to open", tries=6)
+
+
+def test_a_database_that_is_locked_for_a_moment(
+    homeserver: Homeserver, tmp_path: Path
+) -> None:
+    """Another process makes its tables: this one waits, and starts."""
+    service = Service(tmp_path, homeserver.url)
+    path = tmp_path / "roomkeys.db"
+    with closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("BEGIN IMMEDIATE")
+        service.begin()
+        end = time.monotonic() + 10
+        while "trying again: OperationalError: database is locked" not in service.log():
+            assert time.monotonic() < end, service.log()
+            time.sleep(0.02)
+        connection.execute("ROLLBACK")
+    service.wait_until_it_answers()
+    service.stop()
 
 
 def test_a_database_of_a_later_version(homeserver: Homeserver, tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +24,6 @@ FAILOVERS = 10 if SOAK else 1
 #: How long it takes after the promotion until a new write is answered, in seconds at
 #: most.
 BACK_WITHIN = 10.0
-
-
-@pytest.fixture(scope="module")
-def homeserver() -> Iterator[Homeserver]:
-    """Whose users they are."""
-    with Homeserver() as homeserver:
-        yield homeserver
 
 
 @pytest.mark.parametrize("number", range(FAILOVERS))

@@ -16,7 +16,6 @@ from twisted.internet.defer import inlineCallbacks
 from ..contract import Answer
 from ..contract.base import tally, wrapped
 from ..servers import PostgresServer
-from ..servers.homeserver import Homeserver
 from ..servers.processes import make_directory, remove_directory
 from . import SOAK
 from .faults import (
@@ -27,27 +26,12 @@ from .faults import (
     Steps,
     connected,
     new_keys,
-    serving,
     together,
 )
 
 #: What room there is on a full disk, in bytes: enough for a part of an upload.
 LEFT = 65536
 TMPFS_SIZE = "40m"
-
-
-@pytest.fixture(scope="module")
-def homeserver() -> Iterator[Homeserver]:
-    """Whose users they are."""
-    with Homeserver() as homeserver:
-        yield homeserver
-
-
-@pytest.fixture
-def serve(homeserver: Homeserver, tmp_path: Path) -> Iterator[Serve]:
-    """Starts the service on a database."""
-    with serving(homeserver, tmp_path / "service") as serve:
-        yield serve
 
 
 @attrs.frozen

@@ -155,4 +155,5 @@ def test_one_at_its_worst(street: Street, names: Sequence[str]) -> None:
     ratio = noisy.part(0.99) / quiet.part(0.99)
     text = f"{', '.join(names)}: {noisy}; with that one away {quiet}: {ratio:.1f} times"
     print(text)
-    assert ratio <= RATIO or not SOAK, text
+    if SOAK:
+        assert ratio <= RATIO, text

@@ -20,7 +20,6 @@ from twisted.internet.defer import inlineCallbacks
 from ..contract import Answer
 from ..contract.base import key, tally, wrapped
 from ..servers import PostgresServer
-from ..servers.homeserver import Homeserver
 from . import SOAK
 from .faults import (
     KEYS,
@@ -30,7 +29,6 @@ from .faults import (
     Steps,
     connected,
     later,
-    serving,
     together,
 )
 
@@ -40,20 +38,6 @@ SHORT = 1.0
 USERS = 6
 LOCKS = ("IMMEDIATE", "EXCLUSIVE") if SOAK else ("EXCLUSIVE",)
 LOCK_ROW = "SELECT 1 FROM e2e_room_keys_versions WHERE user_id = %s FOR UPDATE"
-
-
-@pytest.fixture(scope="module")
-def homeserver() -> Iterator[Homeserver]:
-    """Whose users they are."""
-    with Homeserver() as homeserver:
-        yield homeserver
-
-
-@pytest.fixture
-def serve(homeserver: Homeserver, tmp_path: Path) -> Iterator[Serve]:
-    """Starts the service on a database."""
-    with serving(homeserver, tmp_path / "service") as serve:
-        yield serve
 
 
 @contextmanager

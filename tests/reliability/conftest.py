@@ -1,0 +1,16 @@
+"""What several tests of databases that fail share."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from ..servers.homeserver import Homeserver
+from .faults import Serve, serving
+
+
+@pytest.fixture
+def serve(homeserver: Homeserver, tmp_path: Path) -> Iterator[Serve]:
+    """Starts the service on a database."""
+    with serving(homeserver, tmp_path / "service") as serve:
+        yield serve
