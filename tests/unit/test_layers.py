@@ -64,7 +64,7 @@ KNOWN_BY = {
     "sqlite3": {"storage.database", "service.sqlite_side"},
     "canonicaljson": {"rest.resource"},
     "json": {"wire", "storage.sql", "service.logs"},
-    "msgspec": {"wire", "whoami"},
+    "msgspec": {"types", "wire", "whoami"},
     "treq": {"whoami"},
     "yaml": {"service.config"},
 }
