@@ -4,7 +4,7 @@ What each endpoint takes and answers is written in the Matrix client-server API,
 "Server-side key backups". Every request is authenticated first; guests are refused.
 """
 
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from typing import Any, Protocol
 
 from twisted.internet.defer import Deferred, inlineCallbacks
@@ -18,7 +18,7 @@ from ..errors import (
     no_room_keys,
 )
 from ..handler import E2eRoomKeysHandler, KeyPages
-from ..types import BackupInfo, BackupState, Limits, Requester
+from ..types import BackupInfo, BackupState, Limits, Requester, RoomKey
 from ..wire import (
     BackupEncoder,
     check_id,
@@ -97,7 +97,7 @@ class RoomKeysServlet(RestServlet):
         requester: Requester = yield self.auth.get_user_by_req(request)
         check_ids(room_id, session_id)
         version = parse_string(request, "version")
-        keys = parse_upload(_body(request), room_id, session_id, self.hs.limits)
+        keys = _keys(request, room_id, session_id, self.hs.limits)
         state: BackupState = yield self.e2e_room_keys_handler.upload_room_keys(
             requester.user_id, version, keys, requester.device_id
         )
@@ -227,6 +227,14 @@ def _body(request: Request) -> bytes:
         # Twisted closes it when the connection is lost: nobody gets this answer.
         raise NotJsonError("The client left before its body was read")
     return content.read()  # type: ignore[no-any-return]
+
+
+def _keys(
+    request: Request, room_id: str | None, session_id: str | None, limits: Limits
+) -> Iterator[RoomKey]:
+    """Those of an upload, whose body isn't read before the first of them is taken: what
+    waits its turn needn't be in memory."""
+    yield from parse_upload(_body(request), room_id, session_id, limits)
 
 
 def _state_dict(state: BackupState) -> dict[str, Any]:
