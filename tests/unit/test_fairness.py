@@ -1,12 +1,13 @@
 """One user's requests wait for each other, and for nobody else's."""
 
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 
 from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock as FakeReactor
 from twisted.trial.unittest import SynchronousTestCase
 
-from synapse_roomkeys.clock import SLICE, Clock
+from synapse_roomkeys.clock import LONG, SLICE, Clock
 from synapse_roomkeys.errors import LimitExceededError
 from synapse_roomkeys.fairness import UserQueues
 
@@ -87,26 +88,62 @@ class ForEachTests(SynchronousTestCase):
 
     def setUp(self) -> None:
         self.reactor = FakeReactor()
-        self.taken = 0
+        self.patch(time, "thread_time", self.reactor.seconds)
+        self.got: list[int] = []
 
-    def values(self) -> Iterator[int]:
-        """Ten values."""
-        for self.taken in range(1, 11):
-            self.reactor.rightNow += 0.75 * SLICE
-            yield self.taken
+    def values(self, slices: float = 0.75) -> Iterator[int]:
+        """Ten values, each of which takes so many slices."""
+        for number in range(1, 11):
+            self.reactor.rightNow += slices * SLICE
+            yield number
+
+    def for_each(self, values: Iterable[int]) -> Deferred[None]:
+        """Take the values."""
+        return Clock(self.reactor).for_each(self.got.append, values)
+
+    def pause(self, seconds: float) -> None:
+        """Nothing is done for so long, and then it is."""
+        got = len(self.got)
+        self.reactor.advance(0.99 * seconds)
+        self.assertEqual(len(self.got), got)
+        self.reactor.advance(0.02 * seconds)
 
     def test_others_have_their_turn(self) -> None:
         """A few values are taken at one go, and then others have as long."""
-        got: list[int] = []
-        done = Clock(self.reactor).for_each(got.append, self.values())
+        done = self.for_each(self.values())
         for taken in (2, 4, 6, 8, 10):
             self.assertNoResult(done)
-            self.assertEqual(got[-1], taken)
-            self.reactor.advance(SLICE / 2)
-            self.assertEqual(got[-1], taken)
-            self.reactor.advance(SLICE / 2)
+            self.assertEqual(self.got[-1], taken)
+            self.pause(1.5 * SLICE)
         self.successResultOf(done)
-        self.assertEqual(got, list(range(1, 11)))
+        self.assertEqual(self.got, list(range(1, 11)))
+
+    def test_what_is_short_is_done_at_once(self) -> None:
+        """Ordinary uploads wait for nothing."""
+        self.successResultOf(self.for_each(self.values(0.09)))
+
+    def test_a_long_step_is_paid_for(self) -> None:
+        """Others have a hundred times as long, also where it is the only one."""
+        self.reactor.advance(1)
+
+        def values() -> Iterator[int]:
+            self.reactor.rightNow += 2 * LONG
+            yield 1
+
+        done = self.for_each(values())
+        self.assertNoResult(done)
+        self.reactor.advance(199 * LONG)
+        self.assertNoResult(done)
+        self.reactor.advance(2 * LONG)
+        self.successResultOf(done)
+
+    def test_waiting_for_another_thread_is_not_paid_for(self) -> None:
+        """A step that didn't use the processor is no reason to wait."""
+        self.patch(time, "thread_time", lambda: 0.0)
+        done = self.for_each(self.values(100))
+        for _ in range(10):
+            self.reactor.advance(0)
+        self.successResultOf(done)
 
     def test_an_error_ends_it(self) -> None:
         """What the iterator raises comes out."""
@@ -115,7 +152,21 @@ class ForEachTests(SynchronousTestCase):
             yield from self.values()
             raise KeyError
 
-        done = Clock(self.reactor).for_each(id, values())
+        done = self.for_each(values())
         for _ in range(5):
-            self.reactor.advance(SLICE)
+            self.reactor.advance(2 * SLICE)
+        self.failureResultOf(done, KeyError)
+
+    def test_a_long_error_is_paid_for(self) -> None:
+        """A body that is refused after a long look costs its sender as much."""
+
+        def values() -> Iterator[int]:
+            self.reactor.rightNow += 2 * LONG
+            yield from ()
+            raise KeyError
+
+        done = self.for_each(values())
+        self.reactor.advance(199 * LONG)
+        self.assertNoResult(done)
+        self.reactor.advance(2 * LONG)
         self.failureResultOf(done, KeyError)
