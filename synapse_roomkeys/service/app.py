@@ -1,5 +1,6 @@
 """The service put together: how it starts, and how it stops."""
 
+import gc
 import logging
 import os
 import signal
@@ -145,6 +146,9 @@ class Service:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._handle_signal)
         sys.setswitchinterval(_SWITCH_SECONDS)
+        # What is here now is here to stay: a full collection needn't look at it again.
+        gc.collect()
+        gc.freeze()
         self._reactor.callWhenRunning(self._start)
         self._reactor.run(installSignalHandlers=False)
         return self.exit_code
