@@ -11,10 +11,10 @@ T = TypeVar("T")
 #: For how long the reactor is kept at one go by what may be interrupted, in seconds.
 SLICE = 0.002
 #: What takes more processor time at one go, in seconds, is followed by a pause of so
-#: many times as long that hardly one in a hundred of others' requests meets it, however
-#: often it is asked for.
+#: many times as long that less than one in a hundred of others' requests meets it, or
+#: those that have met it, however often it is asked for.
 LONG = 0.01
-_PRICE = 100
+PRICE = 200
 
 
 class DelayedCall(Protocol):
@@ -120,4 +120,4 @@ class Clock:
 
 def _pause(taken: float) -> float:
     """For how long others have the reactor, after so much processor time: seconds."""
-    return taken * _PRICE if taken > LONG else taken
+    return taken * PRICE if taken > LONG else taken

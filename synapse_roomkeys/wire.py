@@ -263,6 +263,8 @@ class BackupEncoder:
 def _check_text(body: bytes, limit: int) -> None:
     if len(body) > limit:
         raise TooLargeError(f"The body is over {limit} bytes")
+    if body.isascii():
+        return
     try:
         body.decode()
     except UnicodeDecodeError:

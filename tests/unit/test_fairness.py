@@ -7,7 +7,7 @@ from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock as FakeReactor
 from twisted.trial.unittest import SynchronousTestCase
 
-from synapse_roomkeys.clock import LONG, SLICE, Clock
+from synapse_roomkeys.clock import LONG, PRICE, SLICE, Clock
 from synapse_roomkeys.errors import LimitExceededError
 from synapse_roomkeys.fairness import UserQueues
 
@@ -123,7 +123,7 @@ class ForEachTests(SynchronousTestCase):
         self.successResultOf(self.for_each(self.values(0.09)))
 
     def test_a_long_step_is_paid_for(self) -> None:
-        """Others have a hundred times as long, also where it is the only one."""
+        """Others have many times as long, also where it is the only one."""
         self.reactor.advance(1)
 
         def values() -> Iterator[int]:
@@ -132,7 +132,7 @@ class ForEachTests(SynchronousTestCase):
 
         done = self.for_each(values())
         self.assertNoResult(done)
-        self.reactor.advance(199 * LONG)
+        self.reactor.advance((2 * PRICE - 1) * LONG)
         self.assertNoResult(done)
         self.reactor.advance(2 * LONG)
         self.successResultOf(done)
@@ -166,7 +166,7 @@ class ForEachTests(SynchronousTestCase):
             raise KeyError
 
         done = self.for_each(values())
-        self.reactor.advance(199 * LONG)
+        self.reactor.advance((2 * PRICE - 1) * LONG)
         self.assertNoResult(done)
         self.reactor.advance(2 * LONG)
         self.failureResultOf(done, KeyError)
