@@ -88,6 +88,10 @@ class Clock:
         """Fire a Deferred that somebody else waits for, in the reactor's next turn."""
         self._reactor.callLater(0, deferred.callback, None)
 
+    def fail(self, deferred: "Deferred[None]", error: Exception) -> None:
+        """Have it fail, as `fire` has it fire."""
+        self._reactor.callLater(0, deferred.errback, error)
+
     def sleep(self, seconds: float) -> "Deferred[None]":
         """A Deferred that fires with None after a time."""
         slept: Deferred[None] = Deferred()

@@ -8,7 +8,7 @@ from twisted.internet.defer import Deferred, inlineCallbacks
 
 from . import metrics
 from .clock import Clock
-from .errors import LimitExceededError
+from .errors import LimitExceededError, UnavailableError
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -45,6 +45,8 @@ class UserQueues:
 
         Raises:
             LimitExceededError: too many calls of this user are waiting.
+            UnavailableError: the call has waited for one that has found the database
+                away. Each would take some seconds to find it, one after the other.
         """
         waiting = self._waiting.get(user_id)
         if waiting is None:
@@ -59,8 +61,17 @@ class UserQueues:
         try:
             result: T = yield call(*args, **kwargs)
             return result
+        except UnavailableError as error:
+            self._refuse_waiting(user_id, error)
+            raise
         finally:
             self._end_turn(user_id)
+
+    def _refuse_waiting(self, user_id: str, error: UnavailableError) -> None:
+        """Have the user's calls that wait fail as the one before them has."""
+        waiting = self._waiting[user_id]
+        while waiting:
+            self._clock.fail(waiting.popleft(), UnavailableError(error.retry_after))
 
     def _end_turn(self, user_id: str) -> None:
         """Let the user's next call run, if there is one."""

@@ -193,3 +193,20 @@ def test_no_connection_is_left(tmp_path: Path, serve: Serve) -> Steps:
         yield together([backup.check() for backup in backups])
         assert "too many clients" in served.service.log()
         served.service.stop()
+
+
+@inlineCallbacks
+def test_those_who_wait_behind_an_outage(tmp_path: Path, serve: Serve) -> Steps:
+    """One user's writes wait for each other, but not to find one by one that PostgreSQL
+    is away."""
+    with PostgresServer(tmp_path / "own") as server:
+        served = serve(server.create_database())
+        [backup] = yield served.new_backups(1)
+        server.stop()
+        start = time.monotonic()
+        yield together([backup.refuse() for _ in range(20)])
+        assert time.monotonic() - start < WITHIN
+        server.start()
+        yield backup.upload()
+        yield backup.check()
+        served.service.stop()

@@ -8,7 +8,7 @@ from twisted.internet.task import Clock as FakeReactor
 from twisted.trial.unittest import SynchronousTestCase
 
 from synapse_roomkeys.clock import LONG, PRICE, SLICE, Clock
-from synapse_roomkeys.errors import LimitExceededError
+from synapse_roomkeys.errors import LimitExceededError, UnavailableError
 from synapse_roomkeys.fairness import UserQueues
 
 
@@ -58,6 +58,19 @@ class UserQueuesTests(SynchronousTestCase):
         self.reactor.advance(0)
         self.failureResultOf(done[0], ZeroDivisionError)
         self.assertEqual(self.begun, ["1", "2"])
+
+    def test_an_outage_is_found_once(self) -> None:
+        """Those who wait are told too; whoever comes afterwards has a try."""
+        done = [self.run_call("a", name) for name in "123"]
+        self.ends["1"].errback(UnavailableError(7))
+        self.reactor.advance(0)
+        for refused in done:
+            error = self.failureResultOf(refused, UnavailableError).value
+            self.assertEqual(error.retry_after, 7)
+        self.assertEqual(self.begun, ["1"])
+        after = self.run_call("a", "4")
+        self.ends["4"].callback("4")
+        self.assertEqual(self.successResultOf(after), "4")
 
     def test_a_long_queue_is_refused(self) -> None:
         """A call too many fails, and those before it are not harmed."""
