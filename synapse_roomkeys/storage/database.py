@@ -26,8 +26,16 @@ _WAL_PAUSE = 0.02
 _LOCK_SECONDS = 0.5
 #: For how long a transaction waits for a connection. Seconds.
 _WAIT_SECONDS = 5
-#: For how long psycopg2 waits for each host, where the operator doesn't say. Seconds.
-_CONNECT_SECONDS = 5
+#: What libpq is told where the operator says nothing. It waits 5 seconds for each host.
+#: A server that vanished without a word, as one does that loses its power, is believed
+#: to be gone after 10 seconds (in milliseconds) without an answer to what was sent or,
+#: while an answer is waited for, to a probe. Linux takes 15 minutes, or two hours.
+_LIBPQ_DEFAULTS = {
+    "connect_timeout": 5,
+    "tcp_user_timeout": 10_000,
+    "keepalives_idle": 5,
+    "keepalives_interval": 5,
+}
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -280,8 +288,7 @@ def postgres_database(arguments: Mapping[str, Any]) -> PoolDatabase:
         arguments: those of ``psycopg2.connect``, and ``cp_min`` and ``cp_max`` of
             `adbapi.ConnectionPool`, how many connections there are.
     """
-    defaults = {"cp_min": 1, "cp_max": 10, "cp_reconnect": True}
-    defaults["connect_timeout"] = _CONNECT_SECONDS
+    defaults = {"cp_min": 1, "cp_max": 10, "cp_reconnect": True, **_LIBPQ_DEFAULTS}
     pool = adbapi.ConnectionPool("psycopg2", **{**defaults, **arguments})
     pool.connectionFactory = _PostgresConnection
     pool.transactionFactory = _PostgresTransaction

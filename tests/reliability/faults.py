@@ -68,10 +68,10 @@ class Backup:
         self.etag += 1
 
     @inlineCallbacks
-    def refuse(self, method: str = "PUT") -> Steps:
+    def refuse(self, method: str = "PUT", within: float = WITHIN) -> Steps:
         """Have a request refused for the moment."""
         body = wrapped(new_keys()) if method == "PUT" else None
-        answer: Answer = yield self.send(method, body)
+        answer: Answer = yield self.send(method, body, within)
         refused(answer, 503, "M_UNKNOWN")
         assert int(answer.headers["retry-after"]) > 0
 
@@ -85,7 +85,7 @@ class Backup:
         assert found == (self.etag, len(self.rooms) * KEYS)
         assert time.monotonic() - start < WITHIN
 
-    def send(self, method: str, body: Any) -> Deferred[Answer]:
+    def send(self, method: str, body: Any, within: float = WITHIN) -> Deferred[Answer]:
         """The answer to a request for all keys, which has to come in time."""
         answered = self.client.host.request(
             method,
@@ -93,7 +93,7 @@ class Backup:
             token=self.client.user.access_token,
             body=encoded(body),
         )
-        return answered.addTimeout(WITHIN, reactor)
+        return answered.addTimeout(within, reactor)
 
 
 def new_keys() -> Rooms:

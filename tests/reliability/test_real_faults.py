@@ -20,7 +20,9 @@ from twisted.internet.defer import inlineCallbacks
 from ..contract import Answer
 from ..contract.base import key, tally, wrapped
 from ..servers import PostgresServer
+from ..servers.processes import make_directory, remove_directory
 from . import SOAK
+from .cable import FAR, PORT, can_lay, laid
 from .faults import (
     KEYS,
     WITHIN,
@@ -34,6 +36,9 @@ from .faults import (
 
 #: A fault this long is over before a request gives up, in seconds.
 SHORT = 1.0
+#: How long an answer may take while PostgreSQL doesn't even say that it is gone: until
+#: its connections are given up, and one more try. Seconds.
+VANISHED = 20.0
 #: How many users there are where several meet a fault at once.
 USERS = 6
 LOCKS = ("IMMEDIATE", "EXCLUSIVE") if SOAK else ("EXCLUSIVE",)
@@ -209,4 +214,33 @@ def test_those_who_wait_behind_an_outage(tmp_path: Path, serve: Serve) -> Steps:
         server.start()
         yield backup.upload()
         yield backup.check()
+        served.service.stop()
+
+
+@pytest.mark.skipif(not can_lay(), reason="it takes root")
+@inlineCallbacks
+def test_a_server_that_vanishes(tmp_path: Path, serve: Serve) -> Steps:
+    """PostgreSQL's machine says nothing any more, so no connection is known to end."""
+    sockets = make_directory("sockets-")
+    settings = {"unix_socket_directories": str(sockets)}
+    with ExitStack() as stack:
+        stack.callback(remove_directory, sockets)
+        server = PostgresServer(tmp_path / "own", settings=settings)
+        server.give(sockets)
+        stack.enter_context(server)
+        path = sockets / f".s.PGSQL.{server.port}"
+        cable = stack.enter_context(laid(path, tmp_path / "cable.log"))
+        there = {"host": FAR, "port": PORT}
+        served = serve({**server.create_database(), **there})
+        backups: list[Backup] = yield served.new_backups(4)
+        cable.cut()
+        yield together(
+            [
+                b.refuse("GET" if n % 2 else "PUT", VANISHED)
+                for n, b in enumerate(backups)
+            ]
+        )
+        cable.mend()
+        yield together([backup.upload() for backup in backups])
+        yield together([backup.check() for backup in backups])
         served.service.stop()
