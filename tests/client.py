@@ -14,6 +14,7 @@ from twisted.web.http_headers import Headers
 from twisted.web.iweb import IResponse
 
 from .contract import Answer, User
+from .secrecy import SECRET
 
 
 class HttpHost:
@@ -41,11 +42,13 @@ class HttpHost:
         body: bytes | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> Generator[Deferred[Any], Any, Answer]:
-        """As `Host.request`."""
+        """As `Host.request`. No error tells a secret."""
         response: IResponse = yield self.open(
             method, path, token=token, body=body, headers=headers
         )
         content: bytes = yield treq.content(response)
+        if response.code >= 400:
+            assert not SECRET.search(content), content[:2000]
         names = response.headers.getAllRawHeaders()
         got = {name.decode().lower(): values[0].decode() for name, values in names}
         return Answer(response.code, got, content)

@@ -41,7 +41,7 @@ from .load import Load, new_load, shown
 Steps = Generator[Deferred[Any], Any, None]
 
 SERVICE_KILLS = 100 if SOAK else 5
-SYNAPSE_KILLS = 100 if SOAK else 3
+SYNAPSE_KILLS = 100 if SOAK else 5
 POSTGRES_KILLS = 20 if SOAK else 2
 SCHEMA_KILLS = 20 if SOAK else 8
 MIGRATION_KILLS = 20 if SOAK else 3

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import count
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import attrs
@@ -30,9 +32,15 @@ DEFAULTS = ServiceConfig(HomeserverOptions(URL))
 class ConfigTests(SynchronousTestCase):
     """`load_config`."""
 
+    def setUp(self) -> None:
+        directory = TemporaryDirectory()
+        self.addCleanup(directory.cleanup)
+        self.directory = Path(directory.name)
+        self.numbers = count()
+
     def file(self, content: str) -> Path:
         """A file with this content."""
-        path = Path(self.mktemp())
+        path = self.directory / f"{next(self.numbers)}.yaml"
         path.write_text(content)
         return path
 
@@ -255,7 +263,7 @@ class ConfigTests(SynchronousTestCase):
             self.assertIn(str(path), str(error))
             self.assertNotIn(SECRET, str(error))
             self.assertNotIn("\n", str(error))
-        missing = Path(self.mktemp())
+        missing = self.directory / "missing.yaml"
         error = self.assertRaises(OptionError, load_config, [missing], {}, URL)
         self.assertIn(f"{missing}: can't be read: No such file", str(error))
 
