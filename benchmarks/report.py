@@ -100,7 +100,9 @@ def _table(results: Results, about: Mapping[str, object]) -> Iterator[str]:
             _times(line.times_limit),
             cell(line.values.get(SERVICE)),
             _times(line.service_times_limit),
-            line.service_goal.text if line.service_goal else "",
+            line.service_goal.text
+            if line.service_goal and SERVICE in line.values
+            else "",
             line.service_verdict,
         )
 
