@@ -193,3 +193,7 @@ class UnavailableError(RoomKeysError):
 
     def headers(self) -> dict[str, str]:
         return {"Retry-After": str(self.retry_after)}
+
+
+class OutageError(UnavailableError):
+    """The database is away for everybody."""

@@ -1,20 +1,36 @@
 """One user's requests wait for each other, so that they can't starve others."""
 
+import math
+import time
 from collections import deque
 from collections.abc import Callable, Generator
 from typing import Any, ParamSpec, TypeVar
 
+import attrs
 from twisted.internet.defer import Deferred, inlineCallbacks
 
 from . import metrics
 from .clock import Clock
-from .errors import LimitExceededError, UnavailableError
+from .errors import LimitExceededError, OutageError, UnavailableError
 
 T = TypeVar("T")
 P = ParamSpec("P")
 
 #: What a client that was refused is told to wait, in seconds.
 RETRY_AFTER = 5
+
+
+@attrs.define
+class _Queue:
+    """A user's calls: one that runs, and those that wait.
+
+    Attributes:
+        outage: when the last call began that found an outage, in seconds of a clock
+            that nobody sets.
+    """
+
+    waiting: deque[Deferred[None]] = attrs.Factory(deque)
+    outage: float = -math.inf
 
 
 class UserQueues:
@@ -30,8 +46,8 @@ class UserQueues:
         """
         self._clock = clock
         self._max_waiting = max_waiting
-        #: The calls that wait, of each user who has one that runs.
-        self._waiting: dict[str, deque[Deferred[None]]] = {}
+        #: Of each user who has a call that runs.
+        self._queues: dict[str, _Queue] = {}
 
     @inlineCallbacks
     def run(
@@ -45,38 +61,35 @@ class UserQueues:
 
         Raises:
             LimitExceededError: too many calls of this user are waiting.
-            UnavailableError: the call has waited for one that has found the database
-                away. Each would take some seconds to find it, one after the other.
+            UnavailableError: this one has waited all the while in which another one
+                found an outage. Each would take some seconds to find it anew.
         """
-        waiting = self._waiting.get(user_id)
-        if waiting is None:
-            self._waiting[user_id] = deque()
-        elif len(waiting) < self._max_waiting:
+        came = time.monotonic()
+        queue = self._queues.get(user_id)
+        if queue is None:
+            queue = self._queues[user_id] = _Queue()
+        elif len(queue.waiting) < self._max_waiting:
             turn: Deferred[None] = Deferred()
-            waiting.append(turn)
+            queue.waiting.append(turn)
             with metrics.waiting_requests.track_inprogress():
                 yield self._clock.wait(turn)
         else:
             raise LimitExceededError(RETRY_AFTER)
+        began = time.monotonic()
         try:
+            if came < queue.outage:
+                raise UnavailableError(RETRY_AFTER)
             result: T = yield call(*args, **kwargs)
             return result
-        except UnavailableError as error:
-            self._refuse_waiting(user_id, error)
+        except OutageError:
+            queue.outage = began
             raise
         finally:
-            self._end_turn(user_id)
+            self._end_turn(user_id, queue)
 
-    def _refuse_waiting(self, user_id: str, error: UnavailableError) -> None:
-        """Have the user's calls that wait fail as the one before them has."""
-        waiting = self._waiting[user_id]
-        while waiting:
-            self._clock.fail(waiting.popleft(), UnavailableError(error.retry_after))
-
-    def _end_turn(self, user_id: str) -> None:
+    def _end_turn(self, user_id: str, queue: _Queue) -> None:
         """Let the user's next call run, if there is one."""
-        waiting = self._waiting[user_id]
-        if waiting:
-            self._clock.fire(waiting.popleft())
+        if queue.waiting:
+            self._clock.fire(queue.waiting.popleft())
         else:
-            del self._waiting[user_id]
+            del self._queues[user_id]

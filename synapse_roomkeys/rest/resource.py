@@ -220,8 +220,9 @@ def _answering(method: Callable[..., Any]) -> Callable[..., "Deferred[None]"]:
             _check_path(request)
             answer: Answer = yield method(request, **groups)
         except RoomKeysError as error:
-            note_refusal(request, error)
-            respond_error(request, error)
+            if not request._disconnected:
+                note_refusal(request, error)
+                respond_error(request, error)
             return
         if answer is not None:
             respond(request, *answer)

@@ -120,7 +120,8 @@ class RoomKeysServlet(RestServlet):
             return 200, encode_key(pages.page.parts[0])
         set_headers(request, b"application/json")
         if request.method == b"HEAD":
-            request.finish()
+            if not request._disconnected:
+                request.finish()
             return None
         writer = PacedWriter(request, self.hs.clock, self.hs.stalled_download_seconds)
         yield stream_pages(writer, pages, BackupEncoder(with_rooms=room_id is None))
@@ -232,8 +233,8 @@ def _body(request: Request) -> bytes:
 def _keys(
     request: Request, room_id: str | None, session_id: str | None, limits: Limits
 ) -> Iterator[RoomKey]:
-    """Those of an upload, whose body isn't read before the first of them is taken: what
-    waits its turn needn't be in memory."""
+    """Those of an upload. Its body isn't read before the first of them is taken: until
+    then Twisted has a large one in a temporary file."""
     yield from parse_upload(_body(request), room_id, session_id, limits)
 
 

@@ -12,7 +12,7 @@ from twisted.enterprise import adbapi
 from twisted.internet.defer import Deferred, DeferredSemaphore, inlineCallbacks
 
 from ..clock import Clock
-from ..errors import UnavailableError
+from ..errors import OutageError, UnavailableError
 from . import sql
 
 logger = logging.getLogger(__name__)
@@ -26,11 +26,11 @@ _WAL_PAUSE = 0.02
 _LOCK_SECONDS = 0.5
 #: For how long a transaction waits for a connection. Seconds.
 _WAIT_SECONDS = 5
-#: What libpq is told where the operator says nothing. It waits 5 seconds for each host.
+#: What libpq is told where the arguments say nothing. It waits 5 seconds for each host.
 #: A server that vanished without a word, as one does that loses its power, is believed
 #: to be gone after 10 seconds (in milliseconds) without an answer to what was sent or,
 #: while an answer is waited for, to a probe. Linux takes 15 minutes, or two hours.
-_LIBPQ_DEFAULTS = {
+LIBPQ_DEFAULTS = {
     "connect_timeout": 5,
     "tcp_user_timeout": 10_000,
     "keepalives_idle": 5,
@@ -97,14 +97,21 @@ class Engine:
     Attributes:
         error: what all of the driver's exceptions are.
         transient: those after which trying again may help.
+        is_outage: whether one of these says that any transaction would fail.
     """
 
     dialect: sql.Dialect
     error: type[Exception]
     transient: tuple[type[Exception], ...]
+    is_outage: Callable[[Exception], bool]
 
 
-SQLITE = Engine(sql.SQLITE, sqlite3.Error, (sqlite3.OperationalError,))
+SQLITE = Engine(
+    sql.SQLITE,
+    sqlite3.Error,
+    (sqlite3.OperationalError,),
+    lambda error: str(error).startswith("database is locked"),
+)
 
 
 def postgres() -> Engine:
@@ -119,6 +126,8 @@ def postgres() -> Engine:
         sql.POSTGRES,
         psycopg2.Error,
         (psycopg2.OperationalError, psycopg2.InterfaceError, adbapi.ConnectionLost),
+        # One that can't be reached says nothing; 57P is one that stops or starts.
+        lambda error: (getattr(error, "pgcode", None) or "57P").startswith("57P"),
     )
 
 
@@ -131,7 +140,7 @@ class RetryingDatabase:
 
     def __init__(self, database: Database, engine: Engine, clock: Clock) -> None:
         self._database = database
-        self._transient = engine.transient
+        self._engine = engine
         self._clock = clock
 
     @inlineCallbacks
@@ -145,21 +154,24 @@ class RetryingDatabase:
         """As `Database.run`.
 
         Raises:
-            UnavailableError: the database is away; its cause is what the last try met.
+            UnavailableError: all tries have failed; its cause is what the last one met.
+            OutageError: others would fail as well.
         """
         end = time.monotonic() + _TRY_SECONDS
         for delay in (*_RETRY_DELAYS, math.inf):
             try:
                 result: T = yield self._database.run(desc, function, *args, **kwargs)
                 return result
-            except self._transient as error:
+            except self._engine.transient as error:
                 failure = error
             if time.monotonic() + delay > end:
                 break
             logger.warning("%s failed, trying again: %s", desc, _brief(failure))
             yield self._clock.sleep(delay)
         logger.error("%s failed for good: %s", desc, _brief(failure))
-        raise UnavailableError(RETRY_AFTER) from failure
+        is_outage = self._engine.is_outage(failure)
+        kind = OutageError if is_outage else UnavailableError
+        raise kind(RETRY_AFTER) from failure
 
 
 def _brief(error: Exception) -> str:
@@ -288,8 +300,10 @@ def postgres_database(arguments: Mapping[str, Any]) -> PoolDatabase:
         arguments: those of ``psycopg2.connect``, and ``cp_min`` and ``cp_max`` of
             `adbapi.ConnectionPool`, how many connections there are.
     """
-    defaults = {"cp_min": 1, "cp_max": 10, "cp_reconnect": True, **_LIBPQ_DEFAULTS}
-    pool = adbapi.ConnectionPool("psycopg2", **{**defaults, **arguments})
+    defaults = {"cp_min": 1, "cp_max": 10, "cp_reconnect": True}
+    # What stands in a dsn gives way to arguments of the same name.
+    timeouts = {} if "dsn" in arguments else LIBPQ_DEFAULTS
+    pool = adbapi.ConnectionPool("psycopg2", **{**defaults, **timeouts, **arguments})
     pool.connectionFactory = _PostgresConnection
     pool.transactionFactory = _PostgresTransaction
     return PoolDatabase(pool)

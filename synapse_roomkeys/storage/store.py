@@ -7,6 +7,7 @@ from twisted.internet.defer import Deferred, inlineCallbacks
 
 from ..errors import (
     InvalidParamError,
+    NotFoundError,
     RoomKeysVersionError,
     UserLimitError,
     unknown_version,
@@ -125,7 +126,11 @@ class EndToEndRoomKeyStore:
     def get_info(
         self, user_id: str, version: int | None
     ) -> "Generator[Deferred[Any], Any, BackupInfo | None]":
-        """A version, or the current one; None when there is none."""
+        """A version, or the current one; None when there is none.
+
+        Raises:
+            NotFoundError: the version was deleted meanwhile.
+        """
         row = yield self._database.run(
             "roomkeys_get_info", self._info_txn, user_id, version
         )
@@ -133,9 +138,16 @@ class EndToEndRoomKeyStore:
             return None
         number, algorithm, auth_data, etag, count = row
         if count is None:
-            state: BackupState = yield self._database.run(
-                "roomkeys_count_keys", self._count_txn, user_id, number
-            )
+            try:
+                state: BackupState = yield self._database.run(
+                    "roomkeys_count_keys", self._count_txn, user_id, number
+                )
+            except NotFoundError:
+                if version is not None:
+                    raise
+                # It was deleted meanwhile: an older one is the current one now, if any.
+                info: BackupInfo | None = yield self.get_info(user_id, None)
+                return info
             etag, count = state.etag, state.count
         return BackupInfo(number, algorithm, auth_data, etag, count)
 

@@ -32,6 +32,8 @@ SLOW_BUFFER = 4096
 #: The largest body that is taken, in bytes, and the largest key.
 LARGEST = 10 * 1024 * 1024
 LARGEST_KEY = 64 * 1024
+#: One that is nearly as large as it may be without a pause for its largest step.
+UNPAID = 4 * 1024 * 1024
 #: The largest one that is read again to say what is wrong with it.
 EXPLAINED = 256 * 1024
 #: How deep lists are nested: about as deep as they may be.
@@ -131,7 +133,8 @@ async def upload(user: User, name: str, bodies: Sequence[bytes]) -> None:
 async def upload_keys(user: User) -> None:
     """As many keys as are taken, as large ones as real ones are, and much data."""
     small = keys(b'"' + b"x" * SMALL_KEY + b'"')
-    await upload(user, "upload_keys", [small, real_keys(), keys(nested_data())])
+    bodies = [small, real_keys(), keys(nested_data()), real_keys(UNPAID)]
+    await upload(user, "upload_keys", bodies)
 
 
 async def upload_rubbish(user: User) -> None:
@@ -150,18 +153,18 @@ async def upload_rubbish(user: User) -> None:
     await upload(user, "upload_rubbish", bodies)
 
 
-def keys(session_data: bytes) -> bytes:
-    """As large an upload of a room as there may be."""
+def keys(session_data: bytes, size: int = LARGEST) -> bytes:
+    """As large an upload of a room as there may be, or one of another size in bytes."""
     member = b'"%%06d":{"first_message_index":%d,"forwarded_count":0,' % INDEX
     member += b'"is_verified":false,"session_data":' + session_data + b"},"
     body = b'{"rooms":{"%b":{"sessions":{' % ROOM.encode()
-    number = (LARGEST - len(body) - 4) // len(member % 0)
+    number = (size - len(body) - 4) // len(member % 0)
     return body + b"".join(member % n for n in range(number))[:-1] + b"}}}}"
 
 
-def real_keys() -> bytes:
-    """As large an upload of real keys as there may be."""
-    return keys(b'{"ciphertext":"' + b"x" * 900 + b'"}')
+def real_keys(size: int = LARGEST) -> bytes:
+    """The same, of real keys."""
+    return keys(b'{"ciphertext":"' + b"x" * 900 + b'"}', size)
 
 
 def nested_data() -> bytes:

@@ -1,5 +1,6 @@
 """One user's requests wait for each other, and for nobody else's."""
 
+import gc
 import time
 from collections.abc import Callable, Iterable, Iterator
 
@@ -7,8 +8,8 @@ from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock as FakeReactor
 from twisted.trial.unittest import SynchronousTestCase
 
-from synapse_roomkeys.clock import LONG, PRICE, SLICE, Clock
-from synapse_roomkeys.errors import LimitExceededError, UnavailableError
+from synapse_roomkeys.clock import LONG, MAX_PAUSE, PRICE, SLICE, Clock
+from synapse_roomkeys.errors import LimitExceededError, OutageError, UnavailableError
 from synapse_roomkeys.fairness import UserQueues
 
 
@@ -60,17 +61,30 @@ class UserQueuesTests(SynchronousTestCase):
         self.assertEqual(self.begun, ["1", "2"])
 
     def test_an_outage_is_found_once(self) -> None:
-        """Those who wait are told too; whoever comes afterwards has a try."""
+        """Those who have waited all the while are told too; others have a try."""
         done = [self.run_call("a", name) for name in "123"]
-        self.ends["1"].errback(UnavailableError(7))
+        self.ends["1"].callback("1")
         self.reactor.advance(0)
-        for refused in done:
-            error = self.failureResultOf(refused, UnavailableError).value
-            self.assertEqual(error.retry_after, 7)
-        self.assertEqual(self.begun, ["1"])
-        after = self.run_call("a", "4")
+        late = self.run_call("a", "4")
+        self.ends["2"].errback(OutageError(7))
+        self.reactor.advance(0)
+        self.failureResultOf(done[1], OutageError)
+        self.failureResultOf(done[2], UnavailableError)
+        self.reactor.advance(0)
         self.ends["4"].callback("4")
-        self.assertEqual(self.successResultOf(after), "4")
+        self.assertEqual(self.successResultOf(late), "4")
+        self.assertEqual(self.begun, ["1", "2", "4"])
+
+    def test_what_is_no_outage_is_tried_by_each(self) -> None:
+        """One that failed by itself, as at a time limit, is nothing to the others."""
+        done = [self.run_call("a", name) for name in "123"]
+        self.ends["1"].callback("1")
+        self.reactor.advance(0)
+        self.ends["2"].errback(UnavailableError(7))
+        self.reactor.advance(0)
+        self.failureResultOf(done[1], UnavailableError)
+        self.ends["3"].callback("3")
+        self.assertEqual(self.successResultOf(done[2]), "3")
 
     def test_a_long_queue_is_refused(self) -> None:
         """A call too many fails, and those before it are not harmed."""
@@ -93,7 +107,7 @@ class UserQueuesTests(SynchronousTestCase):
             self.ends[name].callback(name)
             self.reactor.advance(0)
         self.assertEqual([self.successResultOf(d) for d in done], list("123"))
-        self.assertEqual(self.queues._waiting, {})
+        self.assertEqual(self.queues._queues, {})
 
 
 class ForEachTests(SynchronousTestCase):
@@ -137,18 +151,44 @@ class ForEachTests(SynchronousTestCase):
 
     def test_a_long_step_is_paid_for(self) -> None:
         """Others have many times as long, also where it is the only one."""
-        self.reactor.advance(1)
 
         def values() -> Iterator[int]:
-            self.reactor.rightNow += 2 * LONG
+            self.reactor.rightNow += 1.5 * LONG
             yield 1
 
         done = self.for_each(values())
-        self.assertNoResult(done)
-        self.reactor.advance((2 * PRICE - 1) * LONG)
+        self.reactor.advance(PRICE * 0.5 * LONG)
         self.assertNoResult(done)
         self.reactor.advance(2 * LONG)
         self.successResultOf(done)
+
+    def test_no_pause_is_endless(self) -> None:
+        """Nobody waits for longer than clients do, however slow the machine."""
+
+        def values() -> Iterator[int]:
+            self.reactor.rightNow += 1
+            yield 1
+
+        done = self.for_each(values())
+        self.reactor.advance(MAX_PAUSE - 0.1)
+        self.assertNoResult(done)
+        self.reactor.advance(0.2)
+        self.successResultOf(done)
+
+    def test_no_garbage_is_collected_meanwhile(self) -> None:
+        """That would be paid for; afterwards it is as it was."""
+        found: list[bool] = []
+
+        def values() -> Iterator[int]:
+            found.append(gc.isenabled())
+            yield 1
+
+        for enabled in (True, False):
+            (gc.enable if enabled else gc.disable)()
+            self.addCleanup(gc.enable)
+            self.successResultOf(self.for_each(values()))
+            self.assertEqual(gc.isenabled(), enabled)
+        self.assertEqual(found, [False, False])
 
     def test_waiting_for_another_thread_is_not_paid_for(self) -> None:
         """A step that didn't use the processor is no reason to wait."""
@@ -174,12 +214,12 @@ class ForEachTests(SynchronousTestCase):
         """A body that is refused after a long look costs its sender as much."""
 
         def values() -> Iterator[int]:
-            self.reactor.rightNow += 2 * LONG
+            self.reactor.rightNow += 1.5 * LONG
             yield from ()
             raise KeyError
 
         done = self.for_each(values())
-        self.reactor.advance((2 * PRICE - 1) * LONG)
+        self.reactor.advance(PRICE * 0.5 * LONG)
         self.assertNoResult(done)
         self.reactor.advance(2 * LONG)
         self.failureResultOf(done, KeyError)

@@ -2,14 +2,17 @@
 
 import sqlite3
 from typing import Any
+from unittest import mock
 
+import psycopg2
+from twisted.enterprise import adbapi
 from twisted.internet.defer import Deferred, fail
 from twisted.internet.task import Clock as FakeReactor
 from twisted.trial.unittest import SynchronousTestCase
 
 from synapse_roomkeys.clock import Clock
-from synapse_roomkeys.errors import UnavailableError
-from synapse_roomkeys.storage import SQLITE, RetryingDatabase
+from synapse_roomkeys.errors import OutageError, UnavailableError
+from synapse_roomkeys.storage import SQLITE, RetryingDatabase, postgres
 
 from ..contract import Client
 from ..contract.base import Rooms, key, keys_path
@@ -264,28 +267,57 @@ class LogTests(Operations):
         self.assertNotIn("DATA", logged.output[0])
 
 
+class RaceTests(Operations):
+    """What happens between two transactions of a request."""
+
+    def test_the_current_version_is_deleted_while_it_is_counted(self) -> None:
+        """An older one is the current one then; there is one all the while."""
+        newer = self.successResultOf(self.client.create_version())
+        self.run_sql("DELETE FROM roomkeys_counts")
+        run = self.host.database.run
+
+        def interrupted(desc: str, *args: Any) -> Any:
+            if desc == "roomkeys_count_keys":
+                delete = (
+                    "UPDATE e2e_room_keys_versions SET deleted = 1 WHERE version = ?"
+                )
+                self.run_sql(delete, int(newer))
+            return run(desc, *args)
+
+        self.patch(self.host.database, "run", interrupted)
+        self.assertEqual(self.info()["version"], self.version)
+        self.run_sql("DELETE FROM roomkeys_counts")
+        newer = self.version
+        answer = self.successResultOf(self.client.get("/version"))
+        self.assertEqual(answer.status, 404)
+        self.assertEqual(answer.json["error"], "No backup found")
+
+
 class Away:
     """A database that is away for a number of tries."""
 
-    def __init__(self, tries: int) -> None:
+    def __init__(self, tries: int, error: str) -> None:
         self.tries = tries
+        self.error = sqlite3.OperationalError(f"{error}\nwith secrets")
         self.database = ImmediateDatabase()
 
     def run(self, desc: str, function: Any, *args: Any, **kwargs: Any) -> Any:
         """As `Database.run`."""
         if self.tries:
             self.tries -= 1
-            return fail(sqlite3.OperationalError("database is locked\nwith secrets"))
+            return fail(self.error)
         return self.database.run(desc, function, *args, **kwargs)
 
 
 class RetryTests(SynchronousTestCase):
     """`RetryingDatabase`."""
 
-    def run_away(self, tries: int) -> tuple[FakeReactor, "Deferred[int]"]:
+    def run_away(
+        self, tries: int, error: str = "database is locked"
+    ) -> tuple[FakeReactor, "Deferred[int]"]:
         """Use a database that is away for a number of tries."""
         reactor = FakeReactor()
-        database = RetryingDatabase(Away(tries), SQLITE, Clock(reactor))
+        database = RetryingDatabase(Away(tries, error), SQLITE, Clock(reactor))
         return reactor, database.run("test", lambda txn: 7)
 
     def test_it_comes_back(self) -> None:
@@ -302,9 +334,30 @@ class RetryTests(SynchronousTestCase):
         with self.assertLogs("synapse_roomkeys", "WARNING"):
             reactor, done = self.run_away(100)
             reactor.pump([0.5] * 20)
-        error = self.failureResultOf(done, UnavailableError).value
+        error = self.failureResultOf(done, OutageError).value
         self.assertEqual(error.code, 503)
         self.assertGreater(int(error.headers()["Retry-After"]), 0)
+
+    def test_what_others_may_still_have(self) -> None:
+        """A full disk can't take more, and gives what it has."""
+        with self.assertLogs("synapse_roomkeys", "WARNING"):
+            reactor, done = self.run_away(100, "database or disk is full")
+            reactor.pump([0.5] * 20)
+        error = self.failureResultOf(done, UnavailableError).value
+        self.assertNotIsInstance(error, OutageError)
+
+    def test_what_postgresql_calls_an_outage(self) -> None:
+        """It can't be reached, or stops; not what befalls a single transaction."""
+        engine = postgres()
+        away = [
+            psycopg2.OperationalError("connection refused"),
+            psycopg2.InterfaceError("connection already closed"),
+            adbapi.ConnectionLost(),
+        ]
+        self.assertTrue(all(engine.is_outage(error) for error in away))
+        for code, outage in (("57P01", True), ("57014", False), ("40P01", False)):
+            error = mock.Mock(pgcode=code)
+            self.assertEqual(engine.is_outage(error), outage, code)
 
     def test_a_defect_is_not_tried_again(self) -> None:
         """What trying again can't help fails at once."""

@@ -9,6 +9,7 @@ from twisted.web.resource import Resource
 from twisted.web.server import Site
 
 from synapse_roomkeys import RoomKeysVersionServlet, register_servlets
+from synapse_roomkeys.clock import as_it_is
 from synapse_roomkeys.rest import JsonResource
 from synapse_roomkeys.types import Limits, Requester
 
@@ -82,22 +83,26 @@ class FaultTests(SynchronousTestCase):
             path = f"/_matrix/client/v3/room_keys/keys?version={version}"
             transport = host.send("PUT", path, token=user.access_token, body=b"{}")
             transport.loseConnection()
-            with self.assertNoLogs("synapse_roomkeys", "ERROR"):
+            with self.assertNoLogs("synapse_roomkeys", "INFO"):
                 asked.callback(Requester(user.user_id, None))
         self.assertEqual(transport.value(), b"")
 
     def test_a_client_that_left_is_not_answered(self) -> None:
         """A connection that closes before the answer does no harm."""
         host = MemoryHost()
-        turn: Deferred[None] = Deferred()
-        host.handler._reads.run("@user0:test.example", lambda: turn)
-        token = host.new_user().access_token
-        transport = host.send("GET", VERSION, token=token)
-        self.assertEqual(transport.value(), b"")
-        transport.loseConnection()
-        turn.callback(None)
-        host.reactor.advance(0)
-        self.assertEqual(transport.value(), b"")
+        user = host.new_user()
+        version = self.successResultOf(Client(host, user).create_version())
+        keys = f"/_matrix/client/v3/room_keys/keys?version={version}"
+        for method, path in (("GET", VERSION), ("GET", keys), ("HEAD", keys)):
+            turn: Deferred[None] = Deferred()
+            host.handler._reads.run(user.user_id, as_it_is, turn)
+            transport = host.send(method, path, token=user.access_token)
+            self.assertEqual(transport.value(), b"")
+            transport.loseConnection()
+            with self.assertNoLogs("synapse_roomkeys", "WARNING"):
+                turn.callback(None)
+                host.reactor.advance(0)
+            self.assertEqual(transport.value(), b"")
 
     def test_options_need_no_token(self) -> None:
         """A browser's preflight is answered to anyone."""
