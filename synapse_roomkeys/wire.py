@@ -40,6 +40,8 @@ _BYTES_PER_OBJECT = 256
 #: How many values a body may hold, about, to be read again only to say what is wrong
 #: with it: 200 keys have 2,000.
 _MAX_EXPLAINED = 10_000
+#: What an integer that no double holds has in it at least.
+_LONG_INTEGER = re.compile(b"[0-9]{309}")
 #: What stands between a session's id and its key in a download.
 _KEY_BEGINS = ':{"first_message_index":'
 
@@ -75,7 +77,6 @@ def _finite(digits: str) -> float:
     return number
 
 
-#: Reads what is opaque, only to see that others can read it.
 _decode_anything = msgspec.json.Decoder(float_hook=_finite).decode
 _decode_key = msgspec.json.Decoder(_KeyBody).decode
 _decode_room = msgspec.json.Decoder(_RoomBody).decode
@@ -182,8 +183,8 @@ def parse_version_info(body: bytes, limits: Limits) -> VersionInfo:
     try:
         info = _decode_version(body)
         auth_data = bytes(info.auth_data)
-        _decode_anything(auth_data)
-    except (msgspec.MsgspecError, RecursionError) as error:
+        _check_opaque(auth_data)
+    except (ValueError, msgspec.MsgspecError, RecursionError) as error:
         if not isinstance(_load(body, error), dict):
             raise BadJsonError("The body must be an object") from None
         raise BadJsonError(f"The body can't be used: {error}") from None
@@ -292,14 +293,30 @@ def _room_key(room_id: str, session_id: str, body: _KeyBody, limits: Limits) -> 
         where = _where("session_data", room_id, session_id)
         raise BadJsonError(f"{where} must not be null")
     try:
-        _decode_anything(session_data)
-    except (msgspec.MsgspecError, RecursionError) as error:
+        _check_opaque(session_data)
+    except (ValueError, msgspec.MsgspecError, RecursionError) as error:
         where = _where("session_data", room_id, session_id)
         raise BadJsonError(f"{where} can't be used: {error}") from None
     metadata = KeyMetadata(
         body.first_message_index, body.forwarded_count, body.is_verified
     )
     return RoomKey(room_id, session_id, metadata, session_data.decode())
+
+
+def _check_opaque(text: bytes) -> None:
+    """Read what is opaque, only to see that others can read it.
+
+    Raises:
+        ValueError: a number is out of a double's range.
+        msgspec.MsgspecError: the same, or it isn't JSON.
+        RecursionError: it is nested too deeply.
+    """
+    value = _decode_anything(text)
+    # The decoder makes any integer one of Python's. What clients send are strings.
+    if type(value) is dict and all(type(member) is str for member in value.values()):
+        return
+    if _LONG_INTEGER.search(text):
+        json.loads(text, parse_int=_finite)
 
 
 def _refuse_upload(

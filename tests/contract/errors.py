@@ -215,6 +215,8 @@ NOT_KEPT: dict[str, tuple[bytes, tuple[str, ...]]] = {
     **NOT_DATA,
     "too large a number": (b"1e999", EITHER),
     "too small a number": (b"[-1e999]", EITHER),
+    "too large an integer": (b"9" * 309, EITHER),
+    "too small an integer": (b'{"a": {"b": [1, -%b]}}' % (b"9" * 1000), EITHER),
 }
 """And those that a server doesn't keep, as not every client can read them."""
 

@@ -34,7 +34,7 @@ def integer(digits: str) -> int | float:
 
 def kept(text: str) -> Any:
     """What is stored, as any client can read it."""
-    return json.loads(text, parse_float=finite)
+    return json.loads(text, parse_float=finite, parse_int=finite_integer)
 
 
 def finite(digits: str) -> float:
@@ -42,6 +42,12 @@ def finite(digits: str) -> float:
     value = float(digits)
     assert math.isfinite(value), digits
     return value
+
+
+def finite_integer(digits: str) -> int:
+    """An integer that fits in a double, if not exactly."""
+    finite(digits)
+    return int(digits)
 
 
 def keys_of(body: bytes, room_id: str | None, session_id: str | None) -> Any:

@@ -61,7 +61,10 @@ class ParseUploadTests(SynchronousTestCase):
             b"1e999",
             b"-1E+0400",
             b"[1.5e309]",
+            b"9" * 309,
+            b"9" * 4300,
             b"9" * 5000,
+            b'{"a":"1","b":[-2%b]}' % (b"0" * 308),
             b'{"a":2e308}',
         ):
             self.assertRaises(
@@ -72,7 +75,14 @@ class ParseUploadTests(SynchronousTestCase):
                 "s",
                 Limits(),
             )
-        for text in (b'": 1e999"', b'"' + b"9" * 300 + b'"', b"1e-999", b"[1e300]"):
+        for text in (
+            b'": 1e999"',
+            b'"' + b"9" * 400 + b'"',
+            b'{"a":1,"b":"' + b"9" * 400 + b'"}',
+            b"1" + b"0" * 308,
+            b"1e-999",
+            b"[1e300]",
+        ):
             body = BEFORE + b'"session_data":' + text + b"}"
             [key] = parse(body, "!r", "s", Limits())
             self.assertEqual(key.session_data, text.decode())
