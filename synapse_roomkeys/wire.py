@@ -40,8 +40,9 @@ _BYTES_PER_OBJECT = 256
 #: How many values a body may hold, about, to be read again only to say what is wrong
 #: with it: 200 keys have 2,000.
 _MAX_EXPLAINED = 10_000
-#: What an integer that no double holds has in it at least.
-_LONG_INTEGER = re.compile(b"[0-9]{309}")
+#: How many digits an integer has at least that no double holds.
+_LONG = 309
+_LONG_INTEGER = re.compile(b"[0-9]{%d}" % _LONG)
 #: What stands between a session's id and its key in a download.
 _KEY_BEGINS = ':{"first_message_index":'
 
@@ -312,11 +313,17 @@ def _check_opaque(text: bytes) -> None:
         RecursionError: it is nested too deeply.
     """
     value = _decode_anything(text)
-    # The decoder makes any integer one of Python's. What clients send are strings.
-    if type(value) is dict and all(type(member) is str for member in value.values()):
-        return
-    if _LONG_INTEGER.search(text):
+    # The decoder makes any integer one of Python's.
+    if not _has_only_strings(value, text) and _LONG_INTEGER.search(text):
         json.loads(text, parse_int=_finite)
+
+
+def _has_only_strings(value: Any, text: bytes) -> bool:
+    """Whether an object and what it was read from have only strings, as in what clients
+    send. A member that another of its name has replaced shows by the length."""
+    if type(value) is not dict or any(type(v) is not str for v in value.values()):
+        return False
+    return len(text) - sum(map(len, value)) - sum(map(len, value.values())) < _LONG
 
 
 def _refuse_upload(

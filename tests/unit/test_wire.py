@@ -65,6 +65,7 @@ class ParseUploadTests(SynchronousTestCase):
             b"9" * 4300,
             b"9" * 5000,
             b'{"a":"1","b":[-2%b]}' % (b"0" * 308),
+            b'{"a":%b,"a":"1"}' % (b"9" * 309),
             b'{"a":2e308}',
         ):
             self.assertRaises(
