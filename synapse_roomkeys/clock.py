@@ -12,10 +12,9 @@ T = TypeVar("T")
 
 #: For how long the reactor is kept at one go by what may be interrupted, in seconds.
 SLICE = 0.005
-#: What takes more processor time at one go is paid for by a pause: so many times as
-#: long as it is above that, in seconds. So one user keeps others waiting for longer
-#: less than one time in a hundred, however often it is asked for.
-LONG = 0.01
+#: A step may take longer. What it takes of the processor above that is paid for by a
+#: pause so many times as long: so one user keeps others waiting for longer less than
+#: one time in a hundred, however often it is asked for.
 PRICE = 200
 #: No pause is longer, in seconds.
 MAX_PAUSE = 10.0
@@ -138,4 +137,4 @@ def _uncollected() -> Iterator[None]:
 
 def _pause(taken: float) -> float:
     """For how long others have the reactor, after so much processor time: seconds."""
-    return min(taken + PRICE * max(0, taken - LONG), MAX_PAUSE)
+    return min(taken + PRICE * max(0, taken - SLICE), MAX_PAUSE)

@@ -8,7 +8,7 @@ from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock as FakeReactor
 from twisted.trial.unittest import SynchronousTestCase
 
-from synapse_roomkeys.clock import LONG, MAX_PAUSE, PRICE, SLICE, Clock
+from synapse_roomkeys.clock import MAX_PAUSE, PRICE, SLICE, Clock
 from synapse_roomkeys.errors import LimitExceededError, OutageError, UnavailableError
 from synapse_roomkeys.fairness import UserQueues
 
@@ -118,7 +118,7 @@ class ForEachTests(SynchronousTestCase):
         self.patch(time, "thread_time", self.reactor.seconds)
         self.got: list[int] = []
 
-    def values(self, slices: float = 0.75) -> Iterator[int]:
+    def values(self, slices: float = 0.52) -> Iterator[int]:
         """Ten values, each of which takes so many slices."""
         for number in range(1, 11):
             self.reactor.rightNow += slices * SLICE
@@ -141,7 +141,7 @@ class ForEachTests(SynchronousTestCase):
         for taken in (2, 4, 6, 8, 10):
             self.assertNoResult(done)
             self.assertEqual(self.got[-1], taken)
-            self.pause(1.5 * SLICE)
+            self.pause((1.04 + 0.04 * PRICE) * SLICE)
         self.successResultOf(done)
         self.assertEqual(self.got, list(range(1, 11)))
 
@@ -153,13 +153,13 @@ class ForEachTests(SynchronousTestCase):
         """Others have many times as long, also where it is the only one."""
 
         def values() -> Iterator[int]:
-            self.reactor.rightNow += 1.5 * LONG
+            self.reactor.rightNow += 1.5 * SLICE
             yield 1
 
         done = self.for_each(values())
-        self.reactor.advance(PRICE * 0.5 * LONG)
+        self.reactor.advance(PRICE * 0.5 * SLICE)
         self.assertNoResult(done)
-        self.reactor.advance(2 * LONG)
+        self.reactor.advance(2 * SLICE)
         self.successResultOf(done)
 
     def test_no_pause_is_endless(self) -> None:
@@ -207,19 +207,19 @@ class ForEachTests(SynchronousTestCase):
 
         done = self.for_each(values())
         for _ in range(5):
-            self.reactor.advance(2 * SLICE)
+            self.reactor.advance(20 * SLICE)
         self.failureResultOf(done, KeyError)
 
     def test_a_long_error_is_paid_for(self) -> None:
         """A body that is refused after a long look costs its sender as much."""
 
         def values() -> Iterator[int]:
-            self.reactor.rightNow += 1.5 * LONG
+            self.reactor.rightNow += 1.5 * SLICE
             yield from ()
             raise KeyError
 
         done = self.for_each(values())
-        self.reactor.advance(PRICE * 0.5 * LONG)
+        self.reactor.advance(PRICE * 0.5 * SLICE)
         self.assertNoResult(done)
-        self.reactor.advance(2 * LONG)
+        self.reactor.advance(2 * SLICE)
         self.failureResultOf(done, KeyError)
