@@ -4,8 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from io import BytesIO
 from typing import Any
 
-from ..storage import PAGE_KEYS, postgres, sql, upgrade_tables
-from ..storage.database import LIBPQ_DEFAULTS
+from ..storage import PAGE_KEYS, postgres, sql, upgrade_tables, with_timeouts
 from .sides import (
     HELD,
     HELD_ONE,
@@ -37,8 +36,7 @@ class PostgresSide:
 
         self._unfit = (psycopg2.DataError, psycopg2.errors.ProgramLimitExceeded)
         own = {name: v for name, v in args.items() if not name.startswith("cp_")}
-        timeouts = {} if "dsn" in own else LIBPQ_DEFAULTS
-        self._connection = psycopg2.connect(**{**timeouts, **own})
+        self._connection = psycopg2.connect(**with_timeouts(own))
         self._connection.set_client_encoding("UTF8")
         self._connection.set_session(
             isolation_level="REPEATABLE READ" if source else "READ COMMITTED",

@@ -10,6 +10,7 @@ from .database import (
     postgres,
     postgres_database,
     sqlite_database,
+    with_timeouts,
 )
 from .rows import PAGE_KEYS
 from .schema import SchemaError, check_tables, upgrade_tables
@@ -30,4 +31,5 @@ __all__ = [
     "postgres_database",
     "sqlite_database",
     "upgrade_tables",
+    "with_timeouts",
 ]

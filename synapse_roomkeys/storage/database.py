@@ -293,6 +293,14 @@ def sqlite_database(path: str) -> PoolDatabase:
     return PoolDatabase(pool)
 
 
+def with_timeouts(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of ``psycopg2.connect``, and the timeouts that they don't have.
+
+    A dsn has to have its own: what stands in it gives way to arguments of its name.
+    """
+    return {**({} if "dsn" in arguments else LIBPQ_DEFAULTS), **arguments}
+
+
 def postgres_database(arguments: Mapping[str, Any]) -> PoolDatabase:
     """A database of a PostgreSQL server.
 
@@ -301,9 +309,7 @@ def postgres_database(arguments: Mapping[str, Any]) -> PoolDatabase:
             `adbapi.ConnectionPool`, how many connections there are.
     """
     defaults = {"cp_min": 1, "cp_max": 10, "cp_reconnect": True}
-    # What stands in a dsn gives way to arguments of the same name.
-    timeouts = {} if "dsn" in arguments else LIBPQ_DEFAULTS
-    pool = adbapi.ConnectionPool("psycopg2", **{**defaults, **timeouts, **arguments})
+    pool = adbapi.ConnectionPool("psycopg2", **{**defaults, **with_timeouts(arguments)})
     pool.connectionFactory = _PostgresConnection
     pool.transactionFactory = _PostgresTransaction
     return PoolDatabase(pool)
