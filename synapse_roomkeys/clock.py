@@ -27,8 +27,8 @@ class DelayedCall(Protocol):
         """Have it not made."""
 
 
-class ReactorTime(Protocol):
-    """A reactor, as far as time goes: Twisted's ``IReactorTime``."""
+class Reactor(Protocol):
+    """A reactor: Twisted's ``IReactorTime``, and what threads call of it."""
 
     def callLater(
         self, delay: float, callable: Callable[..., object], *args: object
@@ -37,6 +37,9 @@ class ReactorTime(Protocol):
 
     def seconds(self) -> float:
         """The system's time, in seconds."""
+
+    def callFromThread(self, callable: Callable[..., object], *args: object) -> None:
+        """Call something in the reactor's thread, soon."""
 
 
 def as_it_is(deferred: "Deferred[T]") -> "Deferred[T]":
@@ -60,7 +63,7 @@ class Clock:
 
     def __init__(
         self,
-        reactor: ReactorTime,
+        reactor: Reactor,
         yieldable: "Callable[[Deferred[Any]], Deferred[Any]]" = as_it_is,
         background: "Callable[..., Deferred[Any]]" = at_once,
     ) -> None:
@@ -86,6 +89,10 @@ class Clock:
     def call_later(self, seconds: float, call: Callable[[], object]) -> DelayedCall:
         """Have the reactor call something, outside of any request's context."""
         return self._reactor.callLater(seconds, call)
+
+    def from_thread(self, call: Callable[[T], object], value: T) -> None:
+        """Have the reactor call something, from any thread, as `call_later` does."""
+        self._reactor.callFromThread(call, value)
 
     def fire(self, deferred: "Deferred[None]") -> None:
         """Fire a Deferred that somebody else waits for, in the reactor's next turn."""

@@ -1,10 +1,12 @@
 """The operations of the API, with no HTTP and no SQL in them."""
 
 import logging
+from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from typing import Any
 
 from twisted.internet.defer import Deferred, inlineCallbacks
+from twisted.python.failure import Failure
 
 from . import metrics, wire
 from .clock import Clock
@@ -16,6 +18,7 @@ from .types import (
     BackupState,
     KeyPage,
     Limits,
+    Position,
     Replacement,
     RoomKey,
     UploadResult,
@@ -27,33 +30,41 @@ logger = logging.getLogger(__name__)
 class KeyPages:
     """The keys of a download, a page at a time, so that few are in memory at once.
 
+    While its reader waits for a page, the next one is fetched as well; while it
+    doesn't, no more than one page waits for it.
+
     Attributes:
         page: the keys at hand, none at first.
     """
 
     def __init__(
         self,
-        fetch: "Callable[[tuple[str, str] | None], Deferred[KeyPage]]",
+        fetch: "Callable[[Position, Callable[[KeyPage], bool]], Deferred[None]]",
         clock: Clock,
     ) -> None:
         """
         Args:
-            fetch: gets the page after a key, or the first one.
+            fetch: gives the pages after a key, or the first ones, to a function that
+                is called in a thread and says whether to go on.
         """
         self._fetch = fetch
         self._clock = clock
-        self._next: Deferred[KeyPage] | None = None
+        self._arrived: deque[KeyPage] = deque()
+        self._waiter: Deferred[None] | None = None
+        self._failure: Failure | None = None
+        self._is_fetching = False
+        self._advanced = 0
+        #: Set in the reactor's thread and read in another.
+        self._wanted = 0
+        #: The other way around. Only one thread fetches at a time.
+        self._fetched = 0
+        self._after: Position = None
         self.page = KeyPage((), None)
 
     @property
     def is_last(self) -> bool:
         """Whether there are no more keys after those at hand."""
         return self.page.last is None
-
-    def begin_next(self) -> "Deferred[KeyPage]":
-        """Have the next page fetched, while something else is done."""
-        self._next = self._clock.begin(self._fetch, self.page.last)
-        return self._next
 
     @inlineCallbacks
     def advance(self) -> "Generator[Deferred[Any], Any, None]":
@@ -62,13 +73,58 @@ class KeyPages:
         Raises:
             NotFoundError: the version is not there, or no longer.
         """
-        fetched, self._next = self._next or self.begin_next(), None
-        self.page = yield self._clock.wait(fetched)
+        self._wanted = self._advanced + 2
+        while not self._arrived:
+            if self._failure is not None:
+                self._failure.raiseException()
+            if self._is_fetching:
+                yield self._wait()
+            else:
+                self._begin()
+        self.page = self._arrived.popleft()
+        self._advanced += 1
+        self._wanted = self._advanced + (not self.is_last)
+        may_begin = not self._is_fetching and self._failure is None
+        if may_begin and self._fetched < self._wanted:
+            self._begin()
 
-    def abandon(self) -> None:
-        """Have the page that is being fetched, if any is, come to nothing."""
-        if self._next is not None:
-            self._next.addErrback(lambda _: None)
+    @inlineCallbacks
+    def close(self) -> "Generator[Deferred[Any], Any, None]":
+        """Have no more pages fetched, and fire when nothing is under way any more."""
+        self._wanted = 0
+        while self._is_fetching:
+            yield self._wait()
+
+    def _begin(self) -> None:
+        """Have pages fetched."""
+        self._is_fetching = True
+        ended = self._clock.begin(self._fetch, self._after, self._take)
+        ended.addBoth(self._end)
+
+    def _take(self, page: KeyPage) -> bool:
+        """Pass a page on, in a thread, and say whether another is wanted."""
+        self._fetched += 1
+        self._after = page.last
+        self._clock.from_thread(self._arrive, page)
+        return page.last is not None and self._fetched < self._wanted
+
+    def _arrive(self, page: KeyPage) -> None:
+        self._arrived.append(page)
+        waiter, self._waiter = self._waiter, None
+        if waiter is not None:
+            waiter.callback(None)
+
+    def _end(self, result: Failure | None) -> None:
+        self._is_fetching = False
+        self._failure = result
+        waiter, self._waiter = self._waiter, None
+        if waiter is not None:
+            self._clock.fire(waiter)
+
+    def _wait(self) -> "Deferred[None]":
+        """Fires with None when a page has come, or when no more will."""
+        self._waiter = Deferred()
+        return self._clock.wait(self._waiter)
 
 
 class E2eRoomKeysHandler:
@@ -88,26 +144,37 @@ class E2eRoomKeysHandler:
         self._reads = UserQueues(clock, waiting)
         self._writes = UserQueues(clock, waiting)
 
+    def get_room_key(
+        self, user_id: str, version: str, room_id: str, session_id: str
+    ) -> "Deferred[str | None]":
+        """A key as a member of a JSON object, its session's id before it, or None.
+
+        Raises:
+            NotFoundError: there is no such version.
+        """
+        number = wire.parse_version(version)
+        return self._reads.run(
+            user_id, self._store.get_key, user_id, number, room_id, session_id
+        )
+
     @inlineCallbacks
     def get_room_keys(
-        self,
-        user_id: str,
-        version: str,
-        room_id: str | None = None,
-        session_id: str | None = None,
+        self, user_id: str, version: str, room_id: str | None = None
     ) -> "Generator[Deferred[Any], Any, KeyPages]":
-        """The keys of a version, of a room or of a session, the first page at hand.
+        """The keys of a version or of a room, the first page at hand.
+
+        Whoever has them closes them.
 
         Raises:
             NotFoundError: there is no such version.
         """
         number = wire.parse_version(version)
 
-        def fetch(after: tuple[str, str] | None) -> "Deferred[KeyPage]":
+        def fetch(after: Position, take: Callable[[KeyPage], bool]) -> "Deferred[None]":
             return self._reads.run(
                 user_id,
-                self._store.get_page,
-                *(user_id, number, room_id, session_id, after),
+                self._store.get_pages,
+                *(user_id, number, room_id, after, take),
             )
 
         pages = KeyPages(fetch, self._clock)

@@ -72,6 +72,10 @@ class RoomPart:
     members: str
 
 
+#: Where a download is: the room and session id of a key, or None before the first.
+Position = tuple[str, str] | None
+
+
 @attrs.frozen
 class KeyPage:
     """Some keys of a download, in the order of their ids.
@@ -82,7 +86,7 @@ class KeyPage:
     """
 
     parts: tuple[RoomPart, ...]
-    last: tuple[str, str] | None
+    last: Position
 
 
 @attrs.frozen

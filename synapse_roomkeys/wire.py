@@ -20,7 +20,7 @@ from .errors import (
     TooLargeError,
     unknown_version,
 )
-from .types import BackupInfo, KeyMetadata, KeyPage, Limits, RoomKey, RoomPart
+from .types import BackupInfo, KeyMetadata, KeyPage, Limits, RoomKey
 
 #: The columns of the homeserver's tables are PostgreSQL's ``integer``.
 MAX_INTEGER = 2**31 - 1
@@ -197,13 +197,16 @@ def parse_version_info(body: bytes, limits: Limits) -> VersionInfo:
     return VersionInfo(info.algorithm, auth_data.decode(), version)
 
 
-def encode_key(part: RoomPart) -> bytes:
-    """The only key of a part, as the specification's ``KeyBackupData``.
+def encode_key(member: str) -> bytes:
+    """A key of a download, as the specification's ``KeyBackupData``.
+
+    Args:
+        member: has its session's id before it.
 
     It isn't decoded: an old row may hold what the strict decoder refuses. In the
     session id before it, any quotation mark has a backslash.
     """
-    return part.members[part.members.index(_KEY_BEGINS) + 1 :].encode()
+    return member[member.index(_KEY_BEGINS) + 1 :].encode()
 
 
 def encode_backup_info(info: BackupInfo) -> bytes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Generator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import attrs
 from twisted.internet import reactor
@@ -13,7 +13,7 @@ from twisted.internet.defer import Deferred, inlineCallbacks
 from twisted.internet.interfaces import IListeningPort
 
 from synapse_roomkeys import E2eRoomKeysHandler
-from synapse_roomkeys.clock import Clock
+from synapse_roomkeys.clock import Clock, Reactor
 from synapse_roomkeys.storage import (
     SQLITE,
     EndToEndRoomKeyStore,
@@ -71,7 +71,7 @@ class OwnSite:
     ) -> None:
         self.backend = backend
         self.database = backend.connect()
-        clock = Clock(reactor)
+        clock = Clock(cast(Reactor, reactor))
         limits = limits or Limits()
         self.store = EndToEndRoomKeyStore(
             RetryingDatabase(self.database, backend.engine, clock),

@@ -111,20 +111,26 @@ class RoomKeysServlet(RestServlet):
         requester: Requester = yield self.auth.get_user_by_req(request)
         check_ids(room_id, session_id)
         version = parse_string(request, "version")
-        pages: KeyPages = yield self.e2e_room_keys_handler.get_room_keys(
-            requester.user_id, version, room_id, session_id
-        )
-        if session_id is not None:
-            if not pages.page.parts:
+        handler = self.e2e_room_keys_handler
+        if room_id is not None and session_id is not None:
+            member: str | None = yield handler.get_room_key(
+                requester.user_id, version, room_id, session_id
+            )
+            if member is None:
                 raise no_room_keys()
-            return 200, encode_key(pages.page.parts[0])
+            return 200, encode_key(member)
+        pages: KeyPages = yield handler.get_room_keys(
+            requester.user_id, version, room_id
+        )
         set_headers(request, b"application/json")
-        if request.method == b"HEAD":
-            if not request._disconnected:
-                request.finish()
-            return None
-        writer = PacedWriter(request, self.hs.clock, self.hs.stalled_download_seconds)
-        yield stream_pages(writer, pages, BackupEncoder(with_rooms=room_id is None))
+        if request.method != b"HEAD":
+            writer = PacedWriter(
+                request, self.hs.clock, self.hs.stalled_download_seconds
+            )
+            yield stream_pages(writer, pages, BackupEncoder(with_rooms=room_id is None))
+        elif not request._disconnected:
+            request.finish()
+        yield pages.close()
         return None
 
     @inlineCallbacks

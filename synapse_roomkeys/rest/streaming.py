@@ -117,7 +117,7 @@ def stream_pages(
 ) -> "Generator[Deferred[Any], Any, None]":
     """Write the keys of a download, page by page, or break the connection.
 
-    While one page is written, the next is fetched. The answer isn't ended before the
+    The answer isn't ended before the
     last page is taken: from then on the server waits a minute for the connection's next
     request and drops it, with what a slow reader hasn't read (twisted/twisted#12498).
 
@@ -126,14 +126,13 @@ def stream_pages(
     """
     try:
         while True:
-            if not pages.is_last:
-                pages.begin_next()
+            yield writer.ready()
             chunk = encoder.encode(pages.page)
             if pages.is_last:
                 chunk += encoder.finish()
-            yield writer.ready()
             writer.write(chunk)
             metrics.download_bytes.inc(len(chunk))
+            del chunk
             if pages.is_last:
                 break
             yield pages.advance()
@@ -150,5 +149,3 @@ def stream_pages(
         metrics.broken_downloads.labels("server").inc()
         logger.exception("Download broken off")
         writer.abort()
-    finally:
-        pages.abandon()

@@ -7,11 +7,14 @@ from typing import Any
 
 import attrs
 
-from ..types import KeyMetadata, KeyPage, RoomKey, RoomPart, StoredKey
+from ..types import KeyMetadata, KeyPage, Position, RoomKey, RoomPart, StoredKey
 from . import sql
 
-#: How many keys a page of a download holds: about half a MiB of real ones.
-PAGE_KEYS = 500
+#: How many keys a page of a download holds: about a quarter of a MiB of real ones.
+PAGE_KEYS = 250
+#: For how many pages a download keeps its connection while it is read as fast as they
+#: come: for some 50 ms.
+TRANSACTION_PAGES = 40
 #: How many characters of ``session_data`` a statement writes at least, where more
 #: follow: what makes a statement of them holds Python's interpreter meanwhile. Ordinary
 #: uploads have less.
@@ -50,26 +53,35 @@ def found_of(rows: list[tuple[Any, ...]]) -> Found:
 
 
 def page_statement(
-    pages: sql.Pages,
+    dialect: sql.Dialect,
+    backup: tuple[str, int],
     room_id: str | None,
-    session_id: str | None,
-    after: tuple[str, str] | None,
+    after: Position,
+    goes_on: bool,
 ) -> tuple[str, tuple[str | int, ...]]:
-    """The statement that gets a page, and the parameters that it has of its own."""
-    if session_id is not None and room_id is not None:
-        return pages.one, (room_id, session_id)
-    if room_id is not None:
+    """The statement that gets a page, and its parameters.
+
+    Args:
+        backup: a user and a version.
+        goes_on: whether the transaction's last statement got the page before it.
+    """
+    if goes_on and dialect.next_page is not None:
+        return dialect.next_page, (PAGE_KEYS,)
+    pages = dialect.pages
+    common = (*backup, *backup)
+    numbers = (PAGE_KEYS * TRANSACTION_PAGES, PAGE_KEYS)
+    if room_id is None:
         if after is None:
-            return pages.first_of_room, (room_id, PAGE_KEYS)
-        return pages.following_of_room, (room_id, after[1], PAGE_KEYS)
+            return pages.first, (*common, *numbers)
+        return pages.following, (*common, *after, *numbers)
     if after is None:
-        return pages.first, (PAGE_KEYS,)
-    return pages.following, (*after, PAGE_KEYS)
+        return pages.first_of_room, (*common, room_id, *numbers)
+    return pages.following_of_room, (*common, room_id, after[1], *numbers)
 
 
 def key_page(rows: list[tuple[Any, ...]]) -> KeyPage:
-    """A page of the rows of a download; there is at least one."""
-    if rows[0][0] is None:
+    """A page of the rows of a download."""
+    if not rows or rows[0][0] is None:
         return KeyPage((), None)
     parts = tuple(
         RoomPart(room_id, ",".join([row[2] for row in room]))

@@ -181,7 +181,7 @@ class Pages:
     A row has a key's room and session id, and the key as a member of a JSON object.
     There is no row when there is no such version, and one of NULLs when it holds no
     keys. Parameters: user, version, user, version, those that each attribute says, and,
-    but for a single key, how many keys at most.
+    but for a single key, how many keys at most, and how many of these at once.
 
     Attributes:
         first: the first ones of a backup.
@@ -198,7 +198,7 @@ class Pages:
     one: str
 
 
-def _pages(string: str, integer: str, ordered: str = "") -> Pages:
+def _pages(string: str, integer: str, limit: str, paged: str = "{}") -> Pages:
     """The downloads, in the words of an engine.
 
     The text of a key is put together by the database, which leaves Python's
@@ -207,8 +207,8 @@ def _pages(string: str, integer: str, ordered: str = "") -> Pages:
     Args:
         string: makes a JSON string of a text.
         integer: makes an integer that JSON can hold of a column.
-        ordered: has the rows read in the order of the index, from where the page
-            begins, and not all read, sorted and cut.
+        limit: takes the numbers of keys.
+        paged: makes a page of what a query finds.
     """
 
     keys = f"""
@@ -221,13 +221,13 @@ def _pages(string: str, integer: str, ordered: str = "") -> Pages:
         WHERE user_id = ? AND version = ? AND deleted = 0) AS v"""
 
     def page(condition: str) -> str:
-        return f"""{ordered}{keys} LEFT JOIN (
+        return paged.format(f"""{keys} LEFT JOIN (
         SELECT room_id, session_id, first_message_index, forwarded_count,
             is_verified, session_data
         FROM e2e_room_keys
         WHERE user_id = ? AND version = ? AND session_data <> 'null'{condition}
-        ORDER BY room_id, session_id LIMIT ?
-    ) AS k ON TRUE"""
+        ORDER BY room_id, session_id LIMIT {limit}
+    ) AS k ON TRUE""")
 
     return Pages(
         first=page(""),
@@ -263,6 +263,8 @@ class Dialect:
         write_keys: writes keys, over those that are there, unless there is a newer
             version. Parameters: user, version; the packed keys; user, version.
         pages: the downloads.
+        next_page: gets what follows a page, in the same transaction, or None where
+            the statements of `pages` have to. Parameter: how many keys.
         pack: rows, and how many values each has, as parameters of a statement.
     """
 
@@ -274,6 +276,7 @@ class Dialect:
     measure_keys: str
     write_keys: str
     pages: Pages
+    next_page: str | None
     pack: Callable[[Sequence[tuple[Any, ...]], int], list[str]]
 
 
@@ -299,7 +302,9 @@ SQLITE = Dialect(
         string="json_quote({0})",
         integer="CASE WHEN typeof({0}) = 'integer' AND {0} BETWEEN 0 AND"
         " 9007199254740991 THEN {0} ELSE 0 END",
+        limit="MIN(?, ?)",
     ),
+    next_page=None,
     pack=pack_json,
 )
 
@@ -308,7 +313,9 @@ SQLITE = Dialect(
 #: An ALTER TABLE that waits for a long reader, such as pg_dump, would hold up everybody
 #: who comes after it: the timeout has the start of a process fail instead. The LIMIT
 #: keeps PostgreSQL from joining in any other way than by looking each session up in the
-#: unique index, whatever it believes of the size of the backup.
+#: unique index, whatever it believes of the size of the backup. Without the settings of
+#: a download all that may follow was read and sorted for each page; without its LIMIT a
+#: large backup would be worth compiling the query for.
 POSTGRES = Dialect(
     begin_write=(
         "SET TRANSACTION ISOLATION LEVEL READ COMMITTED;"
@@ -342,7 +349,10 @@ POSTGRES = Dialect(
     pages=_pages(
         string="to_json({0})::text",
         integer="GREATEST(COALESCE({0}, 0), 0)",
-        ordered="SET LOCAL enable_sort = off; SET LOCAL enable_incremental_sort = off;",
+        limit="?",
+        paged="SET LOCAL enable_sort = off; SET LOCAL enable_incremental_sort = off;"
+        " DECLARE download NO SCROLL CURSOR FOR {}; FETCH ? FROM download",
     ),
+    next_page="FETCH ? FROM download",
     pack=pack_arrays,
 )

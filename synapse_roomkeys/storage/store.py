@@ -18,12 +18,13 @@ from ..types import (
     BackupState,
     KeyPage,
     Limits,
+    Position,
     RoomKey,
     UploadResult,
 )
 from . import sql
 from .database import Database, Transaction
-from .rows import Found, chunks, found_of, key_page, page_statement
+from .rows import TRANSACTION_PAGES, Found, chunks, found_of, key_page, page_statement
 
 
 class EndToEndRoomKeyStore:
@@ -63,27 +64,51 @@ class EndToEndRoomKeyStore:
             "roomkeys_upload_keys", self._upload_txn, user_id, version, keys
         )
 
-    def get_page(
+    def get_key(
+        self, user_id: str, version: int, room_id: str, session_id: str
+    ) -> "Deferred[str | None]":
+        """A key as a member of a JSON object, its session's id before it, or None.
+
+        Raises:
+            NotFoundError: there is no such version.
+        """
+        return self._database.run(
+            "roomkeys_get_key", self._key_txn, user_id, version, room_id, session_id
+        )
+
+    def get_pages(
         self,
         user_id: str,
         version: int,
         room_id: str | None,
-        session_id: str | None,
-        after: tuple[str, str] | None,
-    ) -> "Deferred[KeyPage]":
-        """The next keys of a version, of a room, or of a session, ordered by id.
+        after: Position,
+        take: Callable[[KeyPage], bool],
+    ) -> "Deferred[None]":
+        """Give keys of a version or of a room, ordered by id.
 
         Args:
-            after: the ids of the last key of the page before, None for the first.
+            after: where the first page begins.
+            take: is given page after page, at least one, in a thread, and says whether
+                to go on. Few pages are given until the connection is left to others,
+                even if it says so.
 
         Raises:
             NotFoundError: there is no such version, or no longer.
         """
-        return self._database.run(
-            "roomkeys_get_page",
-            self._page_txn,
-            *(user_id, version, room_id, session_id, after),
-        )
+        backup = user_id, version
+        is_wanted = True
+
+        def read(txn: Transaction) -> None:
+            # It may be run again, and takes up where it was.
+            nonlocal after, is_wanted
+            for number in range(TRANSACTION_PAGES):
+                if not is_wanted:
+                    return
+                after, is_wanted = self._give_page(
+                    *(txn, backup, room_id, after, number > 0, take)
+                )
+
+        return self._database.run("roomkeys_get_pages", read)
 
     def delete_keys(
         self,
@@ -350,22 +375,42 @@ class EndToEndRoomKeyStore:
         now = int(self._now())
         return now - sql.COUNT_LIFETIME, now
 
-    def _page_txn(
+    def _give_page(
         self,
         txn: Transaction,
-        user_id: str,
-        version: int,
+        backup: tuple[str, int],
         room_id: str | None,
-        session_id: str | None,
-        after: tuple[str, str] | None,
-    ) -> KeyPage:
-        pages = self._dialect.pages
-        statement, further = page_statement(pages, room_id, session_id, after)
-        txn.execute(statement, (user_id, version, user_id, version, *further))
-        rows = txn.fetchall()
-        if not rows:
+        after: Position,
+        goes_on: bool,
+        take: Callable[[KeyPage], bool],
+    ) -> tuple[Position, bool]:
+        """Read a page and give it away, with nothing left of it here.
+
+        Args:
+            goes_on: whether the transaction's last statement got the page before it.
+
+        Returns:
+            Where the next page begins, and whether it is wanted.
+        """
+        statement, parameters = page_statement(
+            self._dialect, backup, room_id, after, goes_on
+        )
+        txn.execute(statement, parameters)
+        found = txn.fetchall()
+        if not (found or goes_on):
             raise unknown_version()
-        return key_page(rows)
+        page = key_page(found)
+        return page.last, take(page)
+
+    def _key_txn(
+        self, txn: Transaction, user_id: str, version: int, *ids: str
+    ) -> str | None:
+        txn.execute(self._dialect.pages.one, (user_id, version, user_id, version, *ids))
+        row = txn.fetchone()
+        if row is None:
+            raise unknown_version()
+        member: str | None = row[2]
+        return member
 
     def _delete_keys_txn(
         self,

@@ -241,21 +241,28 @@ class BackupMachine(RuleBasedStateMachine):
         """What clients do most often."""
         self.upload(user_id, 0, keys)
 
-    @rule(user_id=users, age=ages, scope=scopes, size=st.sampled_from((2, 3, 5, 500)))
+    @rule(
+        user_id=users,
+        age=ages,
+        scope=scopes,
+        size=st.sampled_from((2, 3, 5, 500)),
+        turn=st.sampled_from((1, 2, 10)),
+    )
     def download(
-        self, user_id: str, age: int, scope: tuple[Any, Any], size: int
+        self, user_id: str, age: int, scope: tuple[Any, Any], size: int, turn: int
     ) -> None:
-        """Every key comes once, whatever the size of the pages."""
+        """Every key comes once, whatever the size of the pages, and however many of
+        them are fetched at a time."""
         number = self.number_of(user_id, age)
         version = self.version_of(user_id, number)
         with mock.patch.object(storage_rows, "PAGE_KEYS", size):
             if version is None:
                 self.check_refused(
-                    lambda: self.store.get_page(user_id, number, *scope, None),
+                    lambda: execute(self.members, user_id, number, scope, size, turn),
                     *UNKNOWN_VERSION,
                 )
                 return
-            members = self.pages(user_id, number, scope, size)
+            members = self.members(user_id, number, scope, size, turn)
         want = {
             i: key.json()
             for i, key in version.backup.selected(*scope).items()
@@ -264,21 +271,36 @@ class BackupMachine(RuleBasedStateMachine):
         assert len(members) == len(want)
         same(shown(dict(members)), shown(want))
 
-    def pages(
-        self, user_id: str, number: int, scope: tuple[Any, Any], size: int
+    def members(
+        self, user_id: str, number: int, scope: tuple[Any, Any], size: int, turn: int
     ) -> list[tuple[Ids, Any]]:
-        """The keys of all the pages of a download."""
+        """The keys of a download."""
+        room_id, session_id = scope
+        if session_id is not None:
+            key = result_of(self.store.get_key(user_id, number, room_id, session_id))
+            if key is None:
+                return []
+            return [((room_id, session_id), json.loads(f"{{{key}}}")[session_id])]
         members: list[tuple[Ids, Any]] = []
         after = None
         while True:
-            page = result_of(self.store.get_page(user_id, number, *scope, after))
-            found = members_of(page)
-            assert len(found) <= size
-            members += found
-            if page.last is None:
-                return members
-            assert page.last == found[-1][0] != after
-            after = page.last
+            pages: list[KeyPage] = []
+
+            def take(page: KeyPage, pages: list[KeyPage] = pages) -> bool:
+                pages.append(page)
+                return page.last is not None and len(pages) < turn
+
+            result_of(self.store.get_pages(user_id, number, room_id, after, take))
+            assert 1 <= len(pages) <= turn
+            for page in pages:
+                found = members_of(page)
+                assert len(found) <= size
+                members += found
+                if page.last is None:
+                    assert page is pages[-1]
+                    return members
+                assert page.last == found[-1][0] != after
+                after = page.last
 
     @rule(
         user_id=users,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from unittest import mock
 
 import attrs
@@ -27,6 +27,7 @@ from ..servers import PostgresServer
 from ..sites import Backend, OwnSite
 
 Steps = Generator[Deferred[Any], Any, None]
+When = Literal["begin", "end", "committed"]
 
 FAULTS: dict[str, list[Exception]] = {
     "sqlite": [
@@ -58,8 +59,8 @@ def site(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[OwnSite]:
 
 @attrs.define
 class Failing:
-    """A database's ``run`` that fails some times: when a transaction has done all but
-    its commit, or when it is committed and the answer is lost.
+    """A database's ``run`` that fails some times: when a transaction begins, when it
+    has done all but its commit, or when it is committed and the answer is lost.
 
     Attributes:
         times: how many times more.
@@ -68,7 +69,7 @@ class Failing:
     run: Callable[..., Deferred[Any]]
     error: Exception
     times: int
-    committed: bool
+    when: When
 
     @inlineCallbacks
     def __call__(
@@ -77,41 +78,41 @@ class Failing:
         fails = self.times > 0
         self.times -= 1
 
-        def fail_at_the_end(txn: Any, *args: Any) -> Any:
+        def fail(txn: Any, *args: Any) -> Any:
+            if fails and self.when == "begin":
+                raise self.error
             result = function(txn, *args)
-            if fails and not self.committed:
+            if fails and self.when == "end":
                 raise self.error
             return result
 
-        result = yield self.run(desc, fail_at_the_end, *args)
+        result = yield self.run(desc, fail, *args)
         if fails:
             raise self.error
         return result
 
 
-def failing(site: OwnSite, error: Exception, times: int, committed: bool) -> Any:
+def failing(site: OwnSite, error: Exception, times: int, when: When) -> Any:
     """The fault, while it is entered."""
-    run = Failing(site.database.run, error, times, committed)
+    run = Failing(site.database.run, error, times, when)
     return mock.patch.object(site.database, "run", run)
 
 
-@pytest.mark.parametrize("committed", [False, True])
+@pytest.mark.parametrize("when", ["begin", "end", "committed"])
 @inlineCallbacks
-def test_a_transaction_that_fails_is_tried_again(
-    site: OwnSite, committed: bool
-) -> Steps:
+def test_a_transaction_that_fails_is_tried_again(site: OwnSite, when: When) -> Steps:
     """After a fault nothing is lost or counted twice, and the client sees none, be it
     that the transaction came to nothing or that only its answer did."""
     for error in FAULTS[site.backend.name]:
         client = Client(site.host, site.host.new_user())
         version: str = yield client.create_version()
         yield client.upload(version, {"!room": {"better": key(index=1)}})
-        with failing(site, error, 1, committed):
+        with failing(site, error, 1, when):
             assert (yield client.upload(version, ROOM)) == (2, 2)
-        with failing(site, error, 1, committed):
+        with failing(site, error, 1, when):
             answer: Answer = yield client.delete(keys_path(version, "!room", "new"))
         assert answer.json == {"etag": "3", "count": 1}
-        with failing(site, error, 1, committed):
+        with failing(site, error, 1, when):
             newer: str = yield client.create_version()
         assert int(newer) > int(version)
         assert (yield client.info())["version"] == newer
@@ -126,24 +127,30 @@ def test_one_that_fails_for_good_is_503(site: OwnSite) -> Steps:
     version: str = yield client.create_version()
     yield client.upload(version, {"!room": {"better": key(index=1)}})
     path = keys_path(version)
-    requests = [("PUT", path, wrapped(ROOM)), ("DELETE", path, None)]
-    requests += [("GET", path, None), ("GET", "/version", None)]
+    one = keys_path(version, "!room", "better")
     error = FAULTS[site.backend.name][0]
-    with failing(site, error, 10**6, False):
-        answers: list[Answer] = yield gatherResults(
-            [
-                site.host.request(
-                    method,
-                    PREFIX + where,
-                    token=client.user.access_token,
-                    body=encoded(body),
-                )
-                for method, where, body in requests
-            ]
-        )
-    for answer in answers:
-        assert answer.status == 503, answer
-        assert int(answer.headers["retry-after"]) > 0
+    moments: list[tuple[When, str]] = [("begin", path), ("end", one)]
+    for when, read in moments:
+        requests = [("PUT", path, wrapped(ROOM)), ("DELETE", path, None)]
+        requests += [("GET", read, None), ("GET", "/version", None)]
+        with failing(site, error, 10**6, when):
+            answers: list[Answer] = yield gatherResults(
+                [
+                    site.host.request(
+                        method,
+                        PREFIX + where,
+                        token=client.user.access_token,
+                        body=encoded(body),
+                    )
+                    for method, where, body in requests
+                ]
+            )
+        for answer in answers:
+            assert answer.status == 503, answer
+            assert int(answer.headers["retry-after"]) > 0
+    with failing(site, error, 10**6, "end"):
+        # What is read of a download before it fails is what is there.
+        assert (yield client.download(version)) == {"!room": {"better": key(index=1)}}
     assert (yield client.tally(version)) == (1, 1)
     assert (yield client.upload(version, ROOM)) == (2, 2)
     assert (yield client.download(version)) == ROOM

@@ -5,12 +5,13 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 
 from twisted.internet.defer import Deferred
-from twisted.internet.task import Clock as FakeReactor
 from twisted.trial.unittest import SynchronousTestCase
 
 from synapse_roomkeys.clock import MAX_PAUSE, PRICE, SLICE, Clock
 from synapse_roomkeys.errors import LimitExceededError, OutageError, UnavailableError
 from synapse_roomkeys.fairness import UserQueues
+
+from ..memory import FakeReactor
 
 
 class UserQueuesTests(SynchronousTestCase):

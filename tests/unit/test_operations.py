@@ -7,7 +7,6 @@ from unittest import mock
 import psycopg2
 from twisted.enterprise import adbapi
 from twisted.internet.defer import Deferred, fail
-from twisted.internet.task import Clock as FakeReactor
 from twisted.trial.unittest import SynchronousTestCase
 
 from synapse_roomkeys.clock import Clock
@@ -16,7 +15,7 @@ from synapse_roomkeys.storage import SQLITE, RetryingDatabase, postgres
 
 from ..contract import Client
 from ..contract.base import Rooms, key, keys_path
-from ..memory import ImmediateDatabase, MemoryHost
+from ..memory import FakeReactor, ImmediateDatabase, MemoryHost
 
 COUNT = "SELECT COUNT(*)"
 

@@ -1,14 +1,19 @@
 """Downloads: pages, back-pressure, and what happens when either end goes away."""
 
 import gc
+from collections.abc import Callable
 
+from twisted.internet.defer import Deferred
 from twisted.trial.unittest import SynchronousTestCase
 
+from synapse_roomkeys.clock import Clock
+from synapse_roomkeys.handler import KeyPages
 from synapse_roomkeys.storage import PAGE_KEYS
+from synapse_roomkeys.types import KeyPage, Position, RoomPart
 
 from ..contract import Client
 from ..contract.base import PREFIX, Rooms, key, version_path
-from ..memory import MemoryHost, SlowTransport, read_answer
+from ..memory import FakeReactor, MemoryHost, SlowTransport, read_answer
 
 #: Four pages of keys, in rooms that end in the midst of pages.
 ROOMS: Rooms = {
@@ -27,7 +32,13 @@ class DownloadTests(SynchronousTestCase):
         self.version = self.successResultOf(self.client.create_version())
         for room, keys in ROOMS.items():
             self.successResultOf(self.client.upload(self.version, {room: keys}))
-        self.host.database.transactions = 0
+        self.host.database.statements.clear()
+
+    @property
+    def fetched(self) -> int:
+        """How many pages were read."""
+        statements = self.host.database.statements
+        return sum("ORDER BY room_id" in statement for statement in statements)
 
     def begin(
         self, method: str = "GET", path: str = "/keys", slow: bool = False
@@ -52,20 +63,20 @@ class DownloadTests(SynchronousTestCase):
         answer = read_answer(self.begin().value(), "GET")
         rooms = answer.json["rooms"]
         self.assertEqual({room: rooms[room]["sessions"] for room in rooms}, ROOMS)
-        self.assertEqual(self.host.database.transactions, PAGES)
+        self.assertEqual(self.fetched, PAGES)
 
     def test_a_room_that_ends_with_a_page(self) -> None:
         """A room's sessions come without its id, and an empty last page ends them."""
         answer = read_answer(self.begin(path="/keys/!room2").value(), "GET")
         self.assertEqual(answer.json, {"sessions": ROOMS["!room2"]})
-        self.assertEqual(self.host.database.transactions, 3)
+        self.assertEqual(self.fetched, 3)
 
-    def test_head_reads_one_page(self) -> None:
-        """Keys that nobody will see are not fetched."""
+    def test_head_reads_two_pages(self) -> None:
+        """The rest of the keys, which nobody will see, are not fetched."""
         transport = self.begin("HEAD")
         self.assertEqual(read_answer(transport.value(), "HEAD").status, 200)
         self.assertTrue(transport.value().endswith(b"\r\n\r\n"))
-        self.assertEqual(self.host.database.transactions, 1)
+        self.assertEqual(self.fetched, 2)
 
     def test_no_page_is_written_before_the_one_before_it_was_taken(self) -> None:
         """A slow reader has two pages waiting for it; the rest stays where it is."""
@@ -74,7 +85,7 @@ class DownloadTests(SynchronousTestCase):
         for _ in range(PAGES - 1):
             transport.take_more()
             sizes.append(len(transport.value()))
-            self.assertLessEqual(self.host.database.transactions, len(sizes) + 2)
+            self.assertLessEqual(self.fetched, len(sizes) + 2)
         self.assertEqual(sizes, sorted(set(sizes)))
         transport.take_more()
         self.assertEqual(read_answer(transport.value(), "GET").status, 200)
@@ -111,10 +122,10 @@ class DownloadTests(SynchronousTestCase):
     def test_a_reader_that_leaves_ends_the_download(self) -> None:
         """Nothing more is fetched for a client that is gone, and nothing is left."""
         transport = self.begin(slow=True)
-        fetched = self.host.database.transactions
+        fetched = self.fetched
         transport.loseConnection()
         self.host.reactor.advance(3600)
-        self.assertEqual(self.host.database.transactions, fetched)
+        self.assertEqual(self.fetched, fetched)
         self.assertEqual(self.host.reactor.getDelayedCalls(), [])
 
     def test_a_page_that_nobody_waits_for_is_no_error(self) -> None:
@@ -152,3 +163,115 @@ class DownloadTests(SynchronousTestCase):
         with self.assertLogs("synapse_roomkeys", "ERROR"):
             transport = self.begin()
         self.assertEqual(read_answer(transport.value(), "GET").status, 500)
+
+
+class KeyPagesTests(SynchronousTestCase):
+    """`KeyPages` with transactions that give pages, and end, when the test says so."""
+
+    def setUp(self) -> None:
+        self.reactor = FakeReactor()
+        self.pages = KeyPages(self.fetch, Clock(self.reactor))
+        self.begun: list[Position] = []
+        self.given = 0
+
+    def fetch(
+        self, after: Position, take: Callable[[KeyPage], bool]
+    ) -> "Deferred[None]":
+        """A transaction that begins."""
+        self.begun.append(after)
+        self.take = take
+        self.end: Deferred[None] = Deferred()
+        return self.end
+
+    def give(self, *, last: bool = False) -> bool:
+        """Have the transaction give a page; whether it is to go on."""
+        self.given += 1
+        position = None if last else ("!room", f"{self.given}")
+        return self.take(KeyPage((RoomPart("!room", f"{self.given}"),), position))
+
+    def finish(self, result: Exception | None = None) -> None:
+        """End the transaction."""
+        if result is None:
+            self.end.callback(None)
+        else:
+            self.end.errback(result)
+        self.reactor.advance(0)
+
+    def assertTaken(self, number: int) -> None:
+        """The page at hand is the one that was given at this place."""
+        self.assertEqual(self.pages.page.parts[0].members, f"{number}")
+
+    def test_a_transaction_goes_on_while_its_reader_waits(self) -> None:
+        """Who is back for the next page before it is there gets it out of the same."""
+        for number in range(1, 6):
+            waits = self.pages.advance()
+            self.assertNoResult(waits)
+            self.assertTrue(self.give())
+            self.successResultOf(waits)
+            self.assertTaken(number)
+        self.assertEqual(self.begun, [None])
+
+    def test_one_page_waits_for_a_slow_reader(self) -> None:
+        """The transaction ends then, and another is begun when there is room."""
+        waits = self.pages.advance()
+        self.assertTrue(self.give())
+        self.successResultOf(waits)
+        self.assertFalse(self.give())
+        self.finish()
+        self.assertEqual(self.begun, [None])
+        self.successResultOf(self.pages.advance())
+        self.assertTaken(2)
+        self.assertEqual(self.begun, [None, ("!room", "2")])
+
+    def test_a_transaction_that_ends_too_early_is_followed_by_another(self) -> None:
+        """Few pages come of each: its connection is left to others."""
+        waits = self.pages.advance()
+        self.give()
+        self.successResultOf(waits)
+        waits = self.pages.advance()
+        self.finish()
+        self.assertEqual(self.begun, [None, ("!room", "1")])
+        self.give()
+        self.successResultOf(waits)
+        self.assertTaken(2)
+
+    def test_nothing_is_begun_after_the_last_page(self) -> None:
+        """The end is known when the last page comes."""
+        waits = self.pages.advance()
+        self.assertFalse(self.give(last=True))
+        self.successResultOf(waits)
+        self.finish()
+        self.assertTrue(self.pages.is_last)
+        self.assertEqual(self.begun, [None])
+
+    def test_what_goes_wrong_is_told_after_the_pages_before_it(self) -> None:
+        """They are whole."""
+        waits = self.pages.advance()
+        self.give()
+        self.give()
+        self.finish(ZeroDivisionError())
+        self.successResultOf(waits)
+        self.successResultOf(self.pages.advance())
+        self.assertTaken(2)
+        self.failureResultOf(self.pages.advance(), ZeroDivisionError)
+        self.assertEqual(self.begun, [None])
+
+    def test_a_reader_that_waits_is_told_what_goes_wrong(self) -> None:
+        """There is no page that it could wait for."""
+        waits = self.pages.advance()
+        self.finish(ZeroDivisionError())
+        self.failureResultOf(waits, ZeroDivisionError)
+
+    def test_closing_waits_for_the_end(self) -> None:
+        """No more than the page that is being read comes, and nothing is logged of
+        what goes wrong with it."""
+        waits = self.pages.advance()
+        self.give()
+        self.successResultOf(waits)
+        closed = self.pages.close()
+        self.assertFalse(self.give())
+        self.assertNoResult(closed)
+        self.finish(ZeroDivisionError())
+        self.successResultOf(closed)
+        gc.collect()
+        self.assertEqual(self.flushLoggedErrors(), [])

@@ -77,6 +77,10 @@ class MemoryNetwork(MemoryReactorClock):
         self.refusing = False
         self._pumps: list[Any] = []
 
+    def callFromThread(self, callable: Any, *args: Any, **kwargs: Any) -> None:
+        """As the reactor's, at once."""
+        callable(*args, **kwargs)
+
     def connectTCP(
         self,
         host: Any,
