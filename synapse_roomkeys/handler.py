@@ -2,7 +2,7 @@
 
 import logging
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any
 
 from twisted.internet.defer import Deferred, inlineCallbacks
@@ -25,6 +25,10 @@ from .types import (
 )
 
 logger = logging.getLogger(__name__)
+
+#: How long what a line says of replaced keys may be, where it is of more than one, in
+#: characters and the backslashes that JSON adds.
+_REPLACEMENTS_SIZE = 1200
 
 
 class KeyPages:
@@ -222,16 +226,13 @@ class E2eRoomKeysHandler:
         metrics.uploaded_keys.labels("replaced").inc(len(result.replaced))
         metrics.uploaded_keys.labels("kept").inc(result.kept)
 
-        def log(key: Replacement) -> None:
+        def log(keys: str) -> None:
             logger.info(
-                "Replaced key: user=%s device=%s version=%s room=%s session=%s"
-                " old=%s new=%s",
-                *(user_id, device_id, version),
-                *(wire.shown(key.room_id), wire.shown(key.session_id)),
-                *(key.old, key.new),
+                "Replaced keys: user=%s device=%s version=%s%s",
+                *(user_id, device_id, version, keys),
             )
 
-        yield self._clock.for_each(log, result.replaced)
+        yield self._clock.for_each(log, _shown(result.replaced))
         return result.state
 
     @inlineCallbacks
@@ -334,3 +335,28 @@ class E2eRoomKeysHandler:
                 "Deleted version: user=%s device=%s version=%s",
                 *(user_id, device_id, number),
             )
+
+
+def _shown(replaced: Iterable[Replacement]) -> Iterator[str]:
+    """Replaced keys as lines of a log show them: a few in each, as a line takes a host
+    as long as several keys do. A room stands before the first of its keys."""
+    text = ""
+    size = 0
+    last_room: str | None = None
+    for key in replaced:
+        shown = f" session={wire.shown(key.session_id)} old={key.old} new={key.new}"
+        in_room = f" room={wire.shown(key.room_id)}{shown}"
+        added = shown if key.room_id == last_room else in_room
+        size += _size(added)
+        if text and size > _REPLACEMENTS_SIZE:
+            yield text
+            text, size = in_room, _size(in_room)
+        else:
+            text += added
+        last_room = key.room_id
+    if text:
+        yield text
+
+
+def _size(text: str) -> int:
+    return len(text) + text.count('"') + text.count("\\")

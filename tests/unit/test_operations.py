@@ -11,7 +11,9 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from synapse_roomkeys.clock import Clock
 from synapse_roomkeys.errors import OutageError, UnavailableError
+from synapse_roomkeys.service.logs import MAX_LINE, TextFormatter
 from synapse_roomkeys.storage import SQLITE, RetryingDatabase, postgres
+from synapse_roomkeys.wire import shown
 
 from ..contract import Client
 from ..contract.base import Rooms, key, keys_path
@@ -246,7 +248,7 @@ class LogTests(Operations):
             [line.split(":", 2)[2] for line in logged.output],
             [
                 f"Created version: {who}",
-                f'Replaced key: {who} room="!a\\n" session="s"'
+                f'Replaced keys: {who} room="!a\\n" session="s"'
                 " old=KeyMetadata(first_message_index=2, forwarded_count=0,"
                 " is_verified=True)"
                 " new=KeyMetadata(first_message_index=1, forwarded_count=0,"
@@ -255,6 +257,34 @@ class LogTests(Operations):
                 f"Deleted version: {who}",
             ],
         )
+
+    def test_a_line_has_several_replaced_keys(self) -> None:
+        """Each stands after its room, and no line is longer than a log allows."""
+        ids = [("!a:b.c", f"s{i}") for i in range(20)]
+        ids += [(f"!r{i // 2}:b.c", f"t{i}") for i in range(20)]
+        ids += [("!" + "é" * 127, "ü" * 127), ('"\n', "\\")]
+        old: Rooms = {room_id: {} for room_id, _ in ids}
+        new: Rooms = {room_id: {} for room_id, _ in ids}
+        for room_id, session_id in ids:
+            old[room_id][session_id] = key(2)
+            new[room_id][session_id] = key(1)
+        self.upload(old)
+        with self.assertLogs("synapse_roomkeys", "INFO") as logged:
+            self.upload(new)
+        self.assertLess(len(logged.records), 15)
+        found = []
+        for record in logged.records:
+            line = TextFormatter().format(record)
+            self.assertLessEqual(len(line), MAX_LINE)
+            self.assertFalse(line.endswith("..."), line)
+            _, *in_rooms = line.split(" room=")
+            for in_room in in_rooms:
+                room, *sessions = in_room.split(" session=")
+                found += [(room, session.split(" old=")[0]) for session in sessions]
+                for session in sessions:
+                    self.assertIn("old=KeyMetadata(first_message_index=2,", session)
+                    self.assertIn("new=KeyMetadata(first_message_index=1,", session)
+        self.assertEqual(found, [tuple(map(shown, pair)) for pair in ids])
 
     def test_a_refusal_is_logged(self) -> None:
         """A client may send the same for ever, so the operator can see why."""
