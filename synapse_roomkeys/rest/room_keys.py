@@ -17,7 +17,8 @@ from ..errors import (
     NoVersionToDeleteError,
     no_room_keys,
 )
-from ..handler import E2eRoomKeysHandler, KeyPages
+from ..handler import E2eRoomKeysHandler
+from ..pages import KeyPages
 from ..types import BackupInfo, BackupState, Limits, Requester, RoomKey
 from ..wire import (
     BackupEncoder,

@@ -12,7 +12,7 @@ from zope.interface import implementer
 from .. import metrics
 from ..clock import Clock, DelayedCall
 from ..errors import RoomKeysError
-from ..handler import KeyPages
+from ..pages import KeyPages
 from ..wire import BackupEncoder
 
 logger = logging.getLogger(__name__)

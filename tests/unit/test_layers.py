@@ -24,6 +24,7 @@ ORDER = [
     "merge",
     "wire",
     "fairness",
+    "pages",
     "config",
     "storage.sql",
     "storage.database",

@@ -7,7 +7,7 @@ from twisted.internet.defer import Deferred
 from twisted.trial.unittest import SynchronousTestCase
 
 from synapse_roomkeys.clock import Clock
-from synapse_roomkeys.handler import KeyPages
+from synapse_roomkeys.pages import KeyPages
 from synapse_roomkeys.storage import PAGE_KEYS
 from synapse_roomkeys.types import KeyPage, Position, RoomPart
 
