@@ -123,15 +123,17 @@ class RoomKeysServlet(RestServlet):
         pages: KeyPages = yield handler.get_room_keys(
             requester.user_id, version, room_id
         )
-        set_headers(request, b"application/json")
-        if request.method != b"HEAD":
-            writer = PacedWriter(
-                request, self.hs.clock, self.hs.stalled_download_seconds
-            )
-            yield stream_pages(writer, pages, BackupEncoder(with_rooms=room_id is None))
-        elif not request._disconnected:
-            request.finish()
-        yield pages.close()
+        try:
+            set_headers(request, b"application/json")
+            if request.method != b"HEAD":
+                patience = self.hs.stalled_download_seconds
+                writer = PacedWriter(request, self.hs.clock, patience)
+                encoder = BackupEncoder(with_rooms=room_id is None)
+                yield stream_pages(writer, pages, encoder)
+            elif not request._disconnected:
+                request.finish()
+        finally:
+            yield pages.close()
         return None
 
     @inlineCallbacks

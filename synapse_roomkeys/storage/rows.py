@@ -12,9 +12,6 @@ from . import sql
 
 #: How many keys a page of a download holds: about a quarter of a MiB of real ones.
 PAGE_KEYS = 250
-#: For how many pages a download keeps its connection while it is read as fast as they
-#: come: for some 50 ms.
-TRANSACTION_PAGES = 40
 #: How many characters of ``session_data`` a statement writes at least, where more
 #: follow: what makes a statement of them holds Python's interpreter meanwhile. Ordinary
 #: uploads have less.
@@ -57,19 +54,20 @@ def page_statement(
     backup: tuple[str, int],
     room_id: str | None,
     after: Position,
-    goes_on: bool,
+    by_cursor: bool,
 ) -> tuple[str, tuple[str | int, ...]]:
     """The statement that gets a page, and its parameters.
 
     Args:
         backup: a user and a version.
-        goes_on: whether the transaction's last statement got the page before it.
+        by_cursor: whether the transaction has a cursor that goes on after the page
+            before it.
     """
-    if goes_on and dialect.next_page is not None:
+    if by_cursor and dialect.next_page is not None:
         return dialect.next_page, (PAGE_KEYS,)
     pages = dialect.pages
     common = (*backup, *backup)
-    numbers = (PAGE_KEYS * TRANSACTION_PAGES, PAGE_KEYS)
+    numbers = (PAGE_KEYS * dialect.pages_at_once, PAGE_KEYS)
     if room_id is None:
         if after is None:
             return pages.first, (*common, *numbers)

@@ -24,7 +24,7 @@ from ..types import (
 )
 from . import sql
 from .database import Database, Transaction
-from .rows import TRANSACTION_PAGES, Found, chunks, found_of, key_page, page_statement
+from .rows import Found, chunks, found_of, key_page, page_statement
 
 
 class EndToEndRoomKeyStore:
@@ -101,12 +101,14 @@ class EndToEndRoomKeyStore:
         def read(txn: Transaction) -> None:
             # It may be run again, and takes up where it was.
             nonlocal after, is_wanted
-            for number in range(TRANSACTION_PAGES):
+            has_cursor = False
+            for _ in range(self._dialect.pages_at_once):
                 if not is_wanted:
                     return
                 after, is_wanted = self._give_page(
-                    *(txn, backup, room_id, after, number > 0, take)
+                    *(txn, backup, room_id, after, has_cursor, take)
                 )
+                has_cursor = self._dialect.next_page is not None
 
         return self._database.run("roomkeys_get_pages", read)
 
@@ -381,23 +383,25 @@ class EndToEndRoomKeyStore:
         backup: tuple[str, int],
         room_id: str | None,
         after: Position,
-        goes_on: bool,
+        by_cursor: bool,
         take: Callable[[KeyPage], bool],
     ) -> tuple[Position, bool]:
         """Read a page and give it away, with nothing left of it here.
 
         Args:
-            goes_on: whether the transaction's last statement got the page before it.
+            by_cursor: whether the transaction has a cursor that goes on after the page
+                before it. It has no more rows at the end; without one, the version has
+                been deleted where there are none.
 
         Returns:
             Where the next page begins, and whether it is wanted.
         """
         statement, parameters = page_statement(
-            self._dialect, backup, room_id, after, goes_on
+            self._dialect, backup, room_id, after, by_cursor
         )
         txn.execute(statement, parameters)
         found = txn.fetchall()
-        if not (found or goes_on):
+        if not (found or by_cursor):
             raise unknown_version()
         page = key_page(found)
         return page.last, take(page)

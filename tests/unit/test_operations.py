@@ -10,9 +10,15 @@ from twisted.internet.defer import Deferred, fail
 from twisted.trial.unittest import SynchronousTestCase
 
 from synapse_roomkeys.clock import Clock
-from synapse_roomkeys.errors import OutageError, UnavailableError
+from synapse_roomkeys.errors import NotFoundError, OutageError, UnavailableError
 from synapse_roomkeys.service.logs import MAX_LINE, TextFormatter
-from synapse_roomkeys.storage import SQLITE, RetryingDatabase, postgres
+from synapse_roomkeys.storage import (
+    PAGE_KEYS,
+    SQLITE,
+    RetryingDatabase,
+    postgres,
+)
+from synapse_roomkeys.types import KeyPage
 from synapse_roomkeys.wire import shown
 
 from ..contract import Client
@@ -228,6 +234,27 @@ class OldRowTests(Operations):
         self.run_sql("UPDATE e2e_room_keys_versions SET etag = NULL")
         self.assertEqual(self.info()["etag"], "0")
         self.assertEqual(self.upload({"!a": {"s": key()}}), (1, 1))
+
+
+class DownloadTests(Operations):
+    """What happens between two pages of one transaction."""
+
+    def test_a_version_that_another_process_deletes(self) -> None:
+        """It isn't taken for one with fewer keys."""
+        self.upload({"!a": {f"{i}": key() for i in range(2 * PAGE_KEYS)}})
+        pages: list[KeyPage] = []
+
+        def take(page: KeyPage) -> bool:
+            pages.append(page)
+            self.host.database.connection.execute(
+                "UPDATE e2e_room_keys_versions SET deleted = 1"
+            )
+            return True
+
+        user_id, version = self.client.user.user_id, int(self.version)
+        read = self.host.store.get_pages(user_id, version, None, None, take)
+        self.failureResultOf(read, NotFoundError)
+        self.assertEqual(len(pages), 1)
 
 
 class LogTests(Operations):
