@@ -99,12 +99,20 @@ def metric(metrics: str, name: str, **labels: str) -> float:
     )
 
 
-class Dawdler(Protocol):
-    """A client that reads nothing for a while when a download has begun."""
+class Reader(Protocol):
+    """A client that says when its download has ended."""
 
     def __init__(self) -> None:
         self.done: Deferred[None] = Deferred()
-        self.size = 0
+
+    def connectionLost(self, reason: Failure = connectionDone) -> None:
+        self.done.callback(None)
+
+
+class Dawdler(Reader):
+    """One that reads nothing for a while when the download has begun."""
+
+    size = 0
 
     def dataReceived(self, data: bytes) -> None:
         if not self.size:
@@ -114,22 +122,13 @@ class Dawdler(Protocol):
             looping.callLater(DAWDLED, transport.resumeProducing)
         self.size += len(data)
 
-    def connectionLost(self, reason: Failure = connectionDone) -> None:
-        self.done.callback(None)
 
-
-class HangUp(Protocol):
-    """A client that breaks a download off when it has seen some of it."""
-
-    def __init__(self) -> None:
-        self.done: Deferred[None] = Deferred()
+class HangUp(Reader):
+    """One that breaks the download off when it has seen some of it."""
 
     def dataReceived(self, data: bytes) -> None:
         transport: Any = self.transport
         transport.loseConnection()
-
-    def connectionLost(self, reason: Failure = connectionDone) -> None:
-        self.done.callback(None)
 
 
 def talkative(directory: Path, database: Mapping[str, Any] | None) -> Synapse:
@@ -188,8 +187,10 @@ def everything(
     version: str = yield client.create_version({"public_key": AUTH_DATA})
     yield upload(client, version)
     yield read(host, client, version)
-    yield dawdle(host, client, keys_path(version))
-    yield hang_up(host, client, keys_path(version))
+    dawdler = Dawdler()
+    yield read_with(dawdler, host, client, keys_path(version))
+    assert dawdler.size > UPLOADS * KEYS_AN_UPLOAD * len(LONG)
+    yield read_with(HangUp(), host, client, keys_path(version))
     yield wrong(host, client, version)
     body = {"algorithm": ALGORITHM, "auth_data": {"other": AUTH_DATA}}
     accepted((yield client.put(version_path(version), body)))
@@ -236,26 +237,12 @@ def read(
 
 
 @inlineCallbacks
-def dawdle(
-    host: HttpHost, client: Client, path: str
+def read_with(
+    reader: Reader, host: HttpHost, client: Client, path: str
 ) -> Generator[Deferred[Any], Any, None]:
-    """Read a download slowly."""
+    """Have a client read a download in its own way."""
     token = client.user.access_token
     response = yield host.open("GET", PREFIX + path, token=token)
-    reader = Dawdler()
-    response.deliverBody(reader)
-    yield reader.done
-    assert reader.size > UPLOADS * KEYS_AN_UPLOAD * len(LONG)
-
-
-@inlineCallbacks
-def hang_up(
-    host: HttpHost, client: Client, path: str
-) -> Generator[Deferred[Any], Any, None]:
-    """Break a download off."""
-    token = client.user.access_token
-    response = yield host.open("GET", PREFIX + path, token=token)
-    reader = HangUp()
     response.deliverBody(reader)
     yield reader.done
 
