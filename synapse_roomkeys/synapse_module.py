@@ -23,6 +23,7 @@ from synapse.module_api import (
 from synapse.module_api.errors import ConfigError
 from synapse.rest.client import room_keys
 from synapse.storage.database import make_conn
+from synapse.storage.engines._base import IsolationLevel
 from twisted.internet.defer import Deferred, ensureDeferred, inlineCallbacks
 from twisted.web.http import Request
 
@@ -168,7 +169,10 @@ class ModuleApiDatabase:
     ) -> "Deferred[T]":
         """As `synapse_roomkeys.storage.Database.run`."""
         interaction: Any = self._api.run_db_interaction
-        return interaction(desc, function, *args, **kwargs)  # type: ignore[no-any-return]
+        level = IsolationLevel.READ_COMMITTED
+        return interaction(  # type: ignore[no-any-return]
+            desc, function, *args, isolation_level=level, **kwargs
+        )
 
 
 def replace_servlets(register: Register) -> str:

@@ -99,7 +99,7 @@ class PostgresSide:
         """As `Side.find`."""
         statement = f"""{HELD} JOIN unnest(?::text[], ?::bigint[])
             AS u (user_id, version) USING (user_id, version)"""
-        parameters = sql.pack_arrays([version.ids for version in versions], 2)
+        parameters = sql.pack_arrays([version.ids for version in versions])
         return [parse_held(row) for row in self._execute(statement, parameters)]
 
     def lock(self, version: Version) -> Held | None:
@@ -132,7 +132,7 @@ class PostgresSide:
             USING unnest(?::text[], ?::text[]) AS u (room_id, session_id)
             WHERE k.user_id = ? AND k.version = ?
             AND k.room_id = u.room_id AND k.session_id = u.session_id"""
-        self._execute(statement, [*sql.pack_arrays(ids, 2), *version.ids])
+        self._execute(statement, [*sql.pack_arrays(ids), *version.ids])
 
     def clear(self, version: Version) -> None:
         """As `Side.clear`."""

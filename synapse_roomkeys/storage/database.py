@@ -81,6 +81,9 @@ class Database(Protocol):
     ) -> "Deferred[T]":
         """Call a function with a transaction, in a thread, and commit.
 
+        On PostgreSQL it is READ COMMITTED: each statement sees what was committed
+        before it, so a writer that has waited for a lock goes on with what is true now.
+
         Args:
             desc: names the transaction in logs and metrics.
 
@@ -308,7 +311,16 @@ def postgres_database(arguments: Mapping[str, Any]) -> PoolDatabase:
         arguments: those of ``psycopg2.connect``, and ``cp_min`` and ``cp_max`` of
             `adbapi.ConnectionPool`, how many connections there are.
     """
-    defaults = {"cp_min": 1, "cp_max": 10, "cp_reconnect": True}
+
+    def prepare(connection: Any) -> None:
+        connection.set_session(isolation_level="READ COMMITTED")
+
+    defaults = {
+        "cp_min": 1,
+        "cp_max": 10,
+        "cp_reconnect": True,
+        "cp_openfun": prepare,
+    }
     pool = adbapi.ConnectionPool("psycopg2", **{**defaults, **with_timeouts(arguments)})
     pool.connectionFactory = _PostgresConnection
     pool.transactionFactory = _PostgresTransaction

@@ -88,10 +88,12 @@ SAVE_COUNT = """
     VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (user_id, version) DO UPDATE SET
     etag = excluded.etag, key_count = excluded.key_count,
     key_bytes = excluded.key_bytes, counted_ts = excluded.counted_ts"""
-#: Parameters: etag, count, bytes or NULL, user, version.
+#: Moves a cached count with its version's etag, where it is of that etag. Parameters:
+#: the new etag, how many keys and bytes more, or NULL, user, version, the old etag.
 MOVE_COUNT = """
-    UPDATE roomkeys_counts SET etag = ?, key_count = ?, key_bytes = ?
-    WHERE user_id = ? AND version = ?"""
+    UPDATE roomkeys_counts SET etag = ?, key_count = key_count + ?,
+        key_bytes = key_bytes + ?
+    WHERE user_id = ? AND version = ? AND etag = ?"""
 #: Each of a user's versions, with the count and the bytes that are cached of it.
 #: Parameters: user, the oldest and the newest time they may be of, user.
 USER_COUNTS = """
@@ -102,7 +104,7 @@ USER_COUNTS = """
 FORGET_COUNT = "DELETE FROM roomkeys_counts WHERE user_id = ? AND version = ?"
 FORGET_USER = "DELETE FROM roomkeys_counts WHERE user_id = ?"
 
-INSERT_VERSION = """
+_INSERT_VERSION = """
     INSERT INTO e2e_room_keys_versions
         (user_id, version, algorithm, auth_data, deleted, etag)
     VALUES (?, ?, ?, ?, 0, 0) ON CONFLICT (user_id, version) DO NOTHING"""
@@ -110,10 +112,14 @@ SET_AUTH_DATA = """
     UPDATE e2e_room_keys_versions SET auth_data = ?
     WHERE user_id = ? AND version = ?"""
 #: Moves the etag, and with it locks the version until the commit, unless the etag is
-#: another by now. Parameters: user, version, the etag that was seen.
+#: another by now. Parameters: the new etag, user, version, the etag that was seen.
 CLAIM = """
-    UPDATE e2e_room_keys_versions SET etag = COALESCE(etag, 0) + 1
+    UPDATE e2e_room_keys_versions SET etag = ?
     WHERE user_id = ? AND version = ? AND deleted = 0 AND COALESCE(etag, 0) = ?"""
+#: The same, unless there is a newer version. Two more parameters: user, version.
+_CLAIM_CURRENT = f"""{CLAIM} AND NOT EXISTS (
+        SELECT 1 FROM e2e_room_keys_versions
+        WHERE user_id = ? AND version > ? AND deleted = 0)"""
 MARK_DELETED = """
     UPDATE e2e_room_keys_versions SET deleted = 1 WHERE user_id = ? AND version = ?"""
 
@@ -141,25 +147,73 @@ _FOUND = """k.room_id, k.session_id, k.first_message_index, k.forwarded_count,
 _SQLITE_SIZE = "LENGTH(CAST(session_data AS BLOB))"
 _POSTGRES_SIZE = "OCTET_LENGTH(session_data)"
 
-_WRITE_KEYS = """
+_INSERT_KEYS = """
     INSERT INTO e2e_room_keys (user_id, version, room_id, session_id,
         first_message_index, forwarded_count, is_verified, session_data)
-    SELECT ?, ?, {values} WHERE NOT EXISTS (
-        SELECT 1 FROM e2e_room_keys_versions
-        WHERE user_id = ? AND version > ? AND deleted = 0)
+    SELECT ?, ?, {values}
     ON CONFLICT (user_id, version, room_id, session_id) DO UPDATE SET
     first_message_index = excluded.first_message_index,
     forwarded_count = excluded.forwarded_count,
     is_verified = excluded.is_verified, session_data = excluded.session_data"""
 
+#: What stands between texts of JSON in a parameter. In none of them it can stand as it
+#: is: they are of those that the strict decoder has read.
+_BETWEEN = "\x1f"
 
-def pack_arrays(rows: Sequence[tuple[Any, ...]], width: int) -> list[str]:
+
+@attrs.frozen
+class Write:
+    """What a statement that writes keys has for parameters.
+
+    Attributes:
+        backup: the user and the version.
+        seen: the etag it had.
+        moved: the etag it has from now on.
+        added: how many keys more it holds then, and how many bytes.
+        keys: the packed keys.
+    """
+
+    backup: tuple[str, int]
+    seen: tuple[int]
+    moved: tuple[int]
+    added: tuple[int, int]
+    keys: list[str]
+
+
+@attrs.frozen
+class Step:
+    """A statement that writes keys, or a part of what that takes.
+
+    Attributes:
+        takes: which of the attributes of a `Write` are its parameters, in order.
+    """
+
+    statement: str
+    takes: tuple[str, ...]
+
+    def parameters(self, write: Write) -> list[str | int]:
+        """Those of the statement."""
+        return [value for name in self.takes for value in getattr(write, name)]
+
+
+_CLAIM_TAKES = ("moved", "backup", "seen", "backup")
+_MOVE_COUNT_TAKES = ("moved", "added", "backup", "seen")
+
+
+def pack_arrays(rows: Sequence[tuple[Any, ...]]) -> list[str]:
     """Rows as PostgreSQL takes them: an array for each of the columns, as a literal.
 
     psycopg2 would write arrays of their own out as expressions, which take PostgreSQL
     twice as long to read.
     """
-    return [_array([row[column] for row in rows]) for column in range(width)]
+    return [_array(column) for column in zip(*rows, strict=True)] or ["{}", "{}"]
+
+
+def _pack_columns(rows: Sequence[tuple[Any, ...]]) -> list[str]:
+    """The same for keys, but the last column, their data, as one text: nothing in it
+    has to be escaped, here or when PostgreSQL reads it."""
+    *ids_and_metadata, data = zip(*rows, strict=True)
+    return [*map(_array, ids_and_metadata), _BETWEEN.join(data)]
 
 
 def _array(values: Sequence[Any]) -> str:
@@ -169,7 +223,7 @@ def _array(values: Sequence[Any]) -> str:
     return '{"' + '","'.join(escaped) + '"}'
 
 
-def pack_json(rows: Sequence[tuple[Any, ...]], width: int) -> list[str]:
+def _pack_json(rows: Sequence[tuple[Any, ...]]) -> list[str]:
     """Rows as SQLite takes them: one JSON array of arrays."""
     return [json.dumps(rows)]
 
@@ -245,42 +299,50 @@ class Dialect:
     """What SQLite and PostgreSQL are told in different words.
 
     Attributes:
-        begin_write: begins a transaction that reads, locks and writes. Each of its
-            statements sees what others committed before it, and its commit is on
-            disk when it returns.
+        begin_write: begins a transaction that reads and then writes, where the engine
+            has to be told. Each of the statements of any transaction sees what others
+            committed before it.
         find_own_tables: how many of the plugin's own tables there are. What others
             commit is seen by the transaction's next statement.
         lock_schema: keeps other processes from making tables until the commit, which
             is on disk when it returns.
-        lock_version: a version's row, locked until the commit. Parameters: user,
-            version.
+        lock_version: a version's row, locked until the commit, which is on disk when
+            it returns. Parameters: user, version.
+        insert_version: makes a version, unless there is one of its number. The commit
+            is on disk when it returns. Parameters: user, version, algorithm, auth_data.
         find_sessions: what a version holds of some sessions, in rows that begin with
             its etag, the current version and the cached count and bytes; no row when
             there is no such version. Parameters: user; user, oldest and newest time of
             a count; user, version; the packed room and session ids; user, version.
         measure_keys: a version's etag, its count and its bytes. Parameters: user,
             version, user, version.
-        write_keys: writes keys, over those that are there, unless there is a newer
-            version. Parameters: user, version; the packed keys; user, version.
+        write_keys: locks a version until the commit, which is on disk when it returns,
+            and moves its etag and count and writes keys, over those that are there. The
+            first step writes nothing where the etag is no longer what it was, or there
+            is a newer version; then the others aren't to be taken.
         pages: the downloads.
         next_page: gets what follows a page, in the same transaction, or None where
             the statements of `pages` have to. Parameter: how many keys.
         pages_at_once: for how many pages a download keeps its connection while it is
             read as fast as they come.
-        pack: rows, and how many values each has, as parameters of a statement.
+        pack_ids: room and session ids as parameters of a statement.
+        pack_keys: keys as parameters of a statement: room and session id, the three
+            fields that rank them, and their data.
     """
 
-    begin_write: str
+    begin_write: str | None
     find_own_tables: str
     lock_schema: str
     lock_version: str
+    insert_version: str
     find_sessions: str
     measure_keys: str
-    write_keys: str
+    write_keys: tuple[Step, ...]
     pages: Pages
     next_page: str | None
     pages_at_once: int
-    pack: Callable[[Sequence[tuple[Any, ...]], int], list[str]]
+    pack_ids: Callable[[Sequence[tuple[Any, ...]]], list[str]]
+    pack_keys: Callable[[Sequence[tuple[Any, ...]]], list[str]]
 
 
 #: A process has one connection to an SQLite file, for all its users: four pages take
@@ -290,6 +352,7 @@ SQLITE = Dialect(
     find_own_tables=f"SELECT COUNT(*) FROM sqlite_master WHERE name IN {OWN_TABLES}",
     lock_schema="BEGIN IMMEDIATE",
     lock_version=_LOCK_VERSION,
+    insert_version=_INSERT_VERSION,
     find_sessions=_FIND_SESSIONS.format(
         lookup=f"""
         SELECT {_FOUND.format(size=_SQLITE_SIZE)} FROM json_each(?)
@@ -299,9 +362,17 @@ SQLITE = Dialect(
         AND k.session_id = json_extract(u.value, '$[1]')"""
     ),
     measure_keys=_COUNT_KEYS.format(size=f"COALESCE(SUM({_SQLITE_SIZE}), 0)"),
-    write_keys=_WRITE_KEYS.format(
-        values=", ".join(f"json_extract(value, '$[{i}]')" for i in range(6))
-        + " FROM json_each(?)",
+    write_keys=(
+        Step(_CLAIM_CURRENT, _CLAIM_TAKES),
+        Step(
+            _INSERT_KEYS.format(
+                values=", ".join(f"json_extract(value, '$[{i}]')" for i in range(6))
+                # Without WHERE, what follows would be taken for a part of a join.
+                + " FROM json_each(?) WHERE TRUE",
+            ),
+            ("backup", "keys"),
+        ),
+        Step(MOVE_COUNT, _MOVE_COUNT_TAKES),
     ),
     pages=_pages(
         string="json_quote({0})",
@@ -311,23 +382,26 @@ SQLITE = Dialect(
     ),
     next_page=None,
     pages_at_once=4,
-    pack=pack_json,
+    pack_ids=_pack_json,
+    pack_keys=_pack_json,
 )
+
+_ON_DISK = "SET LOCAL synchronous_commit TO ON"
+_LOCK_ON_POSTGRES = f"{_ON_DISK}; {_LOCK_VERSION} FOR UPDATE"
 
 #: What looks names up, such as to_regclass, may not see a table that others made while
 #: the transaction waited for an advisory lock; a query of the catalogue does.
 #: An ALTER TABLE that waits for a long reader, such as pg_dump, would hold up everybody
 #: who comes after it: the timeout has the start of a process fail instead. The LIMIT
 #: keeps PostgreSQL from joining in any other way than by looking each session up in the
-#: unique index, whatever it believes of the size of the backup. Without the settings of
+#: unique index, whatever it believes of the size of the backup. Keys are written in one
+#: message with the lock, but by a statement of their own: it sees what was committed
+#: while the lock was waited for. Without the settings of
 #: a download all that may follow was read and sorted for each page; without its LIMIT a
 #: large backup would be worth compiling the query for. A download keeps one of several
 #: connections for some 50 ms.
 POSTGRES = Dialect(
-    begin_write=(
-        "SET TRANSACTION ISOLATION LEVEL READ COMMITTED;"
-        " SET LOCAL synchronous_commit TO ON"
-    ),
+    begin_write=None,
     find_own_tables=(
         "SET TRANSACTION ISOLATION LEVEL READ COMMITTED;"
         " SELECT COUNT(DISTINCT tablename) FROM pg_tables"
@@ -337,7 +411,8 @@ POSTGRES = Dialect(
         "SELECT pg_advisory_xact_lock(hashtext('roomkeys schema'));"
         " SET LOCAL lock_timeout TO '10s'; SET LOCAL synchronous_commit TO ON"
     ),
-    lock_version=f"{_LOCK_VERSION} FOR UPDATE",
+    lock_version=_LOCK_ON_POSTGRES,
+    insert_version=f"{_ON_DISK}; {_INSERT_VERSION}",
     find_sessions=_FIND_SESSIONS.format(
         lookup=f"""
         SELECT {_FOUND.format(size=_POSTGRES_SIZE)}
@@ -349,9 +424,16 @@ POSTGRES = Dialect(
         ) AS k"""
     ),
     measure_keys=_COUNT_KEYS.format(size=f"COALESCE(SUM({_POSTGRES_SIZE}), 0)::bigint"),
-    write_keys=_WRITE_KEYS.format(
-        values="u.* FROM unnest(?::text[], ?::text[], ?::int[], ?::int[],"
-        " ?::boolean[], ?::text[]) AS u",
+    write_keys=(
+        Step(
+            f"{_LOCK_ON_POSTGRES}; WITH claimed AS ({_CLAIM_CURRENT} RETURNING 1),"
+            f" counted AS ({MOVE_COUNT} AND EXISTS (SELECT 1 FROM claimed))"
+            + _INSERT_KEYS.format(
+                values="u.* FROM claimed CROSS JOIN unnest(?::text[], ?::text[],"
+                " ?::int[], ?::int[], ?::boolean[], string_to_array(?, chr(31))) AS u",
+            ),
+            ("backup", *_CLAIM_TAKES, *_MOVE_COUNT_TAKES, "backup", "keys"),
+        ),
     ),
     pages=_pages(
         string="to_json({0})::text",
@@ -362,5 +444,6 @@ POSTGRES = Dialect(
     ),
     next_page="FETCH ? FROM download",
     pages_at_once=40,
-    pack=pack_arrays,
+    pack_ids=pack_arrays,
+    pack_keys=_pack_columns,
 )

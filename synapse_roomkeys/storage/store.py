@@ -12,7 +12,7 @@ from ..errors import (
     UserLimitError,
     unknown_version,
 )
-from ..merge import merge
+from ..merge import MergePlan, merge
 from ..types import (
     BackupInfo,
     BackupState,
@@ -218,28 +218,29 @@ class EndToEndRoomKeyStore:
         """Look first, and lock only what is to change.
 
         What is found needn't be locked: the etag moves from what it was then, or the
-        upload looks again. At the second time it locks first, so there is no third.
+        upload looks again. It has the lock by then, so that is the last time.
         """
-        txn.execute(self._dialect.begin_write)
-        for locks in (False, True):
-            if locks:
-                self._lock(txn, user_id, version)
+        self._begin(txn)
+        is_done = False
+        while not is_done:
             found = self._find(txn, user_id, version, keys)
             if found.current != version:
                 raise RoomKeysVersionError(str(found.current))
             plan = merge(found.stored, keys)
-            if not plan.writes or self._claim(txn, user_id, version, found.etag):
-                break
-        if plan.writes:
-            self._write(txn, user_id, version, plan.writes)
-        state = self._settle(
-            *(txn, user_id, version, found, bool(plan.writes)),
-            added=plan.stored,
-            added_bytes=plan.added_bytes,
+            is_done = not plan.writes or self._write(
+                txn, user_id, version, found.etag, plan
+            )
+        state = self._state(
+            txn, user_id, version, found, bool(plan.writes), plan.stored
         )
         if plan.stored or plan.added_bytes > 0:
             self._check_user(txn, user_id)
         return UploadResult(state, plan.stored, plan.replaced, plan.kept)
+
+    def _begin(self, txn: Transaction) -> None:
+        """Begin a transaction that reads and then writes."""
+        if self._dialect.begin_write is not None:
+            txn.execute(self._dialect.begin_write)
 
     def _lock(self, txn: Transaction, user_id: str, version: int) -> str:
         """Lock a version until the commit; its algorithm.
@@ -264,71 +265,67 @@ class EndToEndRoomKeyStore:
         """
         ids = [(key.room_id, key.session_id) for key in keys]
         parameters = [user_id, user_id, *self._count_times(), user_id, version]
-        parameters += [*self._dialect.pack(ids, 2), user_id, version]
+        parameters += [*self._dialect.pack_ids(ids), user_id, version]
         txn.execute(self._dialect.find_sessions, parameters)
         rows = txn.fetchall()
         if not rows:
             raise unknown_version()
         return found_of(rows)
 
-    def _claim(self, txn: Transaction, user_id: str, version: int, etag: int) -> bool:
-        """Move a version's etag, and lock it until the commit, unless the etag is no
-        longer what it was."""
-        txn.execute(sql.CLAIM, (user_id, version, etag))
-        return txn.rowcount == 1
-
     def _write(
-        self, txn: Transaction, user_id: str, version: int, keys: Sequence[RoomKey]
-    ) -> None:
-        """Write keys to a version that is locked.
+        self, txn: Transaction, user_id: str, version: int, etag: int, plan: MergePlan
+    ) -> bool:
+        """Write what an upload changes, and lock the version until the commit.
 
-        Raises:
-            RoomKeysVersionError: another has become the current one before the lock.
+        Args:
+            etag: what it was when the plan was made.
+
+        Returns:
+            Whether that was done. Else the etag is another by now, or the version isn't
+            the current one any more.
         """
-        for rows in chunks(keys):
-            parameters = self._dialect.pack(rows, 6)
-            txn.execute(
-                self._dialect.write_keys,
-                (user_id, version, *parameters, user_id, version),
+        seen, added = etag, (plan.stored, plan.added_bytes)
+        for rows in chunks(plan.writes):
+            write = sql.Write(
+                backup=(user_id, version),
+                seen=(seen,),
+                moved=(etag + 1,),
+                added=added,
+                keys=self._dialect.pack_keys(rows),
             )
+            first, *others = self._dialect.write_keys
+            txn.execute(first.statement, first.parameters(write))
             if not txn.rowcount:
-                raise RoomKeysVersionError(str(self._current(txn, user_id)))
+                return False
+            for step in others:
+                txn.execute(step.statement, step.parameters(write))
+            seen, added = etag + 1, (0, 0)
+        return True
 
     def _current(self, txn: Transaction, user_id: str) -> int | None:
         txn.execute(sql.CURRENT_VERSION, (user_id,))
         current: int | None = txn.fetchone()[0]
         return current
 
-    def _settle(
+    def _state(
         self,
         txn: Transaction,
         user_id: str,
         version: int,
         found: Found,
         changed: bool,
-        *,
         added: int,
-        added_bytes: int | None,
     ) -> BackupState:
         """What a version is like after a write, with its count cached.
 
         Args:
             found: what it was like before.
-            changed: whether the etag has moved.
+            changed: whether the etag has moved, and a cached count with it.
             added: how many keys more it holds now.
-            added_bytes: how many bytes more, where that is known.
         """
         if found.count is None:
             return self._count_anew(txn, user_id, version)[0]
-        state = BackupState(found.etag + changed, found.count + added)
-        if changed:
-            size = None
-            if found.size is not None and added_bytes is not None:
-                size = found.size + added_bytes
-            txn.execute(
-                sql.MOVE_COUNT, (state.etag, state.count, size, user_id, version)
-            )
-        return state
+        return BackupState(found.etag + changed, found.count + added)
 
     def _count_anew(
         self, txn: Transaction, user_id: str, version: int
@@ -424,7 +421,7 @@ class EndToEndRoomKeyStore:
         room_id: str | None,
         session_id: str | None,
     ) -> tuple[BackupState, int]:
-        txn.execute(self._dialect.begin_write)
+        self._begin(txn)
         self._lock(txn, user_id, version)
         found = self._find(txn, user_id, version, ())
         if room_id is None:
@@ -435,23 +432,23 @@ class EndToEndRoomKeyStore:
             txn.execute(sql.DELETE_ROOM_KEY, (user_id, version, room_id, session_id))
         deleted = txn.rowcount
         if deleted:
-            self._claim(txn, user_id, version, found.etag)
-        state = self._settle(
-            *(txn, user_id, version, found, bool(deleted)),
-            added=-deleted,
-            added_bytes=None,
-        )
+            seen, moved = found.etag, found.etag + 1
+            txn.execute(sql.CLAIM, (moved, user_id, version, seen))
+            txn.execute(sql.MOVE_COUNT, (moved, -deleted, None, user_id, version, seen))
+        state = self._state(txn, user_id, version, found, bool(deleted), -deleted)
         return state, deleted
 
     def _create_version_txn(
         self, txn: Transaction, user_id: str, algorithm: str, auth_data: str
     ) -> int:
-        txn.execute(self._dialect.begin_write)
+        self._begin(txn)
         self._lock_current(txn, user_id)
         while True:
             txn.execute(sql.LAST_VERSION, (user_id,))
             version = max((txn.fetchone()[0] or 0) + 1, int(self._now()))
-            txn.execute(sql.INSERT_VERSION, (user_id, version, algorithm, auth_data))
+            txn.execute(
+                self._dialect.insert_version, (user_id, version, algorithm, auth_data)
+            )
             if txn.rowcount:
                 return version
 
@@ -474,7 +471,7 @@ class EndToEndRoomKeyStore:
         return txn.fetchone()
 
     def _count_txn(self, txn: Transaction, user_id: str, version: int) -> BackupState:
-        txn.execute(self._dialect.begin_write)
+        self._begin(txn)
         return self._count_anew(txn, user_id, version)[0]
 
     def _update_version_txn(
@@ -485,13 +482,13 @@ class EndToEndRoomKeyStore:
         algorithm: str,
         auth_data: str,
     ) -> None:
-        txn.execute(self._dialect.begin_write)
+        self._begin(txn)
         if self._lock(txn, user_id, version) != algorithm:
             raise InvalidParamError("The algorithm of a version can't be changed")
         txn.execute(sql.SET_AUTH_DATA, (auth_data, user_id, version))
 
     def _delete_version_txn(self, txn: Transaction, user_id: str, version: int) -> bool:
-        txn.execute(self._dialect.begin_write)
+        self._begin(txn)
         txn.execute(self._dialect.lock_version, (user_id, version))
         row = txn.fetchone()
         if row is None:

@@ -135,13 +135,18 @@ class Explained:
 
     def execute(self, statement: str, parameters: Any = ()) -> Any:
         """As `Transaction.execute`, but twice, the first time for nothing."""
-        *settings, query = statement.split(";")
-        meant = parameters
-        if settings and "FETCH" in query:
-            # A page is fetched of a query that is declared before.
-            query, meant = settings.pop(), parameters[:-1]
-        if query.split()[0] not in ("SET", "FETCH"):
-            touched = self._explain(settings, query, meant)
+        touched: set[str] = set()
+        given = list(parameters)
+        self._txn.execute("SAVEPOINT explained")
+        for part in statement.split(";"):
+            number = part.count("?")
+            meant, given = given[:number], given[number:]
+            if part.split()[0] == "SET":
+                self._txn.execute(part)
+            elif part.split()[0] != "FETCH":
+                touched |= self._explain(part, meant)
+        self._txn.execute("ROLLBACK TO SAVEPOINT explained")
+        if touched:
             self._sent.append(Sent(statement, frozenset(touched)))
         return self._txn.execute(statement, parameters)
 
@@ -153,17 +158,13 @@ class Explained:
         """As `Transaction.fetchall`."""
         return self._txn.fetchall()
 
-    def _explain(self, settings: list[str], query: str, parameters: Any) -> set[str]:
+    def _explain(self, query: str, parameters: Any) -> set[str]:
         """The partitions that a statement touches: those in its plan, and those that
         it locks, as the plan of an INSERT doesn't say where the rows go."""
-        self._txn.execute("SAVEPOINT explained")
-        for setting in settings:
-            self._txn.execute(setting)
         self._txn.execute(f"EXPLAIN (ANALYZE, FORMAT JSON) {query}", parameters)
         planned = set(relations_of(self._txn.fetchone()[0]))
         self._txn.execute(LOCKED)
         locked = {row[0] for row in self._txn.fetchall()}
-        self._txn.execute("ROLLBACK TO SAVEPOINT explained")
         return {name for name in planned | locked if is_partition(name)}
 
 
@@ -215,8 +216,9 @@ def all_statements() -> set[str]:
         if name.isupper() and not name.startswith("_") and isinstance(value, str)
     }
     own = sql.POSTGRES
-    locks = {own.lock_version, own.find_sessions, own.measure_keys, own.write_keys}
-    return (everywhere - {sql.COLUMNS}) | locks | set(attrs.astuple(own.pages))
+    others = {own.lock_version, own.insert_version, own.find_sessions, own.measure_keys}
+    others |= {step.statement for step in own.write_keys}
+    return (everywhere - {sql.COLUMNS}) | others | set(attrs.astuple(own.pages))
 
 
 def keys(index: int, count: int, room_id: str = "!room") -> list[RoomKey]:

@@ -9,7 +9,7 @@ from unittest import mock
 import attrs
 
 from synapse_roomkeys import merge
-from synapse_roomkeys.storage import EndToEndRoomKeyStore, database, rows, sql, store
+from synapse_roomkeys.storage import database, rows, sql, store
 from synapse_roomkeys.types import KeyMetadata, KeyPage, RoomKey, StoredKey
 
 Patch: TypeAlias = Any
@@ -43,17 +43,31 @@ def is_not_worse(uploaded: KeyMetadata, stored: StoredKey) -> bool:
     )
 
 
-def write_all_but_one(
-    self: EndToEndRoomKeyStore,
-    txn: Any,
-    user_id: str,
-    version: int,
-    keys: Sequence[RoomKey],
-    *,
-    write: Callable[..., None] = EndToEndRoomKeyStore._write,
-) -> None:
-    """A write that loses the first key of several."""
-    write(self, txn, user_id, version, keys[1:] or keys)
+def all_but_one(
+    keys: Sequence[RoomKey], *, chunks: Callable[..., Any] = rows.chunks
+) -> Any:
+    """What is written, without the first key of several."""
+    return chunks(keys[1:] or keys)
+
+
+def off_by_one(name: str) -> Patch:
+    """A fault in the first number of one of the parameters of an upload."""
+    parameters = sql.Step.parameters
+
+    def wrong(self: sql.Step, write: sql.Write) -> Any:
+        first, *others = getattr(write, name)
+        changes: dict[str, Any] = {name: (first + 1, *others)}
+        return parameters(self, attrs.evolve(write, **changes))
+
+    return mock.patch.object(sql.Step, "parameters", wrong)
+
+
+def on_postgres(old: str, new: str) -> Patch:
+    """A fault in what writes keys on PostgreSQL."""
+    (step,) = sql.POSTGRES.write_keys
+    wrong = attrs.evolve(step, statement=changed(step.statement, old, new))
+    dialect = attrs.evolve(sql.POSTGRES, write_keys=(wrong,))
+    return mock.patch.object(sql, "POSTGRES", dialect)
 
 
 def execute_and_commit(
@@ -77,9 +91,11 @@ def only_page(
 
 
 def without_lock() -> Patch:
-    """PostgreSQL without a lock on the version."""
+    """PostgreSQL without a lock on the version, but for that of its UPDATE."""
     lock = changed(sql.POSTGRES.lock_version, " FOR UPDATE", "")
-    dialect = attrs.evolve(sql.POSTGRES, lock_version=lock)
+    (step,) = sql.POSTGRES.write_keys
+    write = attrs.evolve(step, statement=changed(step.statement, " FOR UPDATE", ""))
+    dialect = attrs.evolve(sql.POSTGRES, lock_version=lock, write_keys=(write,))
     return mock.patch.object(sql, "POSTGRES", dialect)
 
 
@@ -87,21 +103,17 @@ def without_lock() -> Patch:
 PLAIN: dict[str, Callable[[], Patch]] = {
     "wrong rank": lambda: mock.patch.object(merge, "rank", rank_forwarded_first),
     "equal keys replace": lambda: mock.patch.object(merge, "is_better", is_not_worse),
-    "etag moves twice": lambda: statement(
-        "CLAIM", "COALESCE(etag, 0) + 1", "COALESCE(etag, 0) + 2"
-    ),
-    "count off": lambda: statement("MOVE_COUNT", "key_count = ?", "key_count = ? + 1"),
-    "lost key": lambda: mock.patch.object(
-        EndToEndRoomKeyStore, "_write", write_all_but_one
-    ),
+    "etag moves twice": lambda: off_by_one("moved"),
+    "count off": lambda: off_by_one("added"),
+    "lost key": lambda: mock.patch.object(store, "chunks", all_but_one),
     "deletes too much": lambda: statement(
         "DELETE_ROOM_KEY", "session_id = ?", "session_id >= ?"
     ),
 }
 #: What only requests at the same time can show.
 RACES: dict[str, Callable[[], Patch]] = {
-    "no etag in the claim": lambda: statement(
-        "CLAIM", "COALESCE(etag, 0) = ?", "? IS NOT NULL"
+    "no etag in the claim": lambda: on_postgres(
+        "COALESCE(etag, 0) = ?", "? IS NOT NULL"
     ),
     "no lock": without_lock,
     "no transaction": lambda: mock.patch.object(

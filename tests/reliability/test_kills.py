@@ -61,15 +61,25 @@ TABLES = (
     "roomkeys_counts",
     "roomkeys_schema",
 )
-#: The service without a part of its transactions' first statement.
+#: The service without the setting by which its commits wait for the disk.
 HASTY = """
 import attrs
 from synapse_roomkeys.service.cli import main
 from synapse_roomkeys.storage import sql
 
-begin, wait = sql.POSTGRES.begin_write.split(";")
-assert "synchronous_commit" in wait
-sql.POSTGRES = attrs.evolve(sql.POSTGRES, begin_write=begin)
+def hasty(statement):
+    setting, rest = statement.split(";", 1)
+    assert "synchronous_commit" in setting
+    return rest
+
+own = sql.POSTGRES
+(step,) = own.write_keys
+sql.POSTGRES = attrs.evolve(
+    own,
+    lock_version=hasty(own.lock_version),
+    insert_version=hasty(own.insert_version),
+    write_keys=(attrs.evolve(step, statement=hasty(step.statement)),),
+)
 main()
 """
 NewDatabase = Callable[[], Mapping[str, Any] | None]

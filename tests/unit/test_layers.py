@@ -162,11 +162,13 @@ def statements() -> dict[str, str]:
         for name, value in vars(sql).items()
         if name.isupper() and not name.startswith("_") and isinstance(value, str)
     }
+    names = ("lock_version", "insert_version", "find_sessions", "measure_keys")
     for dialect in (sql.SQLITE, sql.POSTGRES):
-        own = attrs.asdict(dialect)
-        names = ("lock_version", "find_sessions", "measure_keys", "write_keys")
-        for name, statement in (*own["pages"].items(), *((n, own[n]) for n in names)):
-            shared[f"{name} {dialect.begin_write[:5]}"] = statement
+        own = {**attrs.asdict(dialect.pages), **{n: getattr(dialect, n) for n in names}}
+        for i, step in enumerate(dialect.write_keys):
+            own[f"write_keys {i}"] = step.statement
+        for name, statement in own.items():
+            shared[f"{name} {dialect.pages_at_once}"] = statement
     del shared["COLUMNS"]
     return shared
 

@@ -48,7 +48,9 @@ def leaves(node: ast.expr) -> Iterator[ast.expr]:
         yield from leaves(node.func.value)
         for argument in (*node.args, *(word.value for word in node.keywords)):
             yield from leaves(argument)
-    elif isinstance(node, ast.Subscript):
+    elif isinstance(node, ast.Subscript) or (
+        isinstance(node, ast.Attribute) and node.attr == "statement"
+    ):
         yield from leaves(node.value)
     elif (
         isinstance(node, ast.Call)
