@@ -49,8 +49,8 @@ class E2eRoomKeysHandler:
 
     def get_room_key(
         self, user_id: str, version: str, room_id: str, session_id: str
-    ) -> "Deferred[str | None]":
-        """A key as a member of a JSON object, its session's id before it, or None.
+    ) -> "Deferred[RoomKey | None]":
+        """A key, or None.
 
         Raises:
             NotFoundError: there is no such version.

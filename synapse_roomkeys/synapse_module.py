@@ -158,7 +158,8 @@ class ModuleApiDatabase:
     """Transactions on Synapse's own connections."""
 
     def __init__(self, api: ModuleApi) -> None:
-        self._api = api
+        #: It hands on what names no parameter of the function to `runInteraction`.
+        self._interact: Callable[..., Deferred[Any]] = api.run_db_interaction
 
     def run(
         self,
@@ -168,11 +169,18 @@ class ModuleApiDatabase:
         **kwargs: P.kwargs,
     ) -> "Deferred[T]":
         """As `synapse_roomkeys.storage.Database.run`."""
-        interaction: Any = self._api.run_db_interaction
         level = IsolationLevel.READ_COMMITTED
-        return interaction(  # type: ignore[no-any-return]
-            desc, function, *args, isolation_level=level, **kwargs
-        )
+        return self._interact(desc, function, *args, isolation_level=level, **kwargs)
+
+    def run_single(
+        self,
+        desc: str,
+        function: Callable[Concatenate[Transaction, P], T],
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> "Deferred[T]":
+        """As `synapse_roomkeys.storage.Database.run_single`."""
+        return self._interact(desc, function, *args, db_autocommit=True, **kwargs)
 
 
 def replace_servlets(register: Register) -> str:
@@ -224,13 +232,21 @@ def _internals(api: ModuleApi) -> tuple[Any, Any]:
     """The homeserver and its main database.
 
     Raises:
-        ConfigError: the module API hasn't got them.
+        ConfigError: the module API hasn't got them, or the database can't be told what
+            a transaction is to be like.
     """
     try:
         hs: Any = api._hs
-        return hs, hs.get_datastores().main.db_pool
+        database: Any = hs.get_datastores().main.db_pool
+        known = inspect.signature(database.runInteraction).parameters
     except AttributeError as error:
         raise _unexpected("ModuleApi._hs with its main database", str(error)) from None
+    if not {"isolation_level", "db_autocommit"} <= known.keys():
+        raise _unexpected(
+            "DatabasePool.runInteraction with isolation_level and db_autocommit",
+            f"one with {', '.join(known)}",
+        )
+    return hs, database
 
 
 def _engine(database: Any) -> Engine:

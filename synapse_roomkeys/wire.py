@@ -43,8 +43,6 @@ _MAX_EXPLAINED = 10_000
 #: How many digits an integer has at least that no double holds.
 _LONG = 309
 _LONG_INTEGER = re.compile(b"[0-9]{%d}" % _LONG)
-#: What stands between a session's id and its key in a download.
-_KEY_BEGINS = ':{"first_message_index":'
 
 _Integer = Annotated[int, msgspec.Meta(ge=0, le=MAX_INTEGER)]
 
@@ -197,16 +195,20 @@ def parse_version_info(body: bytes, limits: Limits) -> VersionInfo:
     return VersionInfo(info.algorithm, auth_data.decode(), version)
 
 
-def encode_key(member: str) -> bytes:
-    """A key of a download, as the specification's ``KeyBackupData``.
+def encode_key(key: RoomKey) -> bytes:
+    """A key, as the specification's ``KeyBackupData``. A NULL reads as 0 or false.
 
-    Args:
-        member: has its session's id before it.
-
-    It isn't decoded: an old row may hold what the strict decoder refuses. In the
-    session id before it, any quotation mark has a backslash.
+    Its data isn't decoded: an old row may hold what the strict decoder refuses.
     """
-    return member[member.index(_KEY_BEGINS) + 1 :].encode()
+    return (
+        b'{"first_message_index":%d,"forwarded_count":%d,"is_verified":%b,'
+        b'"session_data":%b}'
+    ) % (
+        key.metadata.first_message_index or 0,
+        key.metadata.forwarded_count or 0,
+        b"true" if key.metadata.is_verified else b"false",
+        key.session_data.encode(),
+    )
 
 
 def encode_backup_info(info: BackupInfo) -> bytes:

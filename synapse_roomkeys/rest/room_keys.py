@@ -114,12 +114,12 @@ class RoomKeysServlet(RestServlet):
         version = parse_string(request, "version")
         handler = self.e2e_room_keys_handler
         if room_id is not None and session_id is not None:
-            member: str | None = yield handler.get_room_key(
+            key: RoomKey | None = yield handler.get_room_key(
                 requester.user_id, version, room_id, session_id
             )
-            if member is None:
+            if key is None:
                 raise no_room_keys()
-            return 200, encode_key(member)
+            return 200, encode_key(key)
         pages: KeyPages = yield handler.get_room_keys(
             requester.user_id, version, room_id
         )

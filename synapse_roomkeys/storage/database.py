@@ -92,6 +92,16 @@ class Database(Protocol):
             fails with its exception after a rollback.
         """
 
+    def run_single(
+        self,
+        desc: str,
+        function: Callable[Concatenate[Transaction, P], T],
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> "Deferred[T]":
+        """As `run`, for a function that executes only once. What it executes is a
+        transaction by itself to PostgreSQL, which is spared BEGIN and COMMIT."""
+
 
 @attrs.frozen
 class Engine:
@@ -146,24 +156,39 @@ class RetryingDatabase:
         self._engine = engine
         self._clock = clock
 
-    @inlineCallbacks
     def run(
         self,
         desc: str,
         function: Callable[Concatenate[Transaction, P], T],
         *args: P.args,
         **kwargs: P.kwargs,
-    ) -> "Generator[Deferred[Any], Any, T]":
+    ) -> "Deferred[T]":
         """As `Database.run`.
 
         Raises:
             UnavailableError: all tries have failed; its cause is what the last one met.
             OutageError: others would fail as well.
         """
+        return self._try(self._database.run, desc, function, *args, **kwargs)
+
+    def run_single(
+        self,
+        desc: str,
+        function: Callable[Concatenate[Transaction, P], T],
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> "Deferred[T]":
+        """As `Database.run_single`, with the errors of `run`."""
+        return self._try(self._database.run_single, desc, function, *args, **kwargs)
+
+    @inlineCallbacks
+    def _try(
+        self, run: "Callable[..., Deferred[T]]", desc: str, *args: Any, **kwargs: Any
+    ) -> "Generator[Deferred[Any], Any, T]":
         end = time.monotonic() + _TRY_SECONDS
         for delay in (*_RETRY_DELAYS, math.inf):
             try:
-                result: T = yield self._database.run(desc, function, *args, **kwargs)
+                result: T = yield run(desc, *args, **kwargs)
                 return result
             except self._engine.transient as error:
                 failure = error
@@ -207,25 +232,40 @@ class PoolDatabase:
         """How many transactions wait for a connection."""
         return len(self._connections.waiting)
 
-    @inlineCallbacks
     def run(
         self,
         desc: str,
         function: Callable[Concatenate[Transaction, P], T],
         *args: P.args,
         **kwargs: P.kwargs,
-    ) -> "Generator[Deferred[Any], Any, T]":
+    ) -> "Deferred[T]":
         """As `Database.run`.
 
         Raises:
             UnavailableError: others have had all connections for too long.
         """
+        return self._in_turn(self._pool.runInteraction, function, *args, **kwargs)
+
+    def run_single(
+        self,
+        desc: str,
+        function: Callable[Concatenate[Transaction, P], T],
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> "Deferred[T]":
+        """As `Database.run_single`, with the errors of `run`."""
+        connected = self._pool.runWithConnection
+        return self._in_turn(connected, _run_single, function, *args, **kwargs)
+
+    @inlineCallbacks
+    def _in_turn(
+        self, call: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> "Generator[Deferred[Any], Any, Any]":
+        """Make a call that takes a connection, when there is one."""
         turn = self._connections.acquire()
         yield turn.addTimeout(_WAIT_SECONDS, self._reactor, _give_up)
-        interact: Any = self._pool.runInteraction
         try:
-            result: T = yield interact(function, *args, **kwargs)
-            return result
+            return (yield call(*args, **kwargs))
         finally:
             self._connections.release()
 
@@ -245,6 +285,23 @@ def _give_up(result: object, seconds: float) -> NoReturn:
 
 def _ask_for_nothing(txn: Transaction) -> None:
     txn.execute("SELECT 1")
+
+
+def _run_single(
+    connection: adbapi.Connection, function: Callable[..., T], *args: Any, **kwargs: Any
+) -> T:
+    """Call a function with a transaction that is not begun, where the driver can."""
+    pool: Any = connection._pool
+    txn: Transaction = pool.transactionFactory(pool, connection)
+    driver: Any = connection._connection
+    if not hasattr(driver, "autocommit"):
+        return function(txn, *args, **kwargs)
+    driver.autocommit = True
+    try:
+        return function(txn, *args, **kwargs)
+    finally:
+        if not driver.closed:
+            driver.autocommit = False
 
 
 class _PostgresTransaction(adbapi.Transaction):

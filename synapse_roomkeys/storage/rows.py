@@ -18,6 +18,8 @@ PAGE_KEYS = 250
 CHUNK_SIZE = 1 << 19
 #: What a row counts for besides.
 _ROW_SIZE = 100
+#: The largest integer that all readers of JSON agree on.
+_MAX_SAFE = 2**53 - 1
 
 
 @attrs.frozen
@@ -88,22 +90,25 @@ def key_page(rows: list[tuple[Any, ...]]) -> KeyPage:
     return KeyPage(parts, rows[-1][:2] if len(rows) == PAGE_KEYS else None)
 
 
+def row_of(key: RoomKey) -> tuple[Any, ...]:
+    """A key as a row to write."""
+    given = key.metadata
+    return (
+        key.room_id,
+        key.session_id,
+        given.first_message_index,
+        given.forwarded_count,
+        given.is_verified,
+        key.session_data,
+    )
+
+
 def chunks(keys: Iterable[RoomKey]) -> Iterator[list[tuple[Any, ...]]]:
     """Keys as rows to write, as many as one statement takes at a time."""
     rows: list[tuple[Any, ...]] = []
     size = 0
     for key in keys:
-        given = key.metadata
-        rows.append(
-            (
-                key.room_id,
-                key.session_id,
-                given.first_message_index,
-                given.forwarded_count,
-                given.is_verified,
-                key.session_data,
-            )
-        )
+        rows.append(row_of(key))
         size += len(key.session_data) + _ROW_SIZE
         if size > CHUNK_SIZE:
             yield rows
@@ -120,4 +125,4 @@ def metadata(row: Sequence[Any]) -> KeyMetadata:
 
 
 def natural(value: Any) -> int | None:
-    return value if isinstance(value, int) and value >= 0 else None
+    return value if isinstance(value, int) and 0 <= value <= _MAX_SAFE else None

@@ -62,6 +62,16 @@ _CACHED_COUNT = """
     SELECT key_count FROM roomkeys_counts WHERE user_id = ? AND version = {version}
     AND etag = {etag} AND counted_ts BETWEEN ? AND ?"""
 
+#: A key's fields, NULLs when it isn't there, and no row when there is no such version.
+#: Parameters: user, version, room, session, user, version.
+GET_KEY = """
+    SELECT k.first_message_index, k.forwarded_count, k.is_verified,
+        CAST(k.session_data AS TEXT)
+    FROM e2e_room_keys_versions AS v LEFT JOIN e2e_room_keys AS k
+        ON k.user_id = ? AND k.version = ? AND k.room_id = ? AND k.session_id = ?
+        AND k.session_data <> 'null'
+    WHERE v.user_id = ? AND v.version = ? AND v.deleted = 0"""
+
 LAST_VERSION = "SELECT MAX(version) FROM e2e_room_keys_versions WHERE user_id = ?"
 CURRENT_VERSION = f"{LAST_VERSION} AND deleted = 0"
 
@@ -132,14 +142,15 @@ _LOCK_VERSION = """
     SELECT algorithm, deleted FROM e2e_room_keys_versions
     WHERE user_id = ? AND version = ?"""
 
-_FIND_SESSIONS = f"""
+_STATE = f"""
     WITH b AS MATERIALIZED (
-        SELECT COALESCE(v.etag, 0), ({CURRENT_VERSION}), c.key_count, c.key_bytes
+        SELECT COALESCE(v.etag, 0) AS etag, ({CURRENT_VERSION}) AS current,
+            c.key_count, c.key_bytes
         FROM e2e_room_keys_versions AS v
         LEFT JOIN roomkeys_counts AS c ON c.user_id = ? AND c.version = v.version
             AND c.etag = COALESCE(v.etag, 0) AND c.counted_ts BETWEEN ? AND ?
-        WHERE v.user_id = ? AND v.version = ? AND v.deleted = 0)
-    SELECT b.*, k.* FROM b LEFT JOIN ({{lookup}}) AS k ON TRUE"""
+        WHERE v.user_id = ? AND v.version = ? AND v.deleted = 0)"""
+_FIND_SESSIONS = f"{_STATE} SELECT b.*, k.* FROM b LEFT JOIN ({{lookup}}) AS k ON TRUE"
 
 _FOUND = """k.room_id, k.session_id, k.first_message_index, k.forwarded_count,
         k.is_verified, k.session_data <> 'null', {size}"""
@@ -234,22 +245,20 @@ class Pages:
 
     A row has a key's room and session id, and the key as a member of a JSON object.
     There is no row when there is no such version, and one of NULLs when it holds no
-    keys. Parameters: user, version, user, version, those that each attribute says, and,
-    but for a single key, how many keys at most, and how many of these at once.
+    keys. Parameters: user, version, user, version, those that each attribute says, and
+    how many keys at most, and how many of these at once.
 
     Attributes:
         first: the first ones of a backup.
         following: those after one. Parameters: its room and session.
         first_of_room: the first ones of a room. Parameter: the room.
         following_of_room: those after one of a room. Parameters: room and session.
-        one: a single one. Parameters: room and session.
     """
 
     first: str
     following: str
     first_of_room: str
     following_of_room: str
-    one: str
 
 
 def _pages(string: str, integer: str, limit: str, paged: str = "{}") -> Pages:
@@ -288,9 +297,6 @@ def _pages(string: str, integer: str, limit: str, paged: str = "{}") -> Pages:
         following=page(" AND (room_id, session_id) > (?, ?)"),
         first_of_room=page(" AND room_id = ?"),
         following_of_room=page(" AND room_id = ? AND session_id > ?"),
-        one=f"""{keys} LEFT JOIN e2e_room_keys AS k
-        ON k.user_id = ? AND k.version = ? AND k.room_id = ? AND k.session_id = ?
-        AND k.session_data <> 'null'""",
     )
 
 
@@ -316,6 +322,14 @@ class Dialect:
             a count; user, version; the packed room and session ids; user, version.
         measure_keys: a version's etag, its count and its bytes. Parameters: user,
             version, user, version.
+        add_keys: adds keys to a version if they are all new, it is the current one and
+            its count is cached; is a transaction by itself, which is on disk when it
+            returns. Empty where an engine has no such thing. A row has the version's
+            etag before, the current version, the cached count before, and whether keys
+            were added; there is no row when there is no such version. Parameters: user,
+            version; user; user, oldest and newest time of a count; user, version; the
+            packed keys; user, version, version, user, version; how many keys and bytes
+            more; user, version; user, version.
         write_keys: locks a version until the commit, which is on disk when it returns,
             and moves its etag and count and writes keys, over those that are there. The
             first step writes nothing where the etag is no longer what it was, or there
@@ -337,6 +351,7 @@ class Dialect:
     insert_version: str
     find_sessions: str
     measure_keys: str
+    add_keys: str
     write_keys: tuple[Step, ...]
     pages: Pages
     next_page: str | None
@@ -362,6 +377,7 @@ SQLITE = Dialect(
         AND k.session_id = json_extract(u.value, '$[1]')"""
     ),
     measure_keys=_COUNT_KEYS.format(size=f"COALESCE(SUM({_SQLITE_SIZE}), 0)"),
+    add_keys="",
     write_keys=(
         Step(_CLAIM_CURRENT, _CLAIM_TAKES),
         Step(
@@ -388,6 +404,13 @@ SQLITE = Dialect(
 
 _ON_DISK = "SET LOCAL synchronous_commit TO ON"
 _LOCK_ON_POSTGRES = f"{_ON_DISK}; {_LOCK_VERSION} FOR UPDATE"
+_LOOKUP_ON_POSTGRES = """CROSS JOIN LATERAL (
+            SELECT * FROM e2e_room_keys AS k
+            WHERE k.user_id = ? AND k.version = ?
+            AND k.room_id = u.room_id AND k.session_id = u.session_id LIMIT 1
+        ) AS k"""
+_PACKED_KEYS = """unnest(?::text[], ?::text[], ?::int[], ?::int[], ?::boolean[],
+        string_to_array(?, chr(31))) AS u (room_id, session_id)"""
 
 #: What looks names up, such as to_regclass, may not see a table that others made while
 #: the transaction waited for an advisory lock; a query of the catalogue does.
@@ -417,20 +440,28 @@ POSTGRES = Dialect(
         lookup=f"""
         SELECT {_FOUND.format(size=_POSTGRES_SIZE)}
         FROM unnest(?::text[], ?::text[]) AS u (room_id, session_id)
-        CROSS JOIN LATERAL (
-            SELECT * FROM e2e_room_keys AS k
-            WHERE k.user_id = ? AND k.version = ?
-            AND k.room_id = u.room_id AND k.session_id = u.session_id LIMIT 1
-        ) AS k"""
+        {_LOOKUP_ON_POSTGRES}"""
     ),
     measure_keys=_COUNT_KEYS.format(size=f"COALESCE(SUM({_POSTGRES_SIZE}), 0)::bigint"),
+    add_keys=f"""SET TRANSACTION ISOLATION LEVEL READ COMMITTED; {_LOCK_ON_POSTGRES};
+    {_STATE}, u AS MATERIALIZED (SELECT * FROM {_PACKED_KEYS}), claimed AS (
+        UPDATE e2e_room_keys_versions SET etag = COALESCE(etag, 0) + 1
+        WHERE user_id = ? AND version = ? AND deleted = 0
+        AND EXISTS (SELECT 1 FROM b WHERE current = ? AND key_count IS NOT NULL)
+        AND NOT EXISTS (SELECT 1 FROM u {_LOOKUP_ON_POSTGRES}) RETURNING 1),
+    counted AS (
+        UPDATE roomkeys_counts SET etag = b.etag + 1, key_count = b.key_count + ?,
+            key_bytes = b.key_bytes + ?
+        FROM b WHERE user_id = ? AND version = ? AND roomkeys_counts.etag = b.etag
+        AND EXISTS (SELECT 1 FROM claimed)),
+    added AS ({_INSERT_KEYS.format(values="u.* FROM claimed CROSS JOIN u")})
+    SELECT etag, current, key_count, EXISTS (SELECT 1 FROM claimed) FROM b""",
     write_keys=(
         Step(
             f"{_LOCK_ON_POSTGRES}; WITH claimed AS ({_CLAIM_CURRENT} RETURNING 1),"
             f" counted AS ({MOVE_COUNT} AND EXISTS (SELECT 1 FROM claimed))"
             + _INSERT_KEYS.format(
-                values="u.* FROM claimed CROSS JOIN unnest(?::text[], ?::text[],"
-                " ?::int[], ?::int[], ?::boolean[], string_to_array(?, chr(31))) AS u",
+                values=f"u.* FROM claimed CROSS JOIN {_PACKED_KEYS}",
             ),
             ("backup", *_CLAIM_TAKES, *_MOVE_COUNT_TAKES, "backup", "keys"),
         ),

@@ -29,6 +29,15 @@ def backend(
     return Backend("postgres", postgres.create_database(), path)
 
 
+@pytest.fixture(params=["adds", "looks"], autouse=True)
+def way(site: OwnSite, request: pytest.FixtureRequest) -> str:
+    """How an upload begins: it adds new keys at once, or it looks what is there."""
+    guess = bytes([request.param == "looks"])
+    site.store._met_old[:] = guess * len(site.store._met_old)
+    way: str = request.param
+    return way
+
+
 @pytest.fixture
 def other(site: OwnSite) -> Iterator[Any]:
     """Another process' transaction, which the test takes step by step."""
@@ -62,6 +71,7 @@ def test_an_upload_that_waited_for_a_new_version_is_refused(
     """What was current when the upload looked need not be when its turn comes."""
     client = Client(site.host, site.host.new_user())
     version: str = yield client.create_version()
+    yield client.info()
     newer = int(version) + 1
     cursor = other.cursor()
     user = client.user.user_id
@@ -86,6 +96,7 @@ def test_a_new_version_waits_for_an_upload(site: OwnSite, other: Any) -> Steps:
     """A version isn't replaced while keys are being written to it."""
     client = Client(site.host, site.host.new_user())
     version: str = yield client.create_version()
+    yield client.info()
     other.cursor().execute(
         "UPDATE e2e_room_keys_versions SET etag = 1 WHERE user_id = %s",
         (client.user.user_id,),
@@ -105,6 +116,7 @@ def test_an_upload_that_waited_for_another_looks_again(
     """A key that another upload wrote meanwhile is merged, not written over."""
     client = Client(site.host, site.host.new_user())
     version: str = yield client.create_version()
+    yield client.info()
     cursor = other.cursor()
     user = client.user.user_id
     cursor.execute(
@@ -121,4 +133,58 @@ def test_an_upload_that_waited_for_another_looks_again(
     assert answer.json == {"etag": "1", "count": 1}
     assert (yield client.download(version)) == {
         "!room": {"s": key(verified=True, data="best")}
+    }
+
+
+@inlineCallbacks
+def test_new_keys_take_one_transaction(
+    site: OwnSite, way: str, monkeypatch: pytest.MonkeyPatch
+) -> Steps:
+    """An upload looks first only if the user's last one met sessions that were there:
+    then adding them at once would likely be in vain again."""
+    client = Client(site.host, site.host.new_user())
+    version: str = yield client.create_version()
+    yield client.info()
+    done: list[str] = []
+    for name in ("run", "run_single"):
+        run: Any = getattr(site.database, name)
+
+        def noted(desc: str, *args: Any, run: Any = run) -> Any:
+            done.append(desc.removeprefix("roomkeys_"))
+            return run(desc, *args)
+
+        monkeypatch.setattr(site.database, name, noted)
+    if way == "looks":
+        yield client.upload(version, {"!room": {"0": key()}})
+        done.clear()
+    for count, session, wanted in (
+        (2, "1", ["add_keys"]),
+        (3, "2", ["add_keys"]),
+        (3, "2", ["add_keys", "upload_keys"]),
+        (3, "1", ["upload_keys"]),
+        (4, "3", ["upload_keys"]),
+        (5, "4", ["add_keys"]),
+    ):
+        count -= way == "adds"
+        tally = yield client.upload(version, {"!room": {session: key()}})
+        assert (tally, done) == ((count, count), wanted)
+        done.clear()
+
+
+@inlineCallbacks
+def test_what_is_not_new_is_not_added(site: OwnSite, way: str) -> Steps:
+    """A single session that is there keeps all of an upload from being added without a
+    look, and a count that isn't cached does."""
+    client = Client(site.host, site.host.new_user())
+    version: str = yield client.create_version()
+    assert (yield client.upload(version, {"!room": {"1": key(index=5)}})) == (1, 1)
+    rooms = {"!room": {"1": key(index=7), "2": key()}, "!other": {"1": key()}}
+    assert (yield client.upload(version, rooms)) == (2, 3)
+    better = {"!room": {"1": key(index=3), "3": key()}}
+    assert (yield client.upload(version, better)) == (3, 4)
+    got = yield client.download(version)
+    assert got["!room"]["1"] == key(index=3)
+    assert {room: set(sessions) for room, sessions in got.items()} == {
+        "!room": {"1", "2", "3"},
+        "!other": {"1"},
     }

@@ -185,6 +185,8 @@ class ExplainedDatabase:
 
         return self.database.run(desc, explained)
 
+    run_single = run
+
 
 def relations_of(plan: Any) -> Iterator[str]:
     """The relations that a plan has anywhere in it."""
@@ -217,6 +219,7 @@ def all_statements() -> set[str]:
     }
     own = sql.POSTGRES
     others = {own.lock_version, own.insert_version, own.find_sessions, own.measure_keys}
+    others.add(own.add_keys)
     others |= {step.statement for step in own.write_keys}
     return (everywhere - {sql.COLUMNS}) | others | set(attrs.astuple(own.pages))
 
@@ -243,8 +246,8 @@ def upload_and_download(store: EndToEndRoomKeyStore, user: str, version: int) ->
         assert pages[1].parts
         yield store.get_pages(user, version, of_room, pages[0].last, take_two)
         assert pages[2] == pages[1]
-    member: str = yield store.get_key(user, version, "!room", "7")
-    assert member.startswith('"7":')
+    key: RoomKey = yield store.get_key(user, version, "!room", "7")
+    assert key == keys(4, 8)[7]
 
 
 @inlineCallbacks

@@ -23,6 +23,7 @@ from synapse_roomkeys.storage import (
 )
 from synapse_roomkeys.storage import rows as storage_rows
 from synapse_roomkeys.types import BackupState, KeyMetadata, KeyPage, Limits, RoomKey
+from synapse_roomkeys.wire import encode_key
 
 from ..contract.base import ALGORITHM, NO_VERSION, same
 from ..memory import ImmediateDatabase
@@ -76,6 +77,8 @@ class BlockingPostgres:
     ) -> Deferred[T]:
         """As `Database.run`, at once."""
         return execute(self._run, function, *args, **kwargs)
+
+    run_single = run
 
     def _run(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
         with self.connection, self.connection.cursor() as cursor:
@@ -280,7 +283,7 @@ class BackupMachine(RuleBasedStateMachine):
             key = result_of(self.store.get_key(user_id, number, room_id, session_id))
             if key is None:
                 return []
-            return [((room_id, session_id), json.loads(f"{{{key}}}")[session_id])]
+            return [((room_id, session_id), json.loads(encode_key(key)))]
         members: list[tuple[Ids, Any]] = []
         after = None
         while True:

@@ -167,6 +167,8 @@ def statements() -> dict[str, str]:
         own = {**attrs.asdict(dialect.pages), **{n: getattr(dialect, n) for n in names}}
         for i, step in enumerate(dialect.write_keys):
             own[f"write_keys {i}"] = step.statement
+        if dialect.add_keys:
+            own["add_keys"] = dialect.add_keys
         for name, statement in own.items():
             shared[f"{name} {dialect.pages_at_once}"] = statement
     del shared["COLUMNS"]

@@ -364,26 +364,30 @@ class Away:
             return fail(self.error)
         return self.database.run(desc, function, *args, **kwargs)
 
+    run_single = run
+
 
 class RetryTests(SynchronousTestCase):
     """`RetryingDatabase`."""
 
     def run_away(
-        self, tries: int, error: str = "database is locked"
+        self, tries: int, error: str = "database is locked", single: bool = False
     ) -> tuple[FakeReactor, "Deferred[int]"]:
         """Use a database that is away for a number of tries."""
         reactor = FakeReactor()
         database = RetryingDatabase(Away(tries, error), SQLITE, Clock(reactor))
-        return reactor, database.run("test", lambda txn: 7)
+        run = database.run_single if single else database.run
+        return reactor, run("test", lambda txn: 7)
 
     def test_it_comes_back(self) -> None:
         """A database that is away for a moment costs a moment."""
-        with self.assertLogs("synapse_roomkeys", "WARNING") as logged:
-            reactor, done = self.run_away(3)
-            self.assertNoResult(done)
-            reactor.pump([0.5] * 10)
-        self.assertEqual(self.successResultOf(done), 7)
-        self.assertNotIn("secrets", "".join(logged.output))
+        for single in (False, True):
+            with self.assertLogs("synapse_roomkeys", "WARNING") as logged:
+                reactor, done = self.run_away(3, single=single)
+                self.assertNoResult(done)
+                reactor.pump([0.5] * 10)
+            self.assertEqual(self.successResultOf(done), 7)
+            self.assertNotIn("secrets", "".join(logged.output))
 
     def test_it_stays_away(self) -> None:
         """After some seconds it is 503, with the time to come again."""
