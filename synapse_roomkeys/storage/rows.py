@@ -90,12 +90,16 @@ def key_page(rows: list[tuple[Any, ...]]) -> KeyPage:
     return KeyPage(parts, rows[-1][:2] if len(rows) == PAGE_KEYS else None)
 
 
+def ids_of(key: RoomKey) -> tuple[str, str]:
+    """A key's room and session id."""
+    return key.room_id, key.session_id
+
+
 def row_of(key: RoomKey) -> tuple[Any, ...]:
     """A key as a row to write."""
     given = key.metadata
     return (
-        key.room_id,
-        key.session_id,
+        *ids_of(key),
         given.first_message_index,
         given.forwarded_count,
         given.is_verified,

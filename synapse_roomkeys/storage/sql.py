@@ -142,15 +142,14 @@ _LOCK_VERSION = """
     SELECT algorithm, deleted FROM e2e_room_keys_versions
     WHERE user_id = ? AND version = ?"""
 
-_STATE = f"""
+_FIND_SESSIONS = f"""
     WITH b AS MATERIALIZED (
-        SELECT COALESCE(v.etag, 0) AS etag, ({CURRENT_VERSION}) AS current,
-            c.key_count, c.key_bytes
+        SELECT COALESCE(v.etag, 0), ({CURRENT_VERSION}), c.key_count, c.key_bytes
         FROM e2e_room_keys_versions AS v
         LEFT JOIN roomkeys_counts AS c ON c.user_id = ? AND c.version = v.version
             AND c.etag = COALESCE(v.etag, 0) AND c.counted_ts BETWEEN ? AND ?
-        WHERE v.user_id = ? AND v.version = ? AND v.deleted = 0)"""
-_FIND_SESSIONS = f"{_STATE} SELECT b.*, k.* FROM b LEFT JOIN ({{lookup}}) AS k ON TRUE"
+        WHERE v.user_id = ? AND v.version = ? AND v.deleted = 0)
+    SELECT b.*, k.* FROM b LEFT JOIN ({{lookup}}) AS k ON TRUE"""
 
 _FOUND = """k.room_id, k.session_id, k.first_message_index, k.forwarded_count,
         k.is_verified, k.session_data <> 'null', {size}"""
@@ -322,14 +321,13 @@ class Dialect:
             a count; user, version; the packed room and session ids; user, version.
         measure_keys: a version's etag, its count and its bytes. Parameters: user,
             version, user, version.
-        add_keys: adds keys to a version if they are all new, it is the current one and
-            its count is cached; is a transaction by itself, which is on disk when it
-            returns. Empty where an engine has no such thing. A row has the version's
-            etag before, the current version, the cached count before, and whether keys
-            were added; there is no row when there is no such version. Parameters: user,
-            version; user; user, oldest and newest time of a count; user, version; the
-            packed keys; user, version, version, user, version; how many keys and bytes
-            more; user, version; user, version.
+        add_keys: adds keys to a version, and is a transaction by itself, which is on
+            disk when it returns. The one row has the etag and the count afterwards;
+            there is none, and nothing is added, unless all keys are new, the version is
+            the current one and its count is cached. Empty where an engine has no such
+            thing. Parameters: user, version; how many keys and bytes more, user,
+            version, the oldest and the newest time of a count, user, version, user, the
+            packed ids, user, version; user, version; user, version, the packed keys.
         write_keys: locks a version until the commit, which is on disk when it returns,
             and moves its etag and count and writes keys, over those that are there. The
             first step writes nothing where the etag is no longer what it was, or there
@@ -409,8 +407,9 @@ _LOOKUP_ON_POSTGRES = """CROSS JOIN LATERAL (
             WHERE k.user_id = ? AND k.version = ?
             AND k.room_id = u.room_id AND k.session_id = u.session_id LIMIT 1
         ) AS k"""
+_PACKED_IDS = "unnest(?::text[], ?::text[]) AS u (room_id, session_id)"
 _PACKED_KEYS = """unnest(?::text[], ?::text[], ?::int[], ?::int[], ?::boolean[],
-        string_to_array(?, chr(31))) AS u (room_id, session_id)"""
+        string_to_array(?, chr(31))) AS u"""
 
 #: What looks names up, such as to_regclass, may not see a table that others made while
 #: the transaction waited for an advisory lock; a query of the catalogue does.
@@ -439,23 +438,25 @@ POSTGRES = Dialect(
     find_sessions=_FIND_SESSIONS.format(
         lookup=f"""
         SELECT {_FOUND.format(size=_POSTGRES_SIZE)}
-        FROM unnest(?::text[], ?::text[]) AS u (room_id, session_id)
-        {_LOOKUP_ON_POSTGRES}"""
+        FROM {_PACKED_IDS} {_LOOKUP_ON_POSTGRES}"""
     ),
     measure_keys=_COUNT_KEYS.format(size=f"COALESCE(SUM({_POSTGRES_SIZE}), 0)::bigint"),
     add_keys=f"""SET TRANSACTION ISOLATION LEVEL READ COMMITTED; {_LOCK_ON_POSTGRES};
-    {_STATE}, u AS MATERIALIZED (SELECT * FROM {_PACKED_KEYS}), claimed AS (
-        UPDATE e2e_room_keys_versions SET etag = COALESCE(etag, 0) + 1
-        WHERE user_id = ? AND version = ? AND deleted = 0
-        AND EXISTS (SELECT 1 FROM b WHERE current = ? AND key_count IS NOT NULL)
-        AND NOT EXISTS (SELECT 1 FROM u {_LOOKUP_ON_POSTGRES}) RETURNING 1),
-    counted AS (
-        UPDATE roomkeys_counts SET etag = b.etag + 1, key_count = b.key_count + ?,
-            key_bytes = b.key_bytes + ?
-        FROM b WHERE user_id = ? AND version = ? AND roomkeys_counts.etag = b.etag
-        AND EXISTS (SELECT 1 FROM claimed)),
-    added AS ({_INSERT_KEYS.format(values="u.* FROM claimed CROSS JOIN u")})
-    SELECT etag, current, key_count, EXISTS (SELECT 1 FROM claimed) FROM b""",
+    WITH counted AS (
+        UPDATE roomkeys_counts SET etag = etag + 1, key_count = key_count + ?,
+            key_bytes = key_bytes + ?
+        WHERE user_id = ? AND version = ? AND counted_ts BETWEEN ? AND ?
+        AND etag = (SELECT COALESCE(etag, 0) FROM e2e_room_keys_versions
+            WHERE user_id = ? AND version = ? AND deleted = 0)
+        AND version = ({CURRENT_VERSION})
+        AND NOT EXISTS (SELECT 1 FROM {_PACKED_IDS} {_LOOKUP_ON_POSTGRES})
+        RETURNING etag, key_count),
+    claimed AS (
+        UPDATE e2e_room_keys_versions AS v SET etag = counted.etag FROM counted
+        WHERE v.user_id = ? AND v.version = ?),
+    added AS (
+        {_INSERT_KEYS.format(values=f"u.* FROM counted CROSS JOIN {_PACKED_KEYS}")})
+    SELECT etag, key_count FROM counted""",
     write_keys=(
         Step(
             f"{_LOCK_ON_POSTGRES}; WITH claimed AS ({_CLAIM_CURRENT} RETURNING 1),"

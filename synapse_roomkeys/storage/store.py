@@ -29,6 +29,7 @@ from .rows import (
     Found,
     chunks,
     found_of,
+    ids_of,
     key_page,
     metadata,
     page_statement,
@@ -251,21 +252,16 @@ class EndToEndRoomKeyStore:
     ) -> UploadResult | None:
         """Add keys if they are all new; None when the upload has to look first."""
         backup = user_id, version
-        more = len(keys), sum(size(key.session_data) for key in keys)
-        times = self._count_times()
-        parameters = [*backup, user_id, user_id, *times, *backup]
+        parameters = [*backup, len(keys), sum(size(key.session_data) for key in keys)]
+        parameters += [*backup, *self._count_times(), *backup, user_id]
+        parameters += self._dialect.pack_ids([ids_of(key) for key in keys])
+        parameters += [*backup, *backup, *backup]
         parameters += self._dialect.pack_keys([row_of(key) for key in keys])
-        parameters += [*backup, version, *backup, *more, *backup, *backup]
         txn.execute(self._dialect.add_keys, parameters)
         row = txn.fetchone()
         if row is None:
-            raise unknown_version()
-        etag, current, count, is_done = row
-        if current != version:
-            raise RoomKeysVersionError(str(current))
-        if not is_done:
             return None
-        return UploadResult(BackupState(etag + 1, count + len(keys)), len(keys), (), 0)
+        return UploadResult(BackupState(*row), len(keys), (), 0)
 
     def _upload_txn(
         self, txn: Transaction, user_id: str, version: int, keys: Sequence[RoomKey]
@@ -318,9 +314,9 @@ class EndToEndRoomKeyStore:
         Raises:
             NotFoundError: there is no such version.
         """
-        ids = [(key.room_id, key.session_id) for key in keys]
         parameters = [user_id, user_id, *self._count_times(), user_id, version]
-        parameters += [*self._dialect.pack_ids(ids), user_id, version]
+        parameters += self._dialect.pack_ids([ids_of(key) for key in keys])
+        parameters += [user_id, version]
         txn.execute(self._dialect.find_sessions, parameters)
         rows = txn.fetchall()
         if not rows:

@@ -68,9 +68,9 @@ from synapse_roomkeys.service.cli import main
 from synapse_roomkeys.storage import sql
 
 def hasty(statement):
-    setting, rest = statement.split(";", 1)
-    assert "synchronous_commit" in setting
-    return rest
+    setting = "SET LOCAL synchronous_commit TO ON;"
+    assert statement.count(setting) == 1
+    return statement.replace(setting, "")
 
 own = sql.POSTGRES
 (step,) = own.write_keys
@@ -78,6 +78,7 @@ sql.POSTGRES = attrs.evolve(
     own,
     lock_version=hasty(own.lock_version),
     insert_version=hasty(own.insert_version),
+    add_keys=hasty(own.add_keys),
     write_keys=(attrs.evolve(step, statement=hasty(step.statement)),),
 )
 main()
