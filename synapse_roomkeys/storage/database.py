@@ -254,8 +254,7 @@ class PoolDatabase:
         **kwargs: P.kwargs,
     ) -> "Deferred[T]":
         """As `Database.run_single`, with the errors of `run`."""
-        connected = self._pool.runWithConnection
-        return self._in_turn(connected, _run_single, function, *args, **kwargs)
+        return self.run(desc, function, *args, **kwargs)
 
     @inlineCallbacks
     def _in_turn(
@@ -287,23 +286,6 @@ def _ask_for_nothing(txn: Transaction) -> None:
     txn.execute("SELECT 1")
 
 
-def _run_single(
-    connection: adbapi.Connection, function: Callable[..., T], *args: Any, **kwargs: Any
-) -> T:
-    """Call a function with a transaction that is not begun, where the driver can."""
-    pool: Any = connection._pool
-    txn: Transaction = pool.transactionFactory(pool, connection)
-    driver: Any = connection._connection
-    if not hasattr(driver, "autocommit"):
-        return function(txn, *args, **kwargs)
-    driver.autocommit = True
-    try:
-        return function(txn, *args, **kwargs)
-    finally:
-        if not driver.closed:
-            driver.autocommit = False
-
-
 class _PostgresTransaction(adbapi.Transaction):
     """A transaction that translates the marks of parameters for psycopg2."""
 
@@ -325,6 +307,36 @@ class _PostgresConnection(adbapi.Connection):
             self._pool.disconnect(connection)
         else:
             super().rollback()  # type: ignore[no-untyped-call]
+
+
+class _PostgresDatabase(PoolDatabase):
+    """A database over a pool of connections of psycopg2."""
+
+    def run_single(
+        self,
+        desc: str,
+        function: Callable[Concatenate[Transaction, P], T],
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> "Deferred[T]":
+        """As `Database.run_single`, with the errors of `run`."""
+        connected = self._pool.runWithConnection
+        return self._in_turn(connected, _run_single, function, *args, **kwargs)
+
+
+def _run_single(
+    connection: adbapi.Connection, function: Callable[..., T], *args: Any, **kwargs: Any
+) -> T:
+    """Call a function with a transaction that isn't begun."""
+    pool: Any = connection._pool
+    txn: Transaction = pool.transactionFactory(pool, connection)
+    driver: Any = connection._connection
+    driver.autocommit = True
+    try:
+        return function(txn, *args, **kwargs)
+    finally:
+        if not driver.closed:
+            driver.autocommit = False
 
 
 def sqlite_database(path: str) -> PoolDatabase:
@@ -381,4 +393,4 @@ def postgres_database(arguments: Mapping[str, Any]) -> PoolDatabase:
     pool = adbapi.ConnectionPool("psycopg2", **{**defaults, **with_timeouts(arguments)})
     pool.connectionFactory = _PostgresConnection
     pool.transactionFactory = _PostgresTransaction
-    return PoolDatabase(pool)
+    return _PostgresDatabase(pool)
