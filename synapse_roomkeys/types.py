@@ -4,6 +4,8 @@ Those that an upload has thousands of are msgspec's: the garbage collector needn
 at them. None can be part of a cycle.
 """
 
+from collections.abc import Sequence
+
 import attrs
 import msgspec
 
@@ -60,18 +62,6 @@ class StoredKey(msgspec.Struct, frozen=True, gc=False):
     size: int
 
 
-@attrs.frozen
-class RoomPart:
-    """Some keys of one room, as they stand in a download.
-
-    Attributes:
-        members: JSON text: ``"session_id":key`` for each, with commas between.
-    """
-
-    room_id: str
-    members: str
-
-
 #: Where a download is: the room and session id of a key, or None before the first.
 Position = tuple[str, str] | None
 
@@ -81,11 +71,12 @@ class KeyPage:
     """Some keys of a download, in the order of their ids.
 
     Attributes:
-        parts: each of another room.
+        rows: of each its room's id, and the key as a member of a JSON object:
+            ``"session_id":key``.
         last: the room and session id of the last key, when more may follow.
     """
 
-    parts: tuple[RoomPart, ...]
+    rows: Sequence[tuple[str, str]]
     last: Position
 
 

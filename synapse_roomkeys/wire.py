@@ -244,15 +244,13 @@ class BackupEncoder:
         if not self._opened:
             self._opened = True
             texts.append('{"rooms":{' if self._with_rooms else '{"sessions":{')
-        for part in page.parts:
-            texts.append(self._before(part.room_id))
-            texts.append(part.members)
+        for room_id, member in page.rows:
+            texts.append("," if room_id == self._room_id else self._open(room_id))
+            texts.append(member)
         return "".join(texts).encode()
 
-    def _before(self, room_id: str) -> str:
-        """What stands between the key before and one of this room."""
-        if room_id == self._room_id:
-            return ","
+    def _open(self, room_id: str) -> str:
+        """What stands between the key before and the first one of a room."""
         first = self._room_id is None
         self._room_id = room_id
         if not self._with_rooms:

@@ -1,13 +1,12 @@
 """Rows of the database as values."""
 
+import json
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import groupby
-from operator import itemgetter
 from typing import Any
 
 import attrs
 
-from ..types import KeyMetadata, KeyPage, Position, RoomKey, RoomPart, StoredKey
+from ..types import KeyMetadata, KeyPage, Position, RoomKey, StoredKey
 from . import sql
 
 #: How many keys a page of a download holds: about a quarter of a MiB of real ones.
@@ -20,6 +19,9 @@ CHUNK_SIZE = 1 << 19
 _ROW_SIZE = 100
 #: The largest integer that all readers of JSON agree on.
 _MAX_SAFE = 2**53 - 1
+
+
+_decoder = json.JSONDecoder()
 
 
 @attrs.frozen
@@ -80,14 +82,15 @@ def page_statement(
 
 
 def key_page(rows: list[tuple[Any, ...]]) -> KeyPage:
-    """A page of the rows of a download."""
+    """A page of the rows of a download. Whoever takes it has the work of putting them
+    together: the database can go on with the next one meanwhile."""
     if not rows or rows[0][0] is None:
         return KeyPage((), None)
-    parts = tuple(
-        RoomPart(room_id, ",".join([row[2] for row in room]))
-        for room_id, room in groupby(rows, itemgetter(0))
-    )
-    return KeyPage(parts, rows[-1][:2] if len(rows) == PAGE_KEYS else None)
+    if len(rows) < PAGE_KEYS:
+        return KeyPage(rows, None)
+    room_id, member = rows[-1]
+    session_id, _ = _decoder.raw_decode(member)
+    return KeyPage(rows, (room_id, session_id))
 
 
 def ids_of(key: RoomKey) -> tuple[str, str]:

@@ -242,10 +242,10 @@ def _pack_json(rows: Sequence[tuple[Any, ...]]) -> list[str]:
 class Pages:
     """The statements of downloads: keys of one version, in the order of their ids.
 
-    A row has a key's room and session id, and the key as a member of a JSON object.
-    There is no row when there is no such version, and one of NULLs when it holds no
-    keys. Parameters: user, version, user, version, those that each attribute says, and
-    how many keys at most, and how many of these at once.
+    A row has a key's room id and the key as a member of a JSON object. There is no row
+    when there is no such version, and one of NULLs when it holds no keys. Parameters:
+    user, version, user, version, those that each attribute says, how many keys at most,
+    and how many of these at once.
 
     Attributes:
         first: the first ones of a backup.
@@ -274,7 +274,7 @@ def _pages(string: str, integer: str, limit: str, paged: str = "{}") -> Pages:
     """
 
     keys = f"""
-    SELECT k.room_id, k.session_id, {string.format("k.session_id")}
+    SELECT k.room_id, {string.format("k.session_id")}
         || ':{{"first_message_index":' || {integer.format("k.first_message_index")}
         || ',"forwarded_count":' || {integer.format("k.forwarded_count")}
         || ',"is_verified":' || CASE WHEN k.is_verified THEN 'true' ELSE 'false' END

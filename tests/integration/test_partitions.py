@@ -243,7 +243,7 @@ def upload_and_download(store: EndToEndRoomKeyStore, user: str, version: int) ->
             return len(pages) == 1
 
         yield store.get_pages(user, version, of_room, None, take_two)
-        assert pages[1].parts
+        assert pages[1].rows
         yield store.get_pages(user, version, of_room, pages[0].last, take_two)
         assert pages[2] == pages[1]
     key: RoomKey = yield store.get_key(user, version, "!room", "7")

@@ -115,22 +115,15 @@ def room_key(ids: Ids, key: Key) -> RoomKey:
     return RoomKey(*ids, metadata, key.data)
 
 
-def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object none of whose members occurs twice."""
-    found = dict(pairs)
-    assert len(found) == len(pairs), pairs
-    return found
-
-
 def members_of(page: KeyPage) -> list[tuple[Ids, Any]]:
     """The keys of a page as JSON values."""
-    return [
-        ((part.room_id, session_id), value)
-        for part in page.parts
-        for session_id, value in json.loads(
-            "{" + part.members + "}", object_pairs_hook=unique
-        ).items()
+    found = [
+        ((room_id, session_id), value)
+        for room_id, member in page.rows
+        for session_id, value in json.loads(f"{{{member}}}").items()
     ]
+    assert len(dict(found)) == len(page.rows), found
+    return found
 
 
 def shown(keys: Mapping[Ids, Any]) -> list[Any]:

@@ -64,7 +64,7 @@ KNOWN_BY = {
     "psycopg2": {"storage.database", "service.postgres_side"},
     "sqlite3": {"storage.database", "service.sqlite_side"},
     "canonicaljson": {"rest.resource"},
-    "json": {"wire", "storage.sql", "service.logs"},
+    "json": {"wire", "storage.sql", "storage.rows", "service.logs"},
     "msgspec": {"types", "wire", "whoami"},
     "treq": {"whoami"},
     "yaml": {"service.config"},

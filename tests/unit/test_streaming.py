@@ -9,7 +9,7 @@ from twisted.trial.unittest import SynchronousTestCase
 from synapse_roomkeys.clock import Clock
 from synapse_roomkeys.pages import KeyPages
 from synapse_roomkeys.storage import PAGE_KEYS
-from synapse_roomkeys.types import KeyPage, Position, RoomPart
+from synapse_roomkeys.types import KeyPage, Position
 
 from ..contract import Client
 from ..contract.base import PREFIX, Rooms, key, version_path
@@ -187,7 +187,7 @@ class KeyPagesTests(SynchronousTestCase):
         """Have the transaction give a page; whether it is to go on."""
         self.given += 1
         position = None if last else ("!room", f"{self.given}")
-        return self.take(KeyPage((RoomPart("!room", f"{self.given}"),), position))
+        return self.take(KeyPage([("!room", f"{self.given}")], position))
 
     def finish(self, result: Exception | None = None) -> None:
         """End the transaction."""
@@ -199,7 +199,7 @@ class KeyPagesTests(SynchronousTestCase):
 
     def assertTaken(self, number: int) -> None:
         """The page at hand is the one that was given at this place."""
-        self.assertEqual(self.pages.page.parts[0].members, f"{number}")
+        self.assertEqual(self.pages.page.rows[0][1], f"{number}")
 
     def test_a_transaction_goes_on_while_its_reader_waits(self) -> None:
         """Who is back for the next page before it is there gets it out of the same."""

@@ -18,7 +18,6 @@ from synapse_roomkeys.types import (
     KeyPage,
     Limits,
     RoomKey,
-    RoomPart,
 )
 from synapse_roomkeys.wire import (
     BackupEncoder,
@@ -211,10 +210,10 @@ class EncodeTests(SynchronousTestCase):
 
     def test_chunks_make_one_object(self) -> None:
         """Wherever the pages end, the same object comes out."""
-        parts = (RoomPart("!a", '"1":1'), RoomPart("!a", '"2":2'), RoomPart('"', "3"))
-        for cut in range(len(parts) + 1):
+        rows = [("!a", '"1":1'), ("!a", '"2":2'), ('"', "3")]
+        for cut in range(len(rows) + 1):
             encoder = BackupEncoder(with_rooms=True)
-            pages = [KeyPage(parts[:cut], None), KeyPage(parts[cut:], None)]
+            pages = [KeyPage(rows[:cut], None), KeyPage(rows[cut:], None)]
             self.assertEqual(
                 b"".join(map(encoder.encode, pages)) + encoder.finish(),
                 b'{"rooms":{"!a":{"sessions":{"1":1,"2":2}},"\\"":{"sessions":{3}}}}',
