@@ -9,8 +9,8 @@ import attrs
 from ..types import KeyMetadata, KeyPage, Position, RoomKey, StoredKey
 from . import sql
 
-#: How many keys a page of a download holds: about a quarter of a MiB of real ones.
-PAGE_KEYS = 250
+#: How many keys a page of a download holds: about 0.4 MB of real ones.
+PAGE_KEYS = 400
 #: How many characters of ``session_data`` a statement writes at least, where more
 #: follow: what makes a statement of them holds Python's interpreter meanwhile. Ordinary
 #: uploads have less.

@@ -358,7 +358,7 @@ class Dialect:
     pack_keys: Callable[[Sequence[tuple[Any, ...]]], list[str]]
 
 
-#: A process has one connection to an SQLite file, for all its users: four pages take
+#: A process has one connection to an SQLite file, for all its users: three pages take
 #: some 5 ms.
 SQLITE = Dialect(
     begin_write="BEGIN IMMEDIATE",
@@ -395,7 +395,7 @@ SQLITE = Dialect(
         limit="MIN(?, ?)",
     ),
     next_page=None,
-    pages_at_once=4,
+    pages_at_once=3,
     pack_ids=_pack_json,
     pack_keys=_pack_json,
 )
@@ -475,7 +475,7 @@ POSTGRES = Dialect(
         " DECLARE download NO SCROLL CURSOR FOR {}; FETCH ? FROM download",
     ),
     next_page="FETCH ? FROM download",
-    pages_at_once=40,
+    pages_at_once=25,
     pack_ids=pack_arrays,
     pack_keys=_pack_columns,
 )
