@@ -66,7 +66,7 @@ class SqliteSide:
     def keys(self, version: Version, count: int, ordered: bool) -> Iterator[Row]:
         """As `Side.keys`."""
         order = " ORDER BY room_id, session_id" if ordered else ""
-        yield from self._reader.execute(KEYS + order, version.ids)
+        return self._reader.execute(KEYS + order, version.ids)
 
     def prepare(self) -> None:
         """As `Side.prepare`."""
