@@ -172,16 +172,6 @@ class ModuleApiDatabase:
         level = IsolationLevel.READ_COMMITTED
         return self._interact(desc, function, *args, isolation_level=level, **kwargs)
 
-    def run_single(
-        self,
-        desc: str,
-        function: Callable[Concatenate[Transaction, P], T],
-        *args: P.args,
-        **kwargs: P.kwargs,
-    ) -> "Deferred[T]":
-        """As `synapse_roomkeys.storage.Database.run_single`."""
-        return self._interact(desc, function, *args, db_autocommit=True, **kwargs)
-
 
 def replace_servlets(register: Register) -> str:
     """Have Synapse call another function where it calls the built-in endpoints' one.
@@ -241,9 +231,9 @@ def _internals(api: ModuleApi) -> tuple[Any, Any]:
         known = inspect.signature(database.runInteraction).parameters
     except AttributeError as error:
         raise _unexpected("ModuleApi._hs with its main database", str(error)) from None
-    if not {"isolation_level", "db_autocommit"} <= known.keys():
+    if "isolation_level" not in known:
         raise _unexpected(
-            "DatabasePool.runInteraction with isolation_level and db_autocommit",
+            "DatabasePool.runInteraction with isolation_level",
             f"one with {', '.join(known)}",
         )
     return hs, database

@@ -247,7 +247,8 @@ class BackupEncoder:
         for room_id, member in page.rows:
             texts.append("," if room_id == self._room_id else self._open(room_id))
             texts.append(member)
-        return "".join(texts).encode()
+        # One at a time: a character beyond the others' width would widen all.
+        return b"".join([text.encode() for text in texts])
 
     def _open(self, room_id: str) -> str:
         """What stands between the key before and the first one of a room."""

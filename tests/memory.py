@@ -58,8 +58,6 @@ class ImmediateDatabase:
         """As `Database.run`, at once."""
         return execute(self._run, function, *args, **kwargs)
 
-    run_single = run
-
     def _run(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
         fault, self.fault = self.fault, None
         if fault is not None:

@@ -92,16 +92,6 @@ class Database(Protocol):
             fails with its exception after a rollback.
         """
 
-    def run_single(
-        self,
-        desc: str,
-        function: Callable[Concatenate[Transaction, P], T],
-        *args: P.args,
-        **kwargs: P.kwargs,
-    ) -> "Deferred[T]":
-        """As `run`, for a function that executes only once. What it executes is a
-        transaction by itself to PostgreSQL, which is spared BEGIN and COMMIT."""
-
 
 @attrs.frozen
 class Engine:
@@ -156,39 +146,24 @@ class RetryingDatabase:
         self._engine = engine
         self._clock = clock
 
+    @inlineCallbacks
     def run(
         self,
         desc: str,
         function: Callable[Concatenate[Transaction, P], T],
         *args: P.args,
         **kwargs: P.kwargs,
-    ) -> "Deferred[T]":
+    ) -> "Generator[Deferred[Any], Any, T]":
         """As `Database.run`.
 
         Raises:
             UnavailableError: all tries have failed; its cause is what the last one met.
             OutageError: others would fail as well.
         """
-        return self._try(self._database.run, desc, function, *args, **kwargs)
-
-    def run_single(
-        self,
-        desc: str,
-        function: Callable[Concatenate[Transaction, P], T],
-        *args: P.args,
-        **kwargs: P.kwargs,
-    ) -> "Deferred[T]":
-        """As `Database.run_single`, with the errors of `run`."""
-        return self._try(self._database.run_single, desc, function, *args, **kwargs)
-
-    @inlineCallbacks
-    def _try(
-        self, run: "Callable[..., Deferred[T]]", desc: str, *args: Any, **kwargs: Any
-    ) -> "Generator[Deferred[Any], Any, T]":
         end = time.monotonic() + _TRY_SECONDS
         for delay in (*_RETRY_DELAYS, math.inf):
             try:
-                result: T = yield run(desc, *args, **kwargs)
+                result: T = yield self._database.run(desc, function, *args, **kwargs)
                 return result
             except self._engine.transient as error:
                 failure = error
@@ -232,39 +207,25 @@ class PoolDatabase:
         """How many transactions wait for a connection."""
         return len(self._connections.waiting)
 
+    @inlineCallbacks
     def run(
         self,
         desc: str,
         function: Callable[Concatenate[Transaction, P], T],
         *args: P.args,
         **kwargs: P.kwargs,
-    ) -> "Deferred[T]":
+    ) -> "Generator[Deferred[Any], Any, T]":
         """As `Database.run`.
 
         Raises:
             UnavailableError: others have had all connections for too long.
         """
-        return self._in_turn(self._pool.runInteraction, function, *args, **kwargs)
-
-    def run_single(
-        self,
-        desc: str,
-        function: Callable[Concatenate[Transaction, P], T],
-        *args: P.args,
-        **kwargs: P.kwargs,
-    ) -> "Deferred[T]":
-        """As `Database.run_single`, with the errors of `run`."""
-        return self.run(desc, function, *args, **kwargs)
-
-    @inlineCallbacks
-    def _in_turn(
-        self, call: Callable[..., Any], *args: Any, **kwargs: Any
-    ) -> "Generator[Deferred[Any], Any, Any]":
-        """Make a call that takes a connection, when there is one."""
         turn = self._connections.acquire()
         yield turn.addTimeout(_WAIT_SECONDS, self._reactor, _give_up)
+        interact: Any = self._pool.runInteraction
         try:
-            return (yield call(*args, **kwargs))
+            result: T = yield interact(function, *args, **kwargs)
+            return result
         finally:
             self._connections.release()
 
@@ -307,36 +268,6 @@ class _PostgresConnection(adbapi.Connection):
             self._pool.disconnect(connection)
         else:
             super().rollback()  # type: ignore[no-untyped-call]
-
-
-class _PostgresDatabase(PoolDatabase):
-    """A database over a pool of connections of psycopg2."""
-
-    def run_single(
-        self,
-        desc: str,
-        function: Callable[Concatenate[Transaction, P], T],
-        *args: P.args,
-        **kwargs: P.kwargs,
-    ) -> "Deferred[T]":
-        """As `Database.run_single`, with the errors of `run`."""
-        connected = self._pool.runWithConnection
-        return self._in_turn(connected, _run_single, function, *args, **kwargs)
-
-
-def _run_single(
-    connection: adbapi.Connection, function: Callable[..., T], *args: Any, **kwargs: Any
-) -> T:
-    """Call a function with a transaction that isn't begun."""
-    pool: Any = connection._pool
-    txn: Transaction = pool.transactionFactory(pool, connection)
-    driver: Any = connection._connection
-    driver.autocommit = True
-    try:
-        return function(txn, *args, **kwargs)
-    finally:
-        if not driver.closed:
-            driver.autocommit = False
 
 
 def sqlite_database(path: str) -> PoolDatabase:
@@ -393,4 +324,4 @@ def postgres_database(arguments: Mapping[str, Any]) -> PoolDatabase:
     pool = adbapi.ConnectionPool("psycopg2", **{**defaults, **with_timeouts(arguments)})
     pool.connectionFactory = _PostgresConnection
     pool.transactionFactory = _PostgresTransaction
-    return _PostgresDatabase(pool)
+    return PoolDatabase(pool)

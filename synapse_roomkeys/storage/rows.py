@@ -11,7 +11,7 @@ from . import sql
 
 #: How many keys a page of a download holds: about 0.4 MB of real ones.
 PAGE_KEYS = 400
-#: How many characters of ``session_data`` a statement writes at least, where more
+#: How many characters of keys and their ids a statement writes at least, where more
 #: follow: what makes a statement of them holds Python's interpreter meanwhile. Ordinary
 #: uploads have less.
 CHUNK_SIZE = 1 << 19
@@ -31,26 +31,24 @@ class Found:
     Attributes:
         current: the number of the user's current version.
         count: of its keys, where it is cached.
-        size: of all its ``session_data`` in bytes, where it is cached.
         stored: the sessions that were looked for, by room and session id.
     """
 
     etag: int
     current: int
     count: int | None
-    size: int | None
     stored: dict[tuple[str, str], StoredKey]
 
 
 def found_of(rows: list[tuple[Any, ...]]) -> Found:
     """What the rows of ``find_sessions`` say; there is at least one."""
-    etag, current, count, size = rows[0][:4]
+    etag, current, count = rows[0][:3]
     stored = {
-        (row[4], row[5]): StoredKey(metadata(row[6:9]), bool(row[9]), row[10])
+        (row[3], row[4]): StoredKey(metadata(row[5:8]), bool(row[8]), row[9])
         for row in rows
-        if row[4] is not None
+        if row[3] is not None
     }
-    return Found(etag, current, count, size, stored)
+    return Found(etag, current, count, stored)
 
 
 def page_statement(
@@ -98,25 +96,24 @@ def ids_of(key: RoomKey) -> tuple[str, str]:
     return key.room_id, key.session_id
 
 
-def row_of(key: RoomKey) -> tuple[Any, ...]:
-    """A key as a row to write."""
-    given = key.metadata
-    return (
-        *ids_of(key),
-        given.first_message_index,
-        given.forwarded_count,
-        given.is_verified,
-        key.session_data,
-    )
-
-
 def chunks(keys: Iterable[RoomKey]) -> Iterator[list[tuple[Any, ...]]]:
     """Keys as rows to write, as many as one statement takes at a time."""
     rows: list[tuple[Any, ...]] = []
     size = 0
     for key in keys:
-        rows.append(row_of(key))
-        size += len(key.session_data) + _ROW_SIZE
+        given = key.metadata
+        rows.append(
+            (
+                key.room_id,
+                key.session_id,
+                given.first_message_index,
+                given.forwarded_count,
+                given.is_verified,
+                key.session_data,
+            )
+        )
+        size += len(key.session_data) + len(key.room_id) + len(key.session_id)
+        size += _ROW_SIZE
         if size > CHUNK_SIZE:
             yield rows
             rows, size = [], 0

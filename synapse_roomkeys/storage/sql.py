@@ -144,7 +144,7 @@ _LOCK_VERSION = """
 
 _FIND_SESSIONS = f"""
     WITH b AS MATERIALIZED (
-        SELECT COALESCE(v.etag, 0), ({CURRENT_VERSION}), c.key_count, c.key_bytes
+        SELECT COALESCE(v.etag, 0), ({CURRENT_VERSION}), c.key_count
         FROM e2e_room_keys_versions AS v
         LEFT JOIN roomkeys_counts AS c ON c.user_id = ? AND c.version = v.version
             AND c.etag = COALESCE(v.etag, 0) AND c.counted_ts BETWEEN ? AND ?
@@ -316,13 +316,13 @@ class Dialect:
         insert_version: makes a version, unless there is one of its number. The commit
             is on disk when it returns. Parameters: user, version, algorithm, auth_data.
         find_sessions: what a version holds of some sessions, in rows that begin with
-            its etag, the current version and the cached count and bytes; no row when
-            there is no such version. Parameters: user; user, oldest and newest time of
-            a count; user, version; the packed room and session ids; user, version.
+            its etag, the current version and the cached count; no row when there is no
+            such version. Parameters: user; user, oldest and newest time of a count;
+            user, version; the packed room and session ids; user, version.
         measure_keys: a version's etag, its count and its bytes. Parameters: user,
             version, user, version.
-        add_keys: adds keys to a version, and is a transaction by itself, which is on
-            disk when it returns. The one row has the etag and the count afterwards;
+        add_keys: locks a version until the commit, which is on disk when it returns,
+            and adds keys to it. The one row has the etag and the count afterwards;
             there is none, and nothing is added, unless all keys are new, the version is
             the current one and its count is cached. Empty where an engine has no such
             thing. Parameters: user, version; how many keys and bytes more, user,
@@ -441,7 +441,7 @@ POSTGRES = Dialect(
         FROM {_PACKED_IDS} {_LOOKUP_ON_POSTGRES}"""
     ),
     measure_keys=_COUNT_KEYS.format(size=f"COALESCE(SUM({_POSTGRES_SIZE}), 0)::bigint"),
-    add_keys=f"""SET TRANSACTION ISOLATION LEVEL READ COMMITTED; {_LOCK_ON_POSTGRES};
+    add_keys=f"""{_LOCK_ON_POSTGRES};
     WITH counted AS (
         UPDATE roomkeys_counts SET etag = etag + 1, key_count = key_count + ?,
             key_bytes = key_bytes + ?

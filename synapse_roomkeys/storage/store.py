@@ -1,6 +1,7 @@
 """The backups in the database: one transaction for each operation."""
 
 from collections.abc import Callable, Generator, Sequence
+from itertools import islice
 from typing import Any
 
 from twisted.internet.defer import Deferred, inlineCallbacks
@@ -25,7 +26,6 @@ from ..types import (
 from . import sql
 from .database import Database, Transaction
 from .rows import (
-    CHUNK_SIZE,
     Found,
     chunks,
     found_of,
@@ -33,7 +33,6 @@ from .rows import (
     key_page,
     metadata,
     page_statement,
-    row_of,
 )
 
 #: How many users are told apart by what their last upload met, at most.
@@ -76,12 +75,6 @@ class EndToEndRoomKeyStore:
             RoomKeysVersionError: it isn't the current one.
             UserLimitError: the user's backups would get too large.
         """
-        if self._may_be_new(user_id, keys):
-            added: UploadResult | None = yield self._database.run_single(
-                "roomkeys_add_keys", self._add_txn, user_id, version, keys
-            )
-            if added is not None:
-                return added
         result: UploadResult = yield self._database.run(
             "roomkeys_upload_keys", self._upload_txn, user_id, version, keys
         )
@@ -96,7 +89,7 @@ class EndToEndRoomKeyStore:
         Raises:
             NotFoundError: there is no such version.
         """
-        return self._database.run_single(
+        return self._database.run(
             "roomkeys_get_key", self._key_txn, user_id, version, room_id, session_id
         )
 
@@ -182,7 +175,7 @@ class EndToEndRoomKeyStore:
         Raises:
             NotFoundError: the version was deleted meanwhile.
         """
-        row = yield self._database.run_single(
+        row = yield self._database.run(
             "roomkeys_get_info", self._info_txn, user_id, version
         )
         if row is None:
@@ -236,57 +229,60 @@ class EndToEndRoomKeyStore:
             "roomkeys_forget_user", self._forget_user_txn, user_id
         )
 
-    def _may_be_new(self, user_id: str, keys: Sequence[RoomKey]) -> bool:
-        """Whether to try to add keys before looking at what is there. It is in vain if
-        one of them is there, as they often are for a user with several devices."""
-        return (
-            self._dialect.add_keys != ""
-            and self._limits.max_user_keys is None
-            and self._limits.max_user_bytes is None
-            and not self._met_old[_slot(user_id)]
-            and 0 < sum(len(key.session_data) for key in keys) <= CHUNK_SIZE
-        )
-
-    def _add_txn(
-        self, txn: Transaction, user_id: str, version: int, keys: Sequence[RoomKey]
-    ) -> UploadResult | None:
-        """Add keys if they are all new; None when the upload has to look first."""
-        backup = user_id, version
-        parameters = [*backup, len(keys), sum(size(key.session_data) for key in keys)]
-        parameters += [*backup, *self._count_times(), *backup, user_id]
-        parameters += self._dialect.pack_ids([ids_of(key) for key in keys])
-        parameters += [*backup, *backup, *backup]
-        parameters += self._dialect.pack_keys([row_of(key) for key in keys])
-        txn.execute(self._dialect.add_keys, parameters)
-        row = txn.fetchone()
-        if row is None:
-            return None
-        return UploadResult(BackupState(*row), len(keys), (), 0)
-
     def _upload_txn(
         self, txn: Transaction, user_id: str, version: int, keys: Sequence[RoomKey]
     ) -> UploadResult:
-        """Look first, and lock only what is to change.
+        """Add keys that are likely to be new, or look first.
 
         What is found needn't be locked: the etag moves from what it was then, or the
         upload looks again. It has the lock by then, so that is the last time.
         """
         self._begin(txn)
-        is_done = False
-        while not is_done:
+        if not self._met_old[_slot(user_id)]:
+            state = self._add(txn, user_id, version, keys)
+            if state is not None:
+                return UploadResult(state, len(keys), (), 0)
+        while True:
             found = self._find(txn, user_id, version, keys)
             if found.current != version:
                 raise RoomKeysVersionError(str(found.current))
             plan = merge(found.stored, keys)
-            is_done = not plan.writes or self._write(
-                txn, user_id, version, found.etag, plan
+            if plan.writes and not self._write(txn, user_id, version, found.etag, plan):
+                continue
+            state = self._state(
+                txn, user_id, version, found, bool(plan.writes), plan.stored
             )
-        state = self._state(
-            txn, user_id, version, found, bool(plan.writes), plan.stored
-        )
+            # Kept keys are locked by nobody, and may go while keys are counted.
+            if plan.writes or state.etag == found.etag:
+                break
         if plan.stored or plan.added_bytes > 0:
             self._check_user(txn, user_id)
         return UploadResult(state, plan.stored, plan.replaced, plan.kept)
+
+    def _add(
+        self, txn: Transaction, user_id: str, version: int, keys: Sequence[RoomKey]
+    ) -> BackupState | None:
+        """Add keys if they are all new, and lock the version until the commit.
+
+        Returns:
+            The backup's state afterwards, or None if nothing was added: the upload has
+            to look first.
+        """
+        limits = self._limits
+        is_limited = (limits.max_user_keys, limits.max_user_bytes) != (None, None)
+        if not self._dialect.add_keys or is_limited:
+            return None
+        parts = list(islice(chunks(keys), 2))
+        if len(parts) != 1:
+            return None
+        backup = user_id, version
+        added = len(keys), sum(size(key.session_data) for key in keys)
+        parameters = [*backup, *added, *backup, *self._count_times(), *backup, user_id]
+        parameters += self._dialect.pack_ids([ids_of(key) for key in keys])
+        parameters += [*backup, *backup, *backup, *self._dialect.pack_keys(parts[0])]
+        txn.execute(self._dialect.add_keys, parameters)
+        row = txn.fetchone()
+        return None if row is None else BackupState(*row)
 
     def _begin(self, txn: Transaction) -> None:
         """Begin a transaction that reads and then writes."""
@@ -411,7 +407,11 @@ class EndToEndRoomKeyStore:
         keys = size = 0
         for version, its_keys, its_size in txn.fetchall():
             if its_keys is None or (its_size is None and max_bytes is not None):
-                state, its_size = self._count_anew(txn, user_id, version)
+                try:
+                    state, its_size = self._count_anew(txn, user_id, version)
+                except NotFoundError:
+                    # It was deleted meanwhile.
+                    continue
                 its_keys = state.count
             keys += its_keys
             size += its_size or 0

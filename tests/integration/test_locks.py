@@ -137,7 +137,7 @@ def test_an_upload_that_waited_for_another_looks_again(
 
 
 @inlineCallbacks
-def test_new_keys_take_one_transaction(
+def test_new_keys_are_added_without_a_look(
     site: OwnSite, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> Steps:
     """An upload looks first only if the user's last one met sessions that were there:
@@ -145,25 +145,18 @@ def test_new_keys_take_one_transaction(
     client = Client(site.host, site.host.new_user())
     version: str = yield client.create_version()
     yield client.info()
-    done: list[str] = []
-    for name in ("run", "run_single"):
-        run: Any = getattr(site.database, name)
-
-        def noted(desc: str, *args: Any, run: Any = run) -> Any:
-            done.append(desc.removeprefix("roomkeys_"))
-            return run(desc, *args)
-
-        monkeypatch.setattr(site.database, name, noted)
+    done = noted(site, monkeypatch)
     if way == "looks":
         yield client.upload(version, {"!room": {"0": key()}})
+        assert done == ["find"]
         done.clear()
     for count, session, wanted in (
-        (2, "1", ["add_keys"]),
-        (3, "2", ["add_keys"]),
-        (3, "2", ["add_keys", "upload_keys"]),
-        (3, "1", ["upload_keys"]),
-        (4, "3", ["upload_keys"]),
-        (5, "4", ["add_keys"]),
+        (2, "1", ["add"]),
+        (3, "2", ["add"]),
+        (3, "2", ["add", "find"]),
+        (3, "1", ["find"]),
+        (4, "3", ["find"]),
+        (5, "4", ["add"]),
     ):
         count -= way == "adds"
         tally = yield client.upload(version, {"!room": {session: key()}})
@@ -171,10 +164,24 @@ def test_new_keys_take_one_transaction(
         done.clear()
 
 
+def noted(site: OwnSite, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What uploads do from now on, one after the other."""
+    done: list[str] = []
+    for name in ("add", "find"):
+        step: Any = getattr(site.store, f"_{name}")
+
+        def note(*args: Any, name: str = name, step: Any = step) -> Any:
+            done.append(name)
+            return step(*args)
+
+        monkeypatch.setattr(site.store, f"_{name}", note)
+    return done
+
+
 @inlineCallbacks
 def test_what_is_not_new_is_not_added(site: OwnSite, way: str) -> Steps:
     """A single session that is there keeps all of an upload from being added without a
-    look, and a count that isn't cached does."""
+    look."""
     client = Client(site.host, site.host.new_user())
     version: str = yield client.create_version()
     assert (yield client.upload(version, {"!room": {"1": key(index=5)}})) == (1, 1)
@@ -188,3 +195,46 @@ def test_what_is_not_new_is_not_added(site: OwnSite, way: str) -> Steps:
         "!room": {"1", "2", "3"},
         "!other": {"1"},
     }
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "DELETE FROM roomkeys_counts",
+        "UPDATE roomkeys_counts SET etag = 0, key_count = 9",
+    ],
+)
+@inlineCallbacks
+def test_a_count_that_is_not_cached(
+    site: OwnSite, other: Any, way: str, change: str
+) -> Steps:
+    """Keys are added to what is counted then, not to what was cached elsewhen."""
+    client = Client(site.host, site.host.new_user())
+    version: str = yield client.create_version()
+    yield client.info()
+    yield client.upload(version, {"!room": {"1": key()}})
+    where = " WHERE user_id = %s"
+    other.cursor().execute(change + where, (client.user.user_id,))
+    other.commit()
+    assert (yield client.upload(version, {"!room": {"2": key()}})) == (2, 2)
+
+
+@inlineCallbacks
+def test_an_upload_waits_for_a_count_that_is_being_kept(
+    site: OwnSite, other: Any
+) -> Steps:
+    """Somebody who counts keys holds an upload up until the count is kept, and the
+    upload's keys come on top."""
+    client = Client(site.host, site.host.new_user())
+    version: str = yield client.create_version()
+    yield client.info()
+    yield client.upload(version, {"!room": {"1": key()}})
+    other.cursor().execute(
+        "UPDATE roomkeys_counts SET counted_ts = counted_ts WHERE user_id = %s",
+        (client.user.user_id,),
+    )
+    upload = client.upload(version, {"!room": {"2": key()}})
+    yield until_waiting(site)
+    other.commit()
+    assert (yield upload) == (2, 2)
+    assert (yield client.tally(version)) == (2, 2)

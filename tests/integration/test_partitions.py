@@ -185,8 +185,6 @@ class ExplainedDatabase:
 
         return self.database.run(desc, explained)
 
-    run_single = run
-
 
 def relations_of(plan: Any) -> Iterator[str]:
     """The relations that a plan has anywhere in it."""

@@ -78,8 +78,6 @@ class BlockingPostgres:
         """As `Database.run`, at once."""
         return execute(self._run, function, *args, **kwargs)
 
-    run_single = run
-
     def _run(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
         with self.connection, self.connection.cursor() as cursor:
             return function(_Translated(cursor), *args, **kwargs)

@@ -90,12 +90,22 @@ def only_page(
     return attrs.evolve(page(found), last=None)
 
 
+def adds_anything() -> Patch:
+    """PostgreSQL that takes all keys for new ones."""
+    always = "EXISTS (SELECT 1 UNION ALL"
+    text = changed(sql.POSTGRES.add_keys, "NOT EXISTS (", f"{always} ")
+    return mock.patch.object(sql, "POSTGRES", attrs.evolve(sql.POSTGRES, add_keys=text))
+
+
 def without_lock() -> Patch:
     """PostgreSQL without a lock on the version, but for that of its UPDATE."""
     lock = changed(sql.POSTGRES.lock_version, " FOR UPDATE", "")
     (step,) = sql.POSTGRES.write_keys
     write = attrs.evolve(step, statement=changed(step.statement, " FOR UPDATE", ""))
-    dialect = attrs.evolve(sql.POSTGRES, lock_version=lock, write_keys=(write,))
+    add = changed(sql.POSTGRES.add_keys, " FOR UPDATE", "")
+    dialect = attrs.evolve(
+        sql.POSTGRES, lock_version=lock, add_keys=add, write_keys=(write,)
+    )
     return mock.patch.object(sql, "POSTGRES", dialect)
 
 
@@ -116,6 +126,7 @@ RACES: dict[str, Callable[[], Patch]] = {
         "COALESCE(etag, 0) = ?", "? IS NOT NULL"
     ),
     "no lock": without_lock,
+    "adds anything": adds_anything,
     "no transaction": lambda: mock.patch.object(
         database._PostgresTransaction, "execute", execute_and_commit
     ),

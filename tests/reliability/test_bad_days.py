@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Callable, Generator, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 from unittest import mock
@@ -18,7 +17,7 @@ import pytest
 from pytest_twisted import blockon
 from twisted.internet.defer import Deferred, gatherResults, inlineCallbacks
 
-from synapse_roomkeys.storage import SQLITE, EndToEndRoomKeyStore, PoolDatabase
+from synapse_roomkeys.storage import SQLITE, EndToEndRoomKeyStore
 from synapse_roomkeys.types import BackupInfo, Limits
 
 from ..contract import Answer, Client
@@ -60,34 +59,21 @@ def site(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[OwnSite]:
 
 @attrs.define
 class Failing:
-    """A database that fails some times: when a transaction begins, when it has done all
-    but its commit, where that is apart, or when it is committed and no answer comes.
+    """A database's ``run`` that fails some times: when a transaction begins, when it
+    has done all but its commit, or when it is committed and the answer is lost.
 
     Attributes:
         times: how many times more.
     """
 
-    database: PoolDatabase
+    run: Callable[..., Deferred[Any]]
     error: Exception
     times: int
     when: When
 
-    def patched(self) -> Any:
-        """The fault, while it is entered."""
-        run, single = self.database.run, self.database.run_single
-        return mock.patch.multiple(
-            self.database,
-            run=partial(self._run, run),
-            run_single=partial(self._run, single),
-        )
-
     @inlineCallbacks
-    def _run(
-        self,
-        run: Callable[..., Deferred[Any]],
-        desc: str,
-        function: Callable[..., Any],
-        *args: Any,
+    def __call__(
+        self, desc: str, function: Callable[..., Any], *args: Any
     ) -> Generator[Deferred[Any], Any, Any]:
         fails = self.times > 0
         self.times -= 1
@@ -100,7 +86,7 @@ class Failing:
                 raise self.error
             return result
 
-        result = yield run(desc, fail, *args)
+        result = yield self.run(desc, fail, *args)
         if fails:
             raise self.error
         return result
@@ -108,7 +94,8 @@ class Failing:
 
 def failing(site: OwnSite, error: Exception, times: int, when: When) -> Any:
     """The fault, while it is entered."""
-    return Failing(site.database, error, times, when).patched()
+    run = Failing(site.database.run, error, times, when)
+    return mock.patch.object(site.database, "run", run)
 
 
 @pytest.mark.parametrize("when", ["begin", "end", "committed"])

@@ -157,6 +157,29 @@ class UserLimitTests(SynchronousTestCase):
         self.assert_refused(device.upload("b", size=41))
         self.assert_taken(device.upload("b", size=40), 2)
 
+    def test_a_version_that_is_deleted_while_it_is_counted(self) -> None:
+        """It counts no more, and the upload to another one is stored."""
+        host = MemoryHost(Limits(max_user_keys=2))
+        device = Device(host)
+        old = device.version
+        self.assert_taken(device.upload("a", "b"), 2)
+        device.new_version()
+        host.database.connection.execute("DELETE FROM roomkeys_counts")
+        host.database.connection.commit()
+        store = host.handler._store
+        count = store._count_anew
+
+        def interrupted(txn: Any, user_id: str, version: int) -> Any:
+            if version == int(old):
+                txn.execute(
+                    "UPDATE e2e_room_keys_versions SET deleted = 1 WHERE version = ?",
+                    (version,),
+                )
+            return count(txn, user_id, version)
+
+        self.patch(store, "_count_anew", interrupted)
+        self.assert_taken(device.upload("a"), 1)
+
     def test_it_costs_one_statement(self) -> None:
         """An upload within the limit takes one statement more, however many keys."""
         counts = []
