@@ -51,6 +51,13 @@ OTHER_MOUNT = """
 from synapse.rest import ClientRestResource
 ClientRestResource.register_servlets = staticmethod(lambda *arguments: None)
 """
+OTHER_POOL = """
+from synapse.storage.database import DatabasePool
+interact = DatabasePool.runInteraction
+DatabasePool.runInteraction = lambda self, desc, func, *args, **kwargs: (
+    interact(self, desc, func, *args, **kwargs)
+)
+"""
 OTHER_API = """
 from synapse.module_api import ModuleApi
 ModuleApi.__init__ = lambda self, hs, auth_handler: None
@@ -106,6 +113,7 @@ def test_options_that_are_no_mapping(options: object, tmp_path: Path) -> None:
         pytest.param(WITHOUT_GROUPS, "room_keys.register_servlets", id="groups"),
         pytest.param(OTHER_MOUNT, "ClientRestResource.register_servlets", id="mount"),
         pytest.param(OTHER_API, "ModuleApi._hs", id="api"),
+        pytest.param(OTHER_POOL, "runInteraction", id="pool"),
     ],
 )
 def test_other_internals(preload: str, place: str, tmp_path: Path) -> None:
