@@ -216,6 +216,7 @@ def pack_arrays(rows: Sequence[tuple[Any, ...]]) -> list[str]:
     psycopg2 would write arrays of their own out as expressions, which take PostgreSQL
     twice as long to read.
     """
+    # Of no rows, which only ids may be, the columns can't be told from them.
     return [_array(column) for column in zip(*rows, strict=True)] or ["{}", "{}"]
 
 
@@ -408,8 +409,8 @@ _LOOKUP_ON_POSTGRES = """CROSS JOIN LATERAL (
             AND k.room_id = u.room_id AND k.session_id = u.session_id LIMIT 1
         ) AS k"""
 _PACKED_IDS = "unnest(?::text[], ?::text[]) AS u (room_id, session_id)"
-_PACKED_KEYS = """unnest(?::text[], ?::text[], ?::int[], ?::int[], ?::boolean[],
-        string_to_array(?, chr(31))) AS u"""
+_PACKED_KEYS = f"""unnest(?::text[], ?::text[], ?::int[], ?::int[], ?::boolean[],
+        string_to_array(?, chr({ord(_BETWEEN)}))) AS u"""
 
 #: What looks names up, such as to_regclass, may not see a table that others made while
 #: the transaction waited for an advisory lock; a query of the catalogue does.

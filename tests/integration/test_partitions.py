@@ -135,7 +135,7 @@ class Explained:
 
     def execute(self, statement: str, parameters: Any = ()) -> Any:
         """As `Transaction.execute`, but twice, the first time for nothing."""
-        touched: set[str] = set()
+        touched: list[set[str]] = []
         given = list(parameters)
         self._txn.execute("SAVEPOINT explained")
         for part in statement.split(";"):
@@ -144,10 +144,10 @@ class Explained:
             if part.split()[0] == "SET":
                 self._txn.execute(part)
             elif part.split()[0] != "FETCH":
-                touched |= self._explain(part, meant)
+                touched.append(self._explain(part, meant))
         self._txn.execute("ROLLBACK TO SAVEPOINT explained")
         if touched:
-            self._sent.append(Sent(statement, frozenset(touched)))
+            self._sent.append(Sent(statement, frozenset().union(*touched)))
         return self._txn.execute(statement, parameters)
 
     def fetchone(self) -> Any:
