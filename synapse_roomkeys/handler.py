@@ -15,6 +15,7 @@ from .storage import EndToEndRoomKeyStore
 from .types import (
     BackupInfo,
     BackupState,
+    KeyMetadata,
     KeyPage,
     Limits,
     Position,
@@ -127,7 +128,8 @@ class E2eRoomKeysHandler:
 
         def log(keys: str) -> None:
             logger.info(
-                "Replaced keys: user=%s device=%s version=%s%s",
+                "Replaced keys (first_message_index/forwarded_count/is_verified):"
+                " user=%s device=%s version=%s%s",
                 *(user_id, device_id, version, keys),
             )
 
@@ -239,22 +241,31 @@ class E2eRoomKeysHandler:
 def _shown(replaced: Iterable[Replacement]) -> Iterator[str]:
     """Replaced keys as lines of a log show them: a few in each, as a line takes a host
     as long as several keys do. A room stands before the first of its keys."""
-    text = ""
+    text = room = ""
     size = 0
     last_room: str | None = None
     for key in replaced:
-        shown = f" session={wire.shown(key.session_id)} old={key.old} new={key.new}"
-        in_room = f" room={wire.shown(key.room_id)}{shown}"
-        added = shown if key.room_id == last_room else in_room
+        shown = f" session={wire.shown(key.session_id)}"
+        shown += f" old={_order(key.old)} new={_order(key.new)}"
+        if key.room_id == last_room:
+            added = shown
+        else:
+            last_room, room = key.room_id, f" room={wire.shown(key.room_id)}"
+            added = room + shown
         size += _size(added)
         if text and size > _REPLACEMENTS_SIZE:
             yield text
-            text, size = in_room, _size(in_room)
+            text = room + shown
+            size = _size(text)
         else:
             text += added
-        last_room = key.room_id
     if text:
         yield text
+
+
+def _order(key: KeyMetadata) -> str:
+    """What decides between two keys, in short."""
+    return f"{key.first_message_index}/{key.forwarded_count}/{key.is_verified}"
 
 
 def _size(text: str) -> int:
