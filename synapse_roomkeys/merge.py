@@ -55,20 +55,18 @@ class MergePlan:
     added_bytes: int
 
 
-def merge(
-    stored: Mapping[tuple[str, str], StoredKey], uploaded: Iterable[RoomKey]
-) -> MergePlan:
+def merge(stored: Mapping[int, StoredKey], uploaded: Iterable[RoomKey]) -> MergePlan:
     """Decide, key by key, what an upload changes.
 
     Args:
-        stored: by room and session id, what the backup holds of the uploaded sessions.
+        stored: by their places in the upload, what the backup holds of its sessions.
         uploaded: the keys, each session once.
     """
     writes: list[RoomKey] = []
     replaced: list[Replacement] = []
     kept = added_bytes = 0
-    for key in uploaded:
-        old: StoredKey | None = stored.get((key.room_id, key.session_id))
+    for place, key in enumerate(uploaded):
+        old: StoredKey | None = stored.get(place)
         if old is None:
             writes.append(key)
             added_bytes += size(key.session_data)

@@ -31,22 +31,22 @@ class Found:
     Attributes:
         current: the number of the user's current version.
         count: of its keys, where it is cached.
-        stored: the sessions that were looked for, by room and session id.
+        stored: the sessions that were looked for, by their places among those.
     """
 
     etag: int
     current: int
     count: int | None
-    stored: dict[tuple[str, str], StoredKey]
+    stored: dict[int, StoredKey]
 
 
 def found_of(rows: list[tuple[Any, ...]]) -> Found:
     """What the rows of ``find_sessions`` say; there is at least one."""
     etag, current, count = rows[0][:3]
     stored = {
-        (row[3], row[4]): StoredKey(metadata(row[5:8]), bool(row[8]), row[9])
-        for row in rows
-        if row[3] is not None
+        place: StoredKey(metadata(fields), bool(has_session_data), size)
+        for _, _, _, place, *fields, has_session_data, size in rows
+        if place is not None
     }
     return Found(etag, current, count, stored)
 

@@ -151,8 +151,8 @@ _FIND_SESSIONS = f"""
         WHERE v.user_id = ? AND v.version = ? AND v.deleted = 0)
     SELECT b.*, k.* FROM b LEFT JOIN ({{lookup}}) AS k ON TRUE"""
 
-_FOUND = """k.room_id, k.session_id, k.first_message_index, k.forwarded_count,
-        k.is_verified, k.session_data <> 'null', {size}"""
+_FOUND = """k.first_message_index, k.forwarded_count, k.is_verified,
+        k.session_data <> 'null', {size}"""
 #: How many bytes a text has.
 _SQLITE_SIZE = "LENGTH(CAST(session_data AS BLOB))"
 _POSTGRES_SIZE = "OCTET_LENGTH(session_data)"
@@ -317,9 +317,10 @@ class Dialect:
         insert_version: makes a version, unless there is one of its number. The commit
             is on disk when it returns. Parameters: user, version, algorithm, auth_data.
         find_sessions: what a version holds of some sessions, in rows that begin with
-            its etag, the current version and the cached count; no row when there is no
-            such version. Parameters: user; user, oldest and newest time of a count;
-            user, version; the packed room and session ids; user, version.
+            its etag, the current version and the cached count, and go on with the place
+            of a session among those; no row when there is no such version. Parameters:
+            user; user, oldest and newest time of a count; user, version; the packed
+            room and session ids; user, version.
         measure_keys: a version's etag, its count and its bytes. Parameters: user,
             version, user, version.
         add_keys: locks a version until the commit, which is on disk when it returns,
@@ -369,7 +370,7 @@ SQLITE = Dialect(
     insert_version=_INSERT_VERSION,
     find_sessions=_FIND_SESSIONS.format(
         lookup=f"""
-        SELECT {_FOUND.format(size=_SQLITE_SIZE)} FROM json_each(?)
+        SELECT u.key, {_FOUND.format(size=_SQLITE_SIZE)} FROM json_each(?)
         AS u CROSS JOIN e2e_room_keys AS k
         ON k.user_id = ? AND k.version = ?
         AND k.room_id = json_extract(u.value, '$[0]')
@@ -408,7 +409,8 @@ _LOOKUP_ON_POSTGRES = """CROSS JOIN LATERAL (
             WHERE k.user_id = ? AND k.version = ?
             AND k.room_id = u.room_id AND k.session_id = u.session_id LIMIT 1
         ) AS k"""
-_PACKED_IDS = "unnest(?::text[], ?::text[]) AS u (room_id, session_id)"
+_PACKED_IDS = """unnest(?::text[], ?::text[]) WITH ORDINALITY
+        AS u (room_id, session_id, position)"""
 _PACKED_KEYS = f"""unnest(?::text[], ?::text[], ?::int[], ?::int[], ?::boolean[],
         string_to_array(?, chr({ord(_BETWEEN)}))) AS u"""
 
@@ -438,7 +440,7 @@ POSTGRES = Dialect(
     insert_version=f"{_ON_DISK}; {_INSERT_VERSION}",
     find_sessions=_FIND_SESSIONS.format(
         lookup=f"""
-        SELECT {_FOUND.format(size=_POSTGRES_SIZE)}
+        SELECT u.position - 1, {_FOUND.format(size=_POSTGRES_SIZE)}
         FROM {_PACKED_IDS} {_LOOKUP_ON_POSTGRES}"""
     ),
     measure_keys=_COUNT_KEYS.format(size=f"COALESCE(SUM({_POSTGRES_SIZE}), 0)::bigint"),

