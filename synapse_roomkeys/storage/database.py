@@ -123,12 +123,18 @@ def postgres() -> Engine:
     Raises:
         ImportError: psycopg2 isn't installed.
     """
-    import psycopg2
+    import psycopg2.errors
 
     return Engine(
         sql.POSTGRES,
         psycopg2.Error,
-        (psycopg2.OperationalError, psycopg2.InterfaceError, adbapi.ConnectionLost),
+        # Only a key that somebody has added without a lock violates what is unique.
+        (
+            psycopg2.OperationalError,
+            psycopg2.InterfaceError,
+            psycopg2.errors.UniqueViolation,
+            adbapi.ConnectionLost,
+        ),
         # One that can't be reached says nothing; 57P is one that stops or starts.
         lambda error: (getattr(error, "pgcode", None) or "57P").startswith("57P"),
     )

@@ -57,10 +57,11 @@ PROBES = {
 
 #: A cached count is one of these seconds at most.
 COUNT_LIFETIME = 3600
-#: Parameters: user, version, etag, the oldest and the newest time it may be of.
-_CACHED_COUNT = """
-    SELECT key_count FROM roomkeys_counts WHERE user_id = ? AND version = {version}
-    AND etag = {etag} AND counted_ts BETWEEN ? AND ?"""
+#: The count that is cached of a version v. Parameters: user, the oldest and the newest
+#: time it may be of.
+_COUNT_OF_V = """
+    SELECT key_count FROM roomkeys_counts WHERE user_id = ? AND version = v.version
+    AND etag = COALESCE(v.etag, 0) AND counted_ts BETWEEN ? AND ?"""
 
 #: A key's fields, NULLs when it isn't there, and no row when there is no such version.
 #: Parameters: user, version, room, session, user, version.
@@ -73,11 +74,14 @@ GET_KEY = """
     WHERE v.user_id = ? AND v.version = ? AND v.deleted = 0"""
 
 LAST_VERSION = "SELECT MAX(version) FROM e2e_room_keys_versions WHERE user_id = ?"
-CURRENT_VERSION = f"{LAST_VERSION} AND deleted = 0"
+#: A user's current version, if there is one.
+_CURRENT = """
+    SELECT {columns} FROM e2e_room_keys_versions WHERE user_id = ? AND deleted = 0
+    ORDER BY version DESC LIMIT 1"""
+CURRENT_VERSION = _CURRENT.format(columns="version")
 
 _INFO = f"""
-    SELECT v.version, v.algorithm, v.auth_data, COALESCE(v.etag, 0),
-        ({_CACHED_COUNT.format(version="v.version", etag="COALESCE(v.etag, 0)")})
+    SELECT v.version, v.algorithm, v.auth_data, COALESCE(v.etag, 0), ({_COUNT_OF_V})
     FROM e2e_room_keys_versions AS v WHERE v.user_id = ? AND v.deleted = 0"""
 #: Parameters: user, oldest and newest time of a count, user.
 CURRENT_INFO = f"{_INFO} ORDER BY v.version DESC LIMIT 1"
@@ -144,10 +148,8 @@ _LOCK_VERSION = """
 
 _FIND_SESSIONS = f"""
     WITH b AS MATERIALIZED (
-        SELECT COALESCE(v.etag, 0), ({CURRENT_VERSION}), c.key_count
+        SELECT COALESCE(v.etag, 0), ({CURRENT_VERSION}), ({_COUNT_OF_V})
         FROM e2e_room_keys_versions AS v
-        LEFT JOIN roomkeys_counts AS c ON c.user_id = ? AND c.version = v.version
-            AND c.etag = COALESCE(v.etag, 0) AND c.counted_ts BETWEEN ? AND ?
         WHERE v.user_id = ? AND v.version = ? AND v.deleted = 0)
     SELECT b.*, k.* FROM b LEFT JOIN ({{lookup}}) AS k ON TRUE"""
 
@@ -160,7 +162,8 @@ _POSTGRES_SIZE = "OCTET_LENGTH(session_data)"
 _INSERT_KEYS = """
     INSERT INTO e2e_room_keys (user_id, version, room_id, session_id,
         first_message_index, forwarded_count, is_verified, session_data)
-    SELECT ?, ?, {values}
+    SELECT ?, ?, {values}"""
+_REPLACE_KEYS = f"""{_INSERT_KEYS}
     ON CONFLICT (user_id, version, room_id, session_id) DO UPDATE SET
     first_message_index = excluded.first_message_index,
     forwarded_count = excluded.forwarded_count,
@@ -326,10 +329,11 @@ class Dialect:
         add_keys: locks a version until the commit, which is on disk when it returns,
             and adds keys to it. The one row has the etag and the count afterwards;
             there is none, and nothing is added, unless all keys are new, the version is
-            the current one and its count is cached. Empty where an engine has no such
+            the current one and its count is cached. It fails if somebody who takes no
+            lock adds one of the keys meanwhile. Empty where an engine has no such
             thing. Parameters: user, version; how many keys and bytes more, user,
-            version, the oldest and the newest time of a count, user, version, user, the
-            packed ids, user, version; user, version; user, version, the packed keys.
+            version, the oldest and the newest time of a count, user, the packed ids,
+            user, version; user, version; user, version, the packed keys.
         write_keys: locks a version until the commit, which is on disk when it returns,
             and moves its etag and count and writes keys, over those that are there. The
             first step writes nothing where the etag is no longer what it was, or there
@@ -381,7 +385,7 @@ SQLITE = Dialect(
     write_keys=(
         Step(_CLAIM_CURRENT, _CLAIM_TAKES),
         Step(
-            _INSERT_KEYS.format(
+            _REPLACE_KEYS.format(
                 values=", ".join(f"json_extract(value, '$[{i}]')" for i in range(6))
                 # Without WHERE, what follows would be taken for a part of a join.
                 + " FROM json_each(?) WHERE TRUE",
@@ -449,9 +453,7 @@ POSTGRES = Dialect(
         UPDATE roomkeys_counts SET etag = etag + 1, key_count = key_count + ?,
             key_bytes = key_bytes + ?
         WHERE user_id = ? AND version = ? AND counted_ts BETWEEN ? AND ?
-        AND etag = (SELECT COALESCE(etag, 0) FROM e2e_room_keys_versions
-            WHERE user_id = ? AND version = ? AND deleted = 0)
-        AND version = ({CURRENT_VERSION})
+        AND (version, etag) = ({_CURRENT.format(columns="version, COALESCE(etag, 0)")})
         AND NOT EXISTS (SELECT 1 FROM {_PACKED_IDS} {_LOOKUP_ON_POSTGRES})
         RETURNING etag, key_count),
     claimed AS (
@@ -464,7 +466,7 @@ POSTGRES = Dialect(
         Step(
             f"{_LOCK_ON_POSTGRES}; WITH claimed AS ({_CLAIM_CURRENT} RETURNING 1),"
             f" counted AS ({MOVE_COUNT} AND EXISTS (SELECT 1 FROM claimed))"
-            + _INSERT_KEYS.format(
+            + _REPLACE_KEYS.format(
                 values=f"u.* FROM claimed CROSS JOIN {_PACKED_KEYS}",
             ),
             ("backup", *_CLAIM_TAKES, *_MOVE_COUNT_TAKES, "backup", "keys"),

@@ -277,7 +277,7 @@ class EndToEndRoomKeyStore:
             return None
         backup = user_id, version
         added = len(keys), sum(size(key.session_data) for key in keys)
-        parameters = [*backup, *added, *backup, *self._count_times(), *backup, user_id]
+        parameters = [*backup, *added, *backup, *self._count_times(), user_id]
         parameters += self._dialect.pack_ids([ids_of(key) for key in keys])
         parameters += [*backup, *backup, *backup, *self._dialect.pack_keys(parts[0])]
         txn.execute(self._dialect.add_keys, parameters)
@@ -351,8 +351,8 @@ class EndToEndRoomKeyStore:
 
     def _current(self, txn: Transaction, user_id: str) -> int | None:
         txn.execute(sql.CURRENT_VERSION, (user_id,))
-        current: int | None = txn.fetchone()[0]
-        return current
+        row = txn.fetchone()
+        return None if row is None else row[0]
 
     def _state(
         self,

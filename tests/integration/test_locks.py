@@ -137,6 +137,33 @@ def test_an_upload_that_waited_for_another_looks_again(
 
 
 @inlineCallbacks
+def test_a_key_that_was_added_without_a_lock_is_merged(
+    site: OwnSite, other: Any, way: str
+) -> Steps:
+    """Synapse's own endpoints in another process lock nothing. What they add is met
+    when the same key is added; an upload that has looked before writes over it."""
+    client = Client(site.host, site.host.new_user())
+    version: str = yield client.create_version()
+    yield client.info()
+    user = client.user.user_id
+    for session, verified, index in (("best", True, 0), ("worst", False, 9)):
+        other.cursor().execute(
+            "INSERT INTO e2e_room_keys"
+            " VALUES (%s, '!room', %s, %s, %s, 0, %s, '\"old\"')",
+            (user, session, version, index, verified),
+        )
+    new = {name: key(1, data="new") for name in ("best", "new", "worst")}
+    upload = client.put(keys_path(version), wrapped({"!room": new}))
+    yield until_waiting(site)
+    other.commit()
+    answer: Answer = yield upload
+    assert answer.status == 200, answer
+    assert answer.json["etag"] == "1"
+    kept = {"best": key(verified=True, data="old")} if way == "adds" else {}
+    assert (yield client.download(version)) == {"!room": {**new, **kept}}
+
+
+@inlineCallbacks
 def test_new_keys_are_added_without_a_look(
     site: OwnSite, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> Steps:

@@ -91,9 +91,12 @@ def only_page(
 
 
 def adds_anything() -> Patch:
-    """PostgreSQL that takes all keys for new ones."""
+    """PostgreSQL that takes all keys for new ones, and writes over others."""
     always = "EXISTS (SELECT 1 UNION ALL"
     text = changed(sql.POSTGRES.add_keys, "NOT EXISTS (", f"{always} ")
+    over = sql._REPLACE_KEYS.removeprefix(sql._INSERT_KEYS)
+    end = ")\n    SELECT etag, key_count FROM counted"
+    text = changed(text, end, over + end)
     return mock.patch.object(sql, "POSTGRES", attrs.evolve(sql.POSTGRES, add_keys=text))
 
 
