@@ -51,6 +51,9 @@ INSERT INTO e2e_room_keys (user_id, version, {_COLUMNS})
 SELECT '@crowd' || number || ':test.example', 1, {_COLUMNS}
 FROM generate_series(1, %s) AS number, benchmark.keys WHERE position < %s
 """
+_AUTOVACUUM = """
+SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'autovacuum worker'
+"""
 _COUNT = "SELECT count(*) FROM e2e_room_keys WHERE user_id = {0} AND version = {0}"
 _MASTER = """
 CREATE TABLE {0} (
@@ -110,11 +113,11 @@ class Database(Protocol):
 
 
 def _wait(ready: Callable[[], bool]) -> None:
-    """Wait for something that the homeserver does by itself."""
+    """Wait for something that a homeserver or PostgreSQL does by itself."""
     deadline = time.monotonic() + _TIMEOUT
     while not ready():
         if time.monotonic() > deadline:
-            raise TimeoutError("the homeserver's background updates don't end")
+            raise TimeoutError("the background work doesn't end")
         time.sleep(0.05)
 
 
@@ -196,10 +199,11 @@ class PostgresDatabase:
         self.execute("CHECKPOINT")
 
     def settle(self) -> None:
-        """Vacuum and analyze the tables of keys; leave no checkpoint to be made."""
+        """Vacuum and analyze the tables of keys; leave nothing to be done beside."""
         for table in _TABLES:
             self.execute(f"ALTER TABLE {table} RESET (autovacuum_enabled)")
             self.execute(f"VACUUM ANALYZE {table}")
+        _wait(lambda: self.query(_AUTOVACUUM) == [(0,)])
         self.execute("CHECKPOINT")
 
     def wait_for_background_work(self) -> None:

@@ -57,6 +57,8 @@ def crowd(stage: Stage, results: Results) -> None:
             samplers, stage.source.batches(stage.plan.fast, 1), burst=BURST
         )
 
+    # The first ones find servers that have just started.
+    sample()
     before = sample()
     for name in names:
         postgres(stage.subjects[name]).crowd(stage.size, _CROWD_KEYS)
