@@ -100,12 +100,14 @@ class Engine:
     Attributes:
         error: what all of the driver's exceptions are.
         transient: those after which trying again may help.
+        conflict: those that say that a row is there already.
         is_outage: whether one of these says that any transaction would fail.
     """
 
     dialect: sql.Dialect
     error: type[Exception]
     transient: tuple[type[Exception], ...]
+    conflict: tuple[type[Exception], ...]
     is_outage: Callable[[Exception], bool]
 
 
@@ -113,6 +115,7 @@ SQLITE = Engine(
     sql.SQLITE,
     sqlite3.Error,
     (sqlite3.OperationalError,),
+    (),
     lambda error: str(error).startswith("database is locked"),
 )
 
@@ -128,16 +131,15 @@ def postgres() -> Engine:
     return Engine(
         sql.POSTGRES,
         psycopg2.Error,
-        # Only a key that somebody has added without a lock violates what is unique.
-        (
-            psycopg2.OperationalError,
-            psycopg2.InterfaceError,
-            psycopg2.errors.UniqueViolation,
-            adbapi.ConnectionLost,
-        ),
+        (psycopg2.OperationalError, psycopg2.InterfaceError, adbapi.ConnectionLost),
+        (psycopg2.errors.UniqueViolation,),
         # One that can't be reached says nothing; 57P is one that stops or starts.
         lambda error: (getattr(error, "pgcode", None) or "57P").startswith("57P"),
     )
+
+
+class ConflictError(Exception):
+    """A row is there already, which the transaction could not see when it began."""
 
 
 class RetryingDatabase:
@@ -165,12 +167,15 @@ class RetryingDatabase:
         Raises:
             UnavailableError: all tries have failed; its cause is what the last one met.
             OutageError: others would fail as well.
+            ConflictError: a row is there already.
         """
         end = time.monotonic() + _TRY_SECONDS
         for delay in (*_RETRY_DELAYS, math.inf):
             try:
                 result: T = yield self._database.run(desc, function, *args, **kwargs)
                 return result
+            except self._engine.conflict as error:
+                raise ConflictError(desc) from error
             except self._engine.transient as error:
                 failure = error
             if time.monotonic() + delay > end:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Generator, Sequence
 from itertools import islice
 from typing import Any
 
+import attrs
 from twisted.internet.defer import Deferred, inlineCallbacks
 
 from ..errors import (
@@ -24,7 +25,7 @@ from ..types import (
     UploadResult,
 )
 from . import sql
-from .database import Database, Transaction
+from .database import ConflictError, Database, Transaction
 from .rows import (
     Found,
     chunks,
@@ -75,9 +76,14 @@ class EndToEndRoomKeyStore:
             RoomKeysVersionError: it isn't the current one.
             UserLimitError: the user's backups would get too large.
         """
-        result: UploadResult = yield self._database.run(
-            "roomkeys_upload_keys", self._upload_txn, user_id, version, keys
-        )
+        run, upload = self._database.run, self._upload_txn
+        desc, arguments = "roomkeys_upload_keys", (user_id, version, keys)
+        result: UploadResult
+        try:
+            result = yield run(desc, upload, *arguments)
+        except ConflictError:
+            # Somebody who takes no lock has just added one of the keys.
+            result = yield run(desc, upload, *arguments, trusts_nothing=True)
         self._met_old[_slot(user_id)] = bool(result.kept or result.replaced)
         return result
 
@@ -230,15 +236,23 @@ class EndToEndRoomKeyStore:
         )
 
     def _upload_txn(
-        self, txn: Transaction, user_id: str, version: int, keys: Sequence[RoomKey]
+        self,
+        txn: Transaction,
+        user_id: str,
+        version: int,
+        keys: Sequence[RoomKey],
+        trusts_nothing: bool = False,
     ) -> UploadResult:
         """Add keys that are likely to be new, or look first.
 
         What is found needn't be locked: the etag moves from what it was then, or the
         upload looks again. It has the lock by then, so that is the last time.
+
+        Args:
+            trusts_nothing: look first, and count anew.
         """
         self._begin(txn)
-        if not self._met_old[_slot(user_id)]:
+        if not (trusts_nothing or self._met_old[_slot(user_id)]):
             state = self._add(txn, user_id, version, keys)
             if state is not None:
                 return UploadResult(state, len(keys), (), 0)
@@ -246,6 +260,8 @@ class EndToEndRoomKeyStore:
             found = self._find(txn, user_id, version, keys)
             if found.current != version:
                 raise RoomKeysVersionError(str(found.current))
+            if trusts_nothing:
+                found = attrs.evolve(found, count=None)
             plan = merge(found.stored, keys)
             if plan.writes and not self._write(txn, user_id, version, found.etag, plan):
                 continue
