@@ -76,7 +76,7 @@ def _finite(digits: str) -> float:
 
 
 _decode_anything = msgspec.json.Decoder(float_hook=_finite).decode
-_decode_strings = msgspec.json.Decoder(dict[str, str]).decode
+_decode_strings = msgspec.json.Decoder(dict[str, str] | str).decode
 _decode_key = msgspec.json.Decoder(_KeyBody).decode
 _decode_room = msgspec.json.Decoder(_RoomBody).decode
 _decode_backup = msgspec.json.Decoder(_BackupBody).decode
@@ -317,7 +317,8 @@ def _check_opaque(text: bytes) -> None:
         RecursionError: it is nested too deeply.
     """
     try:
-        # What clients send is an object of strings: nothing in it can be out of range.
+        # What clients send is an object of strings, or a string, as old ones did:
+        # nothing in it can be out of range.
         _decode_strings(text)
     except msgspec.MsgspecError:
         _decode_anything(text)
