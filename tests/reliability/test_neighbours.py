@@ -22,7 +22,7 @@ from ..servers.processes import Process
 from ..servers.service import Service
 from . import SOAK
 from .sockets import exchange, new_version, request
-from .worst import ALL, ROOM, SESSION, real_keys
+from .worst import ALL, ROOM, SESSION, UNPAID, real_keys
 
 NEIGHBOURS = 9
 #: How much longer the slowest hundredth of their requests may take.
@@ -31,9 +31,9 @@ RATIO = 3.0
 SECONDS = 30 if SOAK else 4
 #: How long the service may take to end what the bad one has begun, in seconds.
 SETTLED = 10 if SOAK else 1
-#: How many large uploads a bad one's backup is made of: more than what the system
-#: takes in for those who read slowly.
-ROOMS = 3
+#: How many uploads a bad one's backup is made of: more than what the system takes in
+#: for those who read slowly.
+ROOMS = 8
 #: What the bad one does, by itself and all together.
 ATTACKS = [*([name] for name in ALL if SOAK), list(ALL)]
 
@@ -135,7 +135,7 @@ def begin(module: str, output: Path, *arguments: str) -> Process:
 def fill(port: int, token: str, version: str) -> None:
     """Make a bad one's backup: many keys, and the one that is asked for."""
     bodies = [
-        real_keys().replace(ROOM.encode(), b"!room%d:h" % number)
+        real_keys(UNPAID).replace(ROOM.encode(), b"!room%d:h" % number)
         for number in range(ROOMS)
     ]
     sessions = wrapped({ROOM: {SESSION: key()}})
