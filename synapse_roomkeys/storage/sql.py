@@ -327,13 +327,14 @@ class Dialect:
         measure_keys: a version's etag, its count and its bytes. Parameters: user,
             version, user, version.
         add_keys: locks a version until the commit, which is on disk when it returns,
-            and adds keys to it. The one row has the etag and the count afterwards;
-            there is none, and nothing is added, unless all keys are new, the version is
-            the current one and its count is cached. It fails if somebody who takes no
-            lock adds one of the keys meanwhile. Empty where an engine has no such
-            thing. Parameters: user, version; how many keys and bytes more, user,
-            version, the oldest and the newest time of a count, user, the packed ids,
-            user, version; user, version; user, version, the packed keys.
+            and adds keys to it. The one row has the etag and the count afterwards, NULL
+            for one that is too old; there is none, and nothing is added, unless all
+            keys are new, the version is the current one and a count of its etag is
+            cached, however old. It fails if somebody who takes no lock adds one of the
+            keys meanwhile. Empty where an engine has no such thing. Parameters: user,
+            version; how many keys and bytes more, user, version, user, the packed ids,
+            user, version; user, version; user, version, the packed keys; the oldest and
+            the newest time of a count.
         write_keys: locks a version until the commit, which is on disk when it returns,
             and moves its etag and count and writes keys, over those that are there. The
             first step writes nothing where the etag is no longer what it was, or there
@@ -452,16 +453,17 @@ POSTGRES = Dialect(
     WITH counted AS (
         UPDATE roomkeys_counts SET etag = etag + 1, key_count = key_count + ?,
             key_bytes = key_bytes + ?
-        WHERE user_id = ? AND version = ? AND counted_ts BETWEEN ? AND ?
+        WHERE user_id = ? AND version = ?
         AND (version, etag) = ({_CURRENT.format(columns="version, COALESCE(etag, 0)")})
         AND NOT EXISTS (SELECT 1 FROM {_PACKED_IDS} {_LOOKUP_ON_POSTGRES})
-        RETURNING etag, key_count),
+        RETURNING etag, key_count, counted_ts),
     claimed AS (
         UPDATE e2e_room_keys_versions AS v SET etag = counted.etag FROM counted
         WHERE v.user_id = ? AND v.version = ?),
     added AS (
         {_INSERT_KEYS.format(values=f"u.* FROM counted CROSS JOIN {_PACKED_KEYS}")})
-    SELECT etag, key_count FROM counted""",
+    SELECT etag, CASE WHEN counted_ts BETWEEN ? AND ? THEN key_count END
+    FROM counted""",
     write_keys=(
         Step(
             f"{_LOCK_ON_POSTGRES}; WITH claimed AS ({_CLAIM_CURRENT} RETURNING 1),"

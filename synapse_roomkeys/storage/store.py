@@ -293,12 +293,17 @@ class EndToEndRoomKeyStore:
             return None
         backup = user_id, version
         added = len(keys), sum(size(key.session_data) for key in keys)
-        parameters = [*backup, *added, *backup, *self._count_times(), user_id]
+        parameters = [*backup, *added, *backup, user_id]
         parameters += self._dialect.pack_ids([ids_of(key) for key in keys])
         parameters += [*backup, *backup, *backup, *self._dialect.pack_keys(parts[0])]
-        txn.execute(self._dialect.add_keys, parameters)
+        txn.execute(self._dialect.add_keys, [*parameters, *self._count_times()])
         row = txn.fetchone()
-        return None if row is None else BackupState(*row)
+        if row is None:
+            return None
+        etag, count = row
+        if count is None:
+            return self._count_anew(txn, user_id, version)[0]
+        return BackupState(etag, count)
 
     def _begin(self, txn: Transaction) -> None:
         """Begin a transaction that reads and then writes."""
@@ -525,6 +530,8 @@ class EndToEndRoomKeyStore:
                 self._dialect.insert_version, (user_id, version, algorithm, auth_data)
             )
             if txn.rowcount:
+                count = user_id, version, 0, 0, 0, int(self._now())
+                txn.execute(sql.SAVE_COUNT, count)
                 return version
 
     def _lock_current(self, txn: Transaction, user_id: str) -> None:

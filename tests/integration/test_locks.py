@@ -171,7 +171,6 @@ def test_new_keys_are_added_without_a_look(
     then adding them at once would likely be in vain again."""
     client = Client(site.host, site.host.new_user())
     version: str = yield client.create_version()
-    yield client.info()
     done = noted(site, monkeypatch)
     if way == "looks":
         yield client.upload(version, {"!room": {"0": key()}})
@@ -244,6 +243,31 @@ def test_a_count_that_is_not_cached(
     other.cursor().execute(change + where, (client.user.user_id,))
     other.commit()
     assert (yield client.upload(version, {"!room": {"2": key()}})) == (2, 2)
+
+
+@inlineCallbacks
+def test_a_count_that_is_old(
+    site: OwnSite, other: Any, way: str, monkeypatch: pytest.MonkeyPatch
+) -> Steps:
+    """Keys are added as ever, and then all are counted anew, also those that others
+    have added meanwhile without moving the etag."""
+    client = Client(site.host, site.host.new_user())
+    version: str = yield client.create_version()
+    done = noted(site, monkeypatch)
+    cursor = other.cursor()
+    user = client.user.user_id
+    cursor.execute(
+        "INSERT INTO e2e_room_keys VALUES (%s, '!room', 's', %s, 0, 0, true, '1')",
+        (user, version),
+    )
+    cursor.execute(
+        "UPDATE roomkeys_counts SET counted_ts = counted_ts - 3601 WHERE user_id = %s",
+        (user,),
+    )
+    other.commit()
+    assert (yield client.upload(version, {"!room": {"1": key()}})) == (1, 2)
+    assert done == ["add" if way == "adds" else "find"]
+    assert (yield client.upload(version, {"!room": {"2": key()}})) == (2, 3)
 
 
 @inlineCallbacks

@@ -253,6 +253,8 @@ def do_everything(store: EndToEndRoomKeyStore, user: str) -> Steps:
     """Every operation there is, with whatever it depends on this way and that."""
     version: int = yield store.create_version(user, "algorithm", "{}")
     yield upload_and_download(store, user, version)
+    # Nothing is cached then, so that keys are counted.
+    yield store.forget_user(user)
     yield store.get_info(user, version)
     yield store.update_version(user, version, "algorithm", '{"a": 1}')
     for room_id, session_id in (("!room", "7"), ("!room", None), (None, None)):

@@ -95,7 +95,7 @@ def adds_anything() -> Patch:
     always = "EXISTS (SELECT 1 UNION ALL"
     text = changed(sql.POSTGRES.add_keys, "NOT EXISTS (", f"{always} ")
     over = sql._REPLACE_KEYS.removeprefix(sql._INSERT_KEYS)
-    end = ")\n    SELECT etag, key_count FROM counted"
+    end = ")\n    SELECT etag, CASE"
     text = changed(text, end, over + end)
     return mock.patch.object(sql, "POSTGRES", attrs.evolve(sql.POSTGRES, add_keys=text))
 
