@@ -18,6 +18,7 @@ from pytest_twisted import blockon
 from twisted.internet.defer import Deferred, gatherResults, inlineCallbacks
 
 from synapse_roomkeys.storage import SQLITE, EndToEndRoomKeyStore
+from synapse_roomkeys.storage.sql import COUNT_LIFETIME
 from synapse_roomkeys.types import BackupInfo, Limits
 
 from ..contract import Answer, Client
@@ -172,6 +173,7 @@ def test_a_clock_that_jumps_back() -> Steps:
             " '{}' FROM e2e_room_keys_versions WHERE version = ?",
             (number,),
         )
+        times.append(now + COUNT_LIFETIME + 1)
         info: BackupInfo | None = yield store.get_info("@a:b", number)
         assert info is not None and info.count == 1
         database.connection.execute("DELETE FROM e2e_room_keys")
