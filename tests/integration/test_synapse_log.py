@@ -42,8 +42,8 @@ FALSE_TOKEN = "FALSE-TOKEN-OF-THE-LOG-TEST"
 ROOM = "!log:test.example"
 SESSION = "log/session+0"
 
-UPLOADS = 9
-KEYS_AN_UPLOAD = 200
+UPLOADS = 3
+KEYS_AN_UPLOAD = 600
 AT_ONCE = 10
 #: For how long a slow client reads nothing: pages are fetched in less. Seconds.
 DAWDLED = 0.5
