@@ -88,20 +88,24 @@ CURRENT_INFO = f"{_INFO} ORDER BY v.version DESC LIMIT 1"
 #: Parameters: the same, and the version.
 VERSION_INFO = f"{_INFO} AND v.version = ?"
 
-_COUNT_KEYS = """
-    SELECT COALESCE(v.etag, 0), k.* FROM e2e_room_keys_versions AS v,
-        (SELECT COUNT(*), {size} FROM e2e_room_keys
-        WHERE user_id = ? AND version = ?) AS k
-    WHERE v.user_id = ? AND v.version = ? AND v.deleted = 0"""
-#: A version's etag, its count, and NULL. Parameters: user, version, user, version.
-COUNT_KEYS = _COUNT_KEYS.format(size="NULL")
-#: Parameters: user, version, etag, count, bytes or NULL, time in Unix seconds.
-SAVE_COUNT = """
+_CACHE_COUNT = """
     INSERT INTO roomkeys_counts
         (user_id, version, etag, key_count, key_bytes, counted_ts)
-    VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (user_id, version) DO UPDATE SET
+    {counted} ON CONFLICT (user_id, version) DO UPDATE SET
     etag = excluded.etag, key_count = excluded.key_count,
     key_bytes = excluded.key_bytes, counted_ts = excluded.counted_ts"""
+#: Parameters: user, version, etag, count, bytes or NULL, time in Unix seconds.
+SAVE_COUNT = _CACHE_COUNT.format(counted="VALUES (?, ?, ?, ?, ?, ?)")
+_COUNT_KEYS = f"""{_CACHE_COUNT} RETURNING etag, key_count, key_bytes""".format(
+    counted="""
+    SELECT v.user_id, v.version, COALESCE(v.etag, 0), k.*, ?
+    FROM e2e_room_keys_versions AS v, (SELECT COUNT(*), {size} FROM e2e_room_keys
+        WHERE user_id = ? AND version = ?) AS k
+    WHERE v.user_id = ? AND v.version = ? AND v.deleted = 0"""
+)
+#: Counts the keys of a version and caches that; its etag, its count, and NULL.
+#: Parameters: the time in Unix seconds, user, version, user, version.
+COUNT_KEYS = _COUNT_KEYS.format(size="CAST(NULL AS BIGINT)")
 #: Moves a cached count with its version's etag, where it is of that etag. Parameters:
 #: the new etag, how many keys and bytes more, or NULL, user, version, the old etag.
 MOVE_COUNT = """
@@ -324,8 +328,7 @@ class Dialect:
             of a session among those; no row when there is no such version. Parameters:
             user; user, oldest and newest time of a count; user, version; the packed
             room and session ids; user, version.
-        measure_keys: a version's etag, its count and its bytes. Parameters: user,
-            version, user, version.
+        measure_keys: as `COUNT_KEYS`, but with the version's bytes.
         add_keys: locks a version until the commit, which is on disk when it returns,
             and adds keys to it. The one row has the etag and the count afterwards, NULL
             for one that is too old; there is none, and nothing is added, unless all

@@ -406,13 +406,12 @@ class EndToEndRoomKeyStore:
         """
         measures = self._limits.max_user_bytes is not None
         statement = self._dialect.measure_keys if measures else sql.COUNT_KEYS
-        txn.execute(statement, (user_id, version, user_id, version))
-        row = txn.fetchone()
-        if row is None:
-            raise unknown_version()
-        etag, count, size = row
         now = int(self._now())
-        txn.execute(sql.SAVE_COUNT, (user_id, version, etag, count, size, now))
+        txn.execute(statement, (now, user_id, version, user_id, version))
+        rows = txn.fetchall()
+        if not rows:
+            raise unknown_version()
+        ((etag, count, size),) = rows
         return BackupState(etag, count), size
 
     def _check_user(self, txn: Transaction, user_id: str) -> None:
