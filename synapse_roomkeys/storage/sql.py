@@ -342,6 +342,7 @@ class Dialect:
             and moves its etag and count and writes keys, over those that are there. The
             first step writes nothing where the etag is no longer what it was, or there
             is a newer version; then the others aren't to be taken.
+        write_more_keys: the same in a transaction that has the lock.
         pages: the downloads.
         next_page: gets what follows a page, in the same transaction, or None where
             the statements of `pages` have to. Parameter: how many keys.
@@ -361,12 +362,26 @@ class Dialect:
     measure_keys: str
     add_keys: str
     write_keys: tuple[Step, ...]
+    write_more_keys: tuple[Step, ...]
     pages: Pages
     next_page: str | None
     pages_at_once: int
     pack_ids: Callable[[Sequence[tuple[Any, ...]]], list[str]]
     pack_keys: Callable[[Sequence[tuple[Any, ...]]], list[str]]
 
+
+_WRITE_ON_SQLITE = (
+    Step(_CLAIM_CURRENT, _CLAIM_TAKES),
+    Step(
+        _REPLACE_KEYS.format(
+            values=", ".join(f"json_extract(value, '$[{i}]')" for i in range(6))
+            # Without WHERE, what follows would be taken for a part of a join.
+            + " FROM json_each(?) WHERE TRUE",
+        ),
+        ("backup", "keys"),
+    ),
+    Step(MOVE_COUNT, _MOVE_COUNT_TAKES),
+)
 
 #: A process has one connection to an SQLite file, for all its users: three pages take
 #: some 5 ms.
@@ -386,18 +401,8 @@ SQLITE = Dialect(
     ),
     measure_keys=_COUNT_KEYS.format(size=f"COALESCE(SUM({_SQLITE_SIZE}), 0)"),
     add_keys="",
-    write_keys=(
-        Step(_CLAIM_CURRENT, _CLAIM_TAKES),
-        Step(
-            _REPLACE_KEYS.format(
-                values=", ".join(f"json_extract(value, '$[{i}]')" for i in range(6))
-                # Without WHERE, what follows would be taken for a part of a join.
-                + " FROM json_each(?) WHERE TRUE",
-            ),
-            ("backup", "keys"),
-        ),
-        Step(MOVE_COUNT, _MOVE_COUNT_TAKES),
-    ),
+    write_keys=_WRITE_ON_SQLITE,
+    write_more_keys=_WRITE_ON_SQLITE,
     pages=_pages(
         string="json_quote({0})",
         integer="CASE WHEN typeof({0}) = 'integer' AND {0} BETWEEN 0 AND"
@@ -421,6 +426,13 @@ _PACKED_IDS = """unnest(?::text[], ?::text[]) WITH ORDINALITY
         AS u (room_id, session_id, position)"""
 _PACKED_KEYS = f"""unnest(?::text[], ?::text[], ?::int[], ?::int[], ?::boolean[],
         string_to_array(?, chr({ord(_BETWEEN)}))) AS u"""
+
+_WRITE_ON_POSTGRES = Step(
+    f"WITH claimed AS ({_CLAIM_CURRENT} RETURNING 1),"
+    f" counted AS ({MOVE_COUNT} AND EXISTS (SELECT 1 FROM claimed))"
+    + _REPLACE_KEYS.format(values=f"u.* FROM claimed CROSS JOIN {_PACKED_KEYS}"),
+    (*_CLAIM_TAKES, *_MOVE_COUNT_TAKES, "backup", "keys"),
+)
 
 #: What looks names up, such as to_regclass, may not see a table that others made while
 #: the transaction waited for an advisory lock; a query of the catalogue does.
@@ -469,14 +481,11 @@ POSTGRES = Dialect(
     FROM counted""",
     write_keys=(
         Step(
-            f"{_LOCK_ON_POSTGRES}; WITH claimed AS ({_CLAIM_CURRENT} RETURNING 1),"
-            f" counted AS ({MOVE_COUNT} AND EXISTS (SELECT 1 FROM claimed))"
-            + _REPLACE_KEYS.format(
-                values=f"u.* FROM claimed CROSS JOIN {_PACKED_KEYS}",
-            ),
-            ("backup", *_CLAIM_TAKES, *_MOVE_COUNT_TAKES, "backup", "keys"),
+            f"{_LOCK_ON_POSTGRES}; {_WRITE_ON_POSTGRES.statement}",
+            ("backup", *_WRITE_ON_POSTGRES.takes),
         ),
     ),
+    write_more_keys=(_WRITE_ON_POSTGRES,),
     pages=_pages(
         string="to_json({0})::text",
         integer="GREATEST(COALESCE({0}, 0), 0)",

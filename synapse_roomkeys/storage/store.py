@@ -252,10 +252,13 @@ class EndToEndRoomKeyStore:
             trusts_nothing: look first, and count anew.
         """
         self._begin(txn)
-        if not (trusts_nothing or self._met_old[_slot(user_id)]):
-            state = self._add(txn, user_id, version, keys)
+        has_lock = False
+        rows = None if trusts_nothing else self._rows_to_add(user_id, keys)
+        if rows is not None:
+            state = self._add(txn, user_id, version, keys, rows)
             if state is not None:
                 return UploadResult(state, len(keys), (), 0)
+            has_lock = True
         while True:
             found = self._find(txn, user_id, version, keys)
             if found.current != version:
@@ -263,7 +266,10 @@ class EndToEndRoomKeyStore:
             if trusts_nothing:
                 found = attrs.evolve(found, count=None)
             plan = merge(found.stored, keys)
-            if plan.writes and not self._write(txn, user_id, version, found.etag, plan):
+            if plan.writes and not self._write(
+                txn, user_id, version, found.etag, plan, has_lock
+            ):
+                has_lock = True
                 continue
             state = self._state(
                 txn, user_id, version, found, bool(plan.writes), plan.stored
@@ -275,27 +281,37 @@ class EndToEndRoomKeyStore:
             self._check_user(txn, user_id)
         return UploadResult(state, plan.stored, plan.replaced, plan.kept)
 
+    def _rows_to_add(
+        self, user_id: str, keys: Sequence[RoomKey]
+    ) -> list[tuple[Any, ...]] | None:
+        """Keys as rows to add before anything is known of them, if they are likely to
+        be new and one statement takes them."""
+        limits = self._limits
+        is_limited = (limits.max_user_keys, limits.max_user_bytes) != (None, None)
+        if not self._dialect.add_keys or is_limited or self._met_old[_slot(user_id)]:
+            return None
+        parts = list(islice(chunks(keys), 2))
+        return parts[0] if len(parts) == 1 else None
+
     def _add(
-        self, txn: Transaction, user_id: str, version: int, keys: Sequence[RoomKey]
+        self,
+        txn: Transaction,
+        user_id: str,
+        version: int,
+        keys: Sequence[RoomKey],
+        rows: list[tuple[Any, ...]],
     ) -> BackupState | None:
-        """Add keys if they are all new, and lock the version until the commit.
+        """Lock the version until the commit, and add keys if they are all new.
 
         Returns:
             The backup's state afterwards, or None if nothing was added: the upload has
             to look first.
         """
-        limits = self._limits
-        is_limited = (limits.max_user_keys, limits.max_user_bytes) != (None, None)
-        if not self._dialect.add_keys or is_limited:
-            return None
-        parts = list(islice(chunks(keys), 2))
-        if len(parts) != 1:
-            return None
         backup = user_id, version
         added = len(keys), sum(size(key.session_data) for key in keys)
         parameters = [*backup, *added, *backup, user_id]
         parameters += self._dialect.pack_ids([ids_of(key) for key in keys])
-        parameters += [*backup, *backup, *backup, *self._dialect.pack_keys(parts[0])]
+        parameters += [*backup, *backup, *backup, *self._dialect.pack_keys(rows)]
         txn.execute(self._dialect.add_keys, [*parameters, *self._count_times()])
         row = txn.fetchone()
         if row is None:
@@ -341,17 +357,25 @@ class EndToEndRoomKeyStore:
         return found_of(rows)
 
     def _write(
-        self, txn: Transaction, user_id: str, version: int, etag: int, plan: MergePlan
+        self,
+        txn: Transaction,
+        user_id: str,
+        version: int,
+        etag: int,
+        plan: MergePlan,
+        has_lock: bool,
     ) -> bool:
         """Write what an upload changes, and lock the version until the commit.
 
         Args:
             etag: what it was when the plan was made.
+            has_lock: whether it is locked already.
 
         Returns:
             Whether that was done. Else the etag is another by now, or the version isn't
-            the current one any more.
+            the current one any more; it is locked, though.
         """
+        steps = self._dialect.write_more_keys if has_lock else self._dialect.write_keys
         seen, added = etag, (plan.stored, plan.added_bytes)
         for rows in chunks(plan.writes):
             write = sql.Write(
@@ -361,12 +385,13 @@ class EndToEndRoomKeyStore:
                 added=added,
                 keys=self._dialect.pack_keys(rows),
             )
-            first, *others = self._dialect.write_keys
+            first, *others = steps
             txn.execute(first.statement, first.parameters(write))
             if not txn.rowcount:
                 return False
             for step in others:
                 txn.execute(step.statement, step.parameters(write))
+            steps = self._dialect.write_more_keys
             seen, added = etag + 1, (0, 0)
         return True
 

@@ -11,6 +11,8 @@ from twisted.internet import reactor
 from twisted.internet.defer import Deferred, inlineCallbacks
 from twisted.internet.task import deferLater
 
+from synapse_roomkeys.storage import database
+
 from ..contract import Answer, Client
 from ..contract.base import key, keys_path, wrapped
 from ..servers import PostgresServer
@@ -202,6 +204,42 @@ def noted(site: OwnSite, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         monkeypatch.setattr(site.store, f"_{name}", note)
     return done
+
+
+@inlineCallbacks
+def test_no_upload_takes_more_than_five_statements(
+    site: OwnSite, other: Any, way: str, monkeypatch: pytest.MonkeyPatch
+) -> Steps:
+    """Not even one whose keys are to be counted and aren't new, where the last one's
+    were: it locks, adds in vain, looks, writes and counts."""
+    client = Client(site.host, site.host.new_user())
+    version: str = yield client.create_version()
+    etag, _ = yield client.upload(version, {"!room": {"1": key(index=9)}})
+    if way == "looks":
+        etag, _ = yield client.upload(version, {"!room": {"1": key(index=8)}})
+    other.cursor().execute("DELETE FROM roomkeys_counts")
+    other.commit()
+    sent = statements(monkeypatch)
+    better = {"!room": {"1": key(), "2": key()}}
+    assert (yield client.upload(version, better)) == (etag + 1, 2)
+    words = [statement.split()[0] for statement in sent]
+    adds = ["SELECT", "WITH"] if way == "adds" else []
+    locks = ["SELECT"] if way == "looks" else []
+    assert words == [*adds, "WITH", *locks, "WITH", "INSERT"]
+
+
+def statements(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is sent from now on, one after the other, settings apart."""
+    sent: list[str] = []
+    execute = database._PostgresTransaction.execute
+
+    def note(self: Any, statement: str, parameters: Any = ()) -> Any:
+        parts = statement.split(";")
+        sent.extend(part for part in parts if part.split()[0] != "SET")
+        return execute(self, statement, parameters)
+
+    monkeypatch.setattr(database._PostgresTransaction, "execute", note)
+    return sent
 
 
 @inlineCallbacks

@@ -218,7 +218,7 @@ def all_statements() -> set[str]:
     own = sql.POSTGRES
     others = {own.lock_version, own.insert_version, own.find_sessions, own.measure_keys}
     others.add(own.add_keys)
-    others |= {step.statement for step in own.write_keys}
+    others |= {step.statement for step in own.write_keys + own.write_more_keys}
     return (everywhere - {sql.COLUMNS}) | others | set(attrs.astuple(own.pages))
 
 

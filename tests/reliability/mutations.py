@@ -64,9 +64,12 @@ def off_by_one(name: str) -> Patch:
 
 def on_postgres(old: str, new: str) -> Patch:
     """A fault in what writes keys on PostgreSQL."""
-    (step,) = sql.POSTGRES.write_keys
-    wrong = attrs.evolve(step, statement=changed(step.statement, old, new))
-    dialect = attrs.evolve(sql.POSTGRES, write_keys=(wrong,))
+    faults: dict[str, Any] = {}
+    for name in ("write_keys", "write_more_keys"):
+        (step,) = getattr(sql.POSTGRES, name)
+        wrong = attrs.evolve(step, statement=changed(step.statement, old, new))
+        faults[name] = (wrong,)
+    dialect = attrs.evolve(sql.POSTGRES, **faults)
     return mock.patch.object(sql, "POSTGRES", dialect)
 
 

@@ -165,7 +165,7 @@ def statements() -> dict[str, str]:
     names = ("lock_version", "insert_version", "find_sessions", "measure_keys")
     for dialect in (sql.SQLITE, sql.POSTGRES):
         own = {**attrs.asdict(dialect.pages), **{n: getattr(dialect, n) for n in names}}
-        for i, step in enumerate(dialect.write_keys):
+        for i, step in enumerate(dialect.write_keys + dialect.write_more_keys):
             own[f"write_keys {i}"] = step.statement
         if dialect.add_keys:
             own["add_keys"] = dialect.add_keys
