@@ -26,9 +26,10 @@ from .types import (
 
 logger = logging.getLogger(__name__)
 
-#: How long what a line says of replaced keys may be, where it is of more than one, in
-#: characters and the backslashes that JSON adds.
-_REPLACEMENTS_SIZE = 1200
+#: What a line says of replaced keys, where it is of more than one, in characters of
+#: ASCII and the backslashes that JSON adds: the service cuts what is longer.
+_MESSAGE_SIZE = 1792
+_REPLACED = "Replaced keys (first_message_index/forwarded_count/is_verified): %s%s"
 
 
 class E2eRoomKeysHandler:
@@ -126,14 +127,13 @@ class E2eRoomKeysHandler:
         metrics.uploaded_keys.labels("replaced").inc(len(result.replaced))
         metrics.uploaded_keys.labels("kept").inc(result.kept)
 
-        def log(keys: str) -> None:
-            logger.info(
-                "Replaced keys (first_message_index/forwarded_count/is_verified):"
-                " user=%s device=%s version=%s%s",
-                *(user_id, device_id, version, keys),
-            )
+        who = f"user={user_id} device={device_id} version={version}"
+        room = _MESSAGE_SIZE - len(_REPLACED) - _size(ascii(who))
 
-        yield self._clock.for_each(log, _shown(result.replaced))
+        def log(keys: str) -> None:
+            logger.info(_REPLACED, who, keys)
+
+        yield self._clock.for_each(log, _shown(result.replaced, room))
         return result.state
 
     @inlineCallbacks
@@ -238,9 +238,10 @@ class E2eRoomKeysHandler:
             )
 
 
-def _shown(replaced: Iterable[Replacement]) -> Iterator[str]:
-    """Replaced keys as lines of a log show them: a few in each, as a line takes a host
-    as long as several keys do. A room stands before the first of its keys."""
+def _shown(replaced: Iterable[Replacement], most: int) -> Iterator[str]:
+    """Replaced keys as lines of a log show them: as many in each as there is room for,
+    as a line takes a host as long as several keys do. A room stands before the first
+    of its keys."""
     text = room = ""
     size = 0
     last_room: str | None = None
@@ -253,7 +254,7 @@ def _shown(replaced: Iterable[Replacement]) -> Iterator[str]:
             last_room, room = key.room_id, f" room={wire.shown(key.room_id)}"
             added = room + shown
         size += _size(added)
-        if text and size > _REPLACEMENTS_SIZE:
+        if text and size > most:
             yield text
             text = room + shown
             size = _size(text)

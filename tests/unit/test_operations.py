@@ -1,5 +1,6 @@
 """The operations on a database in memory: what they cost, cache, log and tolerate."""
 
+import logging
 import sqlite3
 from typing import Any
 from unittest import mock
@@ -11,15 +12,15 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from synapse_roomkeys.clock import Clock
 from synapse_roomkeys.errors import NotFoundError, OutageError, UnavailableError
-from synapse_roomkeys.service.logs import MAX_LINE, TextFormatter
+from synapse_roomkeys.service.logs import MAX_LINE, JsonFormatter, TextFormatter
 from synapse_roomkeys.storage import (
     PAGE_KEYS,
     SQLITE,
     RetryingDatabase,
     postgres,
 )
-from synapse_roomkeys.types import KeyPage
-from synapse_roomkeys.wire import shown
+from synapse_roomkeys.types import KeyMetadata, KeyPage, RoomKey
+from synapse_roomkeys.wire import VersionInfo, shown
 
 from ..contract import Client
 from ..contract.base import Rooms, key, keys_path
@@ -295,12 +296,9 @@ class LogTests(Operations):
         self.upload(old)
         with self.assertLogs("synapse_roomkeys", "INFO") as logged:
             self.upload(new)
-        self.assertLess(len(logged.records), 15)
+        self.assertLess(len(logged.records), 10)
         found = []
-        for record in logged.records:
-            line = TextFormatter().format(record)
-            self.assertLessEqual(len(line), MAX_LINE)
-            self.assertFalse(line.endswith("..."), line)
+        for line in self.whole_lines(logged.records):
             _, *in_rooms = line.split(" room=")
             for in_room in in_rooms:
                 room, *sessions = in_room.split(" session=")
@@ -308,6 +306,42 @@ class LogTests(Operations):
                 for session in sessions:
                     self.assertTrue(session.endswith(" old=2/0/False new=1/0/False"))
         self.assertEqual(found, [tuple(map(shown, pair)) for pair in ids])
+
+    def test_long_names_leave_room_for_fewer_keys(self) -> None:
+        """Of a user and a device that take a third of a line or half of it."""
+        lengths = []
+        for user_id, device_id in (
+            ("@u:b.c", "D"),
+            (f"@{'u' * 249}:b.c", "D" * 255),
+            (f"@{'é' * 100}:b.c", '"' * 100),
+        ):
+            handler = self.host.handler
+            version = self.successResultOf(
+                handler.create_version(user_id, VersionInfo("a", "{}", None))
+            )
+            with self.assertLogs("synapse_roomkeys", "INFO") as logged:
+                for index in (2, 1):
+                    keys = [
+                        RoomKey("!r", f"{i}", KeyMetadata(index, 0, False), "1")
+                        for i in range(60)
+                    ]
+                    self.successResultOf(
+                        handler.upload_room_keys(user_id, version, keys, device_id)
+                    )
+            lines = self.whole_lines(logged.records)
+            self.assertEqual("".join(lines).count(" old=2/0/False"), 60)
+            lengths.append(len(lines))
+        self.assertLess(lengths[0], lengths[1])
+        self.assertLess(lengths[0], lengths[2])
+
+    def whole_lines(self, records: list[logging.LogRecord]) -> list[str]:
+        """The messages of lines, none of which the service cuts."""
+        for record in records:
+            for formatter in (TextFormatter(), JsonFormatter()):
+                line = formatter.format(record)
+                self.assertLessEqual(len(line), MAX_LINE)
+                self.assertNotRegex(line, r"\.\.\.($|\", )")
+        return [record.getMessage() for record in records]
 
     def test_a_refusal_is_logged(self) -> None:
         """A client may send the same for ever, so the operator can see why."""
