@@ -75,7 +75,9 @@ class E2eRoomKeysHandler:
         """
         number = wire.parse_version(version)
 
-        def fetch(after: Position, take: Callable[[KeyPage], bool]) -> "Deferred[None]":
+        def fetch(
+            after: Position | None, take: Callable[[KeyPage], bool]
+        ) -> "Deferred[None]":
             return self._reads.run(
                 user_id,
                 self._store.get_pages,

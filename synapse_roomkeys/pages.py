@@ -23,7 +23,7 @@ class KeyPages:
 
     def __init__(
         self,
-        fetch: "Callable[[Position, Callable[[KeyPage], bool]], Deferred[None]]",
+        fetch: "Callable[[Position | None, Callable[[KeyPage], bool]], Deferred[None]]",
         clock: Clock,
     ) -> None:
         """
@@ -42,7 +42,7 @@ class KeyPages:
         self._wanted = 0
         #: The other way around. Only one thread fetches at a time.
         self._fetched = 0
-        self._after: Position = None
+        self._after: Position | None = None
         self.page = KeyPage((), None)
 
     @property

@@ -62,8 +62,17 @@ class StoredKey(msgspec.Struct, frozen=True, gc=False):
     size: int
 
 
-#: Where a download is: the room and session id of a key, or None before the first.
-Position = tuple[str, str] | None
+@attrs.frozen
+class Position:
+    """Where a download goes on: after a key.
+
+    Attributes:
+        keys: how many to read at once from there, by how large the last ones were.
+    """
+
+    room_id: str
+    session_id: str
+    keys: int
 
 
 @attrs.frozen
@@ -73,11 +82,11 @@ class KeyPage:
     Attributes:
         rows: of each its room's id, and the key as a member of a JSON object:
             ``"session_id":key``.
-        last: the room and session id of the last key, when more may follow.
+        last: where the last key is, when more may follow.
     """
 
     rows: Sequence[tuple[str, str]]
-    last: Position
+    last: Position | None
 
 
 @attrs.frozen

@@ -9,8 +9,13 @@ import attrs
 from ..types import KeyMetadata, KeyPage, Position, RoomKey, StoredKey
 from . import sql
 
-#: How many keys a page of a download holds: about 0.4 MB of real ones.
+#: How many keys are read at once for a download: about 0.4 MB of real ones.
 PAGE_KEYS = 400
+#: How many at first, before it is known how large they are.
+FIRST_KEYS = 50
+#: How many characters a page of them has at most, if it is of more than one key. Keys
+#: may be of 64 KiB each, and whoever reads slowly has two pages in memory.
+PAGE_SIZE = 1 << 20
 #: How many characters of keys and their ids a statement writes at least, where more
 #: follow: what makes a statement of them holds Python's interpreter meanwhile. Ordinary
 #: uploads have less.
@@ -55,40 +60,70 @@ def page_statement(
     dialect: sql.Dialect,
     backup: tuple[str, int],
     room_id: str | None,
-    after: Position,
+    after: Position | None,
     by_cursor: bool,
 ) -> tuple[str, tuple[str | int, ...]]:
-    """The statement that gets a page, and its parameters.
+    """The statement that reads keys of a download, and its parameters.
 
     Args:
         backup: a user and a version.
-        by_cursor: whether the transaction has a cursor that goes on after the page
-            before it.
+        by_cursor: whether the transaction has a cursor that goes on after the keys
+            before them.
     """
+    asked = keys_after(after)
     if by_cursor and dialect.next_page is not None:
-        return dialect.next_page, (PAGE_KEYS,)
+        return dialect.next_page, (asked,)
     pages = dialect.pages
     common = (*backup, *backup)
-    numbers = (PAGE_KEYS * dialect.pages_at_once, PAGE_KEYS)
+    numbers = (PAGE_KEYS * dialect.pages_at_once, asked)
     if room_id is None:
         if after is None:
             return pages.first, (*common, *numbers)
-        return pages.following, (*common, *after, *numbers)
+        return pages.following, (*common, after.room_id, after.session_id, *numbers)
     if after is None:
         return pages.first_of_room, (*common, room_id, *numbers)
-    return pages.following_of_room, (*common, room_id, after[1], *numbers)
+    return pages.following_of_room, (*common, room_id, after.session_id, *numbers)
 
 
-def key_page(rows: list[tuple[Any, ...]]) -> KeyPage:
-    """A page of the rows of a download. Whoever takes it has the work of putting them
-    together: the database can go on with the next one meanwhile."""
+def keys_after(after: Position | None) -> int:
+    """How many keys are read at once from there on."""
+    return min(FIRST_KEYS, PAGE_KEYS) if after is None else after.keys
+
+
+def key_pages(rows: list[tuple[Any, ...]], asked: int) -> Iterator[KeyPage]:
+    """The rows of a download, as one page if they aren't large. Whoever takes it has
+    the work of putting them together: the database can go on meanwhile.
+
+    Args:
+        asked: of how many rows at most; more may follow if there are as many.
+    """
     if not rows or rows[0][0] is None:
-        return KeyPage((), None)
-    if len(rows) < PAGE_KEYS:
-        return KeyPage(rows, None)
-    room_id, member = rows[-1]
-    session_id, _ = _decoder.raw_decode(member)
-    return KeyPage(rows, (room_id, session_id))
+        yield KeyPage((), None)
+        return
+    first = 0
+    for end, size in _page_ends(rows):
+        last = None
+        if end < len(rows) or end >= asked:
+            room_id, member = rows[end - 1]
+            session_id, _ = _decoder.raw_decode(member)
+            fitting = PAGE_SIZE * (end - first) // size
+            last = Position(room_id, session_id, min(max(fitting, 1), PAGE_KEYS))
+        yield KeyPage(rows[first:end], last)
+        first = end
+
+
+def _page_ends(rows: list[tuple[Any, ...]]) -> Iterator[tuple[int, int]]:
+    """How many rows there are up to the end of each page, and how large it is."""
+    sizes = [len(member) for _, member in rows]
+    page = sum(sizes)
+    if page > PAGE_SIZE:
+        page = 0
+        for end, size in enumerate(sizes):
+            page += size
+            if end and page > PAGE_SIZE:
+                yield end, page - size
+                page = size
+    yield len(rows), page
 
 
 def ids_of(key: RoomKey) -> tuple[str, str]:

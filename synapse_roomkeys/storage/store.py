@@ -31,7 +31,8 @@ from .rows import (
     chunks,
     found_of,
     ids_of,
-    key_page,
+    key_pages,
+    keys_after,
     metadata,
     page_statement,
 )
@@ -104,7 +105,7 @@ class EndToEndRoomKeyStore:
         user_id: str,
         version: int,
         room_id: str | None,
-        after: Position,
+        after: Position | None,
         take: Callable[[KeyPage], bool],
     ) -> "Deferred[None]":
         """Give keys of a version or of a room, ordered by id.
@@ -124,13 +125,13 @@ class EndToEndRoomKeyStore:
         def read(txn: Transaction) -> None:
             # It may be run again, and takes up where it was.
             nonlocal after, is_wanted
+            left = self._dialect.pages_at_once
             has_cursor = False
-            for _ in range(self._dialect.pages_at_once):
-                if not is_wanted:
-                    return
-                after, is_wanted = self._give_page(
-                    *(txn, backup, room_id, after, has_cursor, take)
+            while is_wanted and left > 0:
+                after, is_wanted, given = self._give_pages(
+                    *(txn, backup, room_id, after, has_cursor, left, take)
                 )
+                left -= given
                 has_cursor = self._dialect.next_page is not None
 
         return self._database.run("roomkeys_get_pages", read)
@@ -470,24 +471,26 @@ class EndToEndRoomKeyStore:
         now = int(self._now())
         return now - sql.COUNT_LIFETIME, now
 
-    def _give_page(
+    def _give_pages(
         self,
         txn: Transaction,
         backup: tuple[str, int],
         room_id: str | None,
-        after: Position,
+        after: Position | None,
         by_cursor: bool,
+        most: int,
         take: Callable[[KeyPage], bool],
-    ) -> tuple[Position, bool]:
-        """Read a page and give it away, with nothing left of it here.
+    ) -> tuple[Position | None, bool, int]:
+        """Read some keys and give them away, with nothing left of them here.
 
         Args:
-            by_cursor: whether the transaction has a cursor that goes on after the page
-                before it. It has no more rows at the end; without one, the version has
-                been deleted where there are none.
+            by_cursor: whether the transaction has a cursor that goes on after the keys
+                before them. It has no more rows at the end; without one, the version
+                has been deleted where there are none.
+            most: how many pages to give. Keys that it doesn't reach are read again.
 
         Returns:
-            Where the next page begins, and whether it is wanted.
+            Where the next page begins, whether it is wanted, and how many were given.
         """
         statement, parameters = page_statement(
             self._dialect, backup, room_id, after, by_cursor
@@ -496,8 +499,14 @@ class EndToEndRoomKeyStore:
         found = txn.fetchall()
         if not (found or by_cursor):
             raise unknown_version()
-        page = key_page(found)
-        return page.last, take(page)
+        given = 0
+        is_wanted = True
+        for page in islice(key_pages(found, keys_after(after)), most):
+            given += 1
+            after, is_wanted = page.last, take(page)
+            if not is_wanted:
+                break
+        return after, is_wanted, given
 
     def _key_txn(
         self,

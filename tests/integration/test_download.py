@@ -22,6 +22,8 @@ VERSION = 1_700_000_000
 PATH = f"/_matrix/client/v3/room_keys/keys?version={VERSION}"
 #: What a download may add to the memory of the process: a few pages of 0.25 MiB.
 BOUND = 20 * 1024 * 1024
+#: The same for twenty of large keys, and for what is read of these at once.
+LARGE_BOUND = 100 * 1024 * 1024
 STALLED_SECONDS = 2
 
 
@@ -41,20 +43,25 @@ def synapse(
 def user(synapse: Synapse) -> User:
     """A user with a large backup, one download of which is done already."""
     user = synapse.register("large")
-    if synapse.database is None:
-        path = synapse.directory / "homeserver.db"
-        with sqlite3.connect(path, timeout=30) as connection:
-            fill(connection, "?", user.user_id)
-        connection.close()
-    else:
-        with psycopg2.connect(**synapse.database) as connection:
-            fill(connection.cursor(), "%s", user.user_id)
-        connection.close()
+    store(synapse, user, KEYS, SESSION_DATA)
     assert read_fast(synapse, user, [])[0] == KEYS
     return user
 
 
-def fill(cursor: Any, mark: str, user_id: str) -> None:
+def store(synapse: Synapse, user: User, keys: int, session_data: str) -> None:
+    """Give a user a backup, past the server."""
+    if synapse.database is None:
+        path = synapse.directory / "homeserver.db"
+        with sqlite3.connect(path, timeout=30) as connection:
+            fill(connection, "?", user.user_id, keys, session_data)
+        connection.close()
+    else:
+        with psycopg2.connect(**synapse.database) as connection:
+            fill(connection.cursor(), "%s", user.user_id, keys, session_data)
+        connection.close()
+
+
+def fill(cursor: Any, mark: str, user_id: str, keys: int, session_data: str) -> None:
     """Put keys into the tables, a tenth of them into each room."""
     cursor.execute(
         "INSERT INTO e2e_room_keys_versions (user_id, version, algorithm, auth_data,"
@@ -63,11 +70,11 @@ def fill(cursor: Any, mark: str, user_id: str) -> None:
     )
     cursor.execute(
         "WITH RECURSIVE n (i) AS (SELECT 0 UNION ALL SELECT i + 1 FROM n"
-        f" WHERE i < {KEYS - 1}) INSERT INTO e2e_room_keys (user_id, version, room_id,"
+        f" WHERE i < {keys - 1}) INSERT INTO e2e_room_keys (user_id, version, room_id,"
         " session_id, first_message_index, forwarded_count, is_verified, session_data)"
-        f" SELECT {mark}, {VERSION}, '!room' || (i / {KEYS // 10}),"
+        f" SELECT {mark}, {VERSION}, '!room' || (i / {keys // 10}),"
         f" 'session' || i, 0, 0, i < 0, {mark} FROM n",
-        (user_id, SESSION_DATA),
+        (user_id, session_data),
     )
 
 
@@ -132,6 +139,25 @@ def test_slow_readers_take_no_more_memory_than_pages(
     for connection in connections:
         connection.close()
     assert max(sizes) - before < BOUND, (before, max(sizes))
+
+
+def test_slow_readers_of_large_keys(synapse: Synapse) -> None:
+    """However large keys are, a download has no more than 2 MiB of them in memory while
+    it isn't read."""
+    user = synapse.register("heavy")
+    store(synapse, user, 1000, f'"{"x" * 60_000}"')
+    assert read_fast(synapse, user, [])[0] == 1000
+    before = synapse.rss_bytes()
+    connections = [connect(synapse, user) for _ in range(20)]
+    for connection in connections:
+        assert connection.recv(16 * 1024)
+    sizes = []
+    for _ in range(20):
+        sizes.append(synapse.rss_bytes())
+        time.sleep(0.05)
+    for connection in connections:
+        connection.close()
+    assert max(sizes) - before < LARGE_BOUND, (before, max(sizes))
 
 
 def test_a_reader_that_stops_is_dropped(synapse: Synapse, user: User) -> None:

@@ -22,7 +22,14 @@ from synapse_roomkeys.storage import (
     upgrade_tables,
 )
 from synapse_roomkeys.storage import rows as storage_rows
-from synapse_roomkeys.types import BackupState, KeyMetadata, KeyPage, Limits, RoomKey
+from synapse_roomkeys.types import (
+    BackupState,
+    KeyMetadata,
+    KeyPage,
+    Limits,
+    Position,
+    RoomKey,
+)
 from synapse_roomkeys.wire import encode_key
 
 from ..contract.base import ALGORITHM, NO_VERSION, same
@@ -240,16 +247,23 @@ class BackupMachine(RuleBasedStateMachine):
         age=ages,
         scope=scopes,
         size=st.sampled_from((2, 3, 5, 500)),
+        length=st.sampled_from((1, 250, 1 << 20)),
         turn=st.sampled_from((1, 2, 10)),
     )
     def download(
-        self, user_id: str, age: int, scope: tuple[Any, Any], size: int, turn: int
+        self,
+        user_id: str,
+        age: int,
+        scope: tuple[Any, Any],
+        size: int,
+        length: int,
+        turn: int,
     ) -> None:
-        """Every key comes once, whatever the size of the pages, and however many of
-        them are fetched at a time."""
+        """Every key comes once, whatever the size of the pages in keys and characters,
+        and however many of them are fetched at a time."""
         number = self.number_of(user_id, age)
         version = self.version_of(user_id, number)
-        with mock.patch.object(storage_rows, "PAGE_KEYS", size):
+        with mock.patch.multiple(storage_rows, PAGE_KEYS=size, PAGE_SIZE=length):
             if version is None:
                 self.check_refused(
                     lambda: execute(self.members, user_id, number, scope, size, turn),
@@ -276,7 +290,7 @@ class BackupMachine(RuleBasedStateMachine):
                 return []
             return [((room_id, session_id), json.loads(encode_key(key)))]
         members: list[tuple[Ids, Any]] = []
-        after = None
+        after: Position | None = None
         while True:
             pages: list[KeyPage] = []
 
@@ -289,11 +303,15 @@ class BackupMachine(RuleBasedStateMachine):
             for page in pages:
                 found = members_of(page)
                 assert len(found) <= size
+                characters = sum(len(member) for _, member in page.rows)
+                assert len(found) <= 1 or characters <= storage_rows.PAGE_SIZE
                 members += found
                 if page.last is None:
                     assert page is pages[-1]
                     return members
-                assert page.last == found[-1][0] != after
+                last = page.last.room_id, page.last.session_id
+                assert last == found[-1][0]
+                assert page.last != after
                 after = page.last
 
     @rule(

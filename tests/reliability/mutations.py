@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeAlias
 from unittest import mock
 
@@ -87,10 +87,14 @@ def execute_and_commit(
 
 
 def only_page(
-    found: list[tuple[Any, ...]], *, page: Callable[..., KeyPage] = rows.key_page
-) -> KeyPage:
+    found: list[tuple[Any, ...]],
+    asked: int,
+    *,
+    pages: Callable[..., Iterator[KeyPage]] = rows.key_pages,
+) -> Iterator[KeyPage]:
     """A page that claims to be the last one."""
-    return attrs.evolve(page(found), last=None)
+    for page in pages(found, asked):
+        yield attrs.evolve(page, last=None)
 
 
 def adds_anything() -> Patch:
@@ -141,5 +145,5 @@ RACES: dict[str, Callable[[], Patch]] = {
 HIDDEN: dict[str, Callable[[], Patch]] = {
     "a count for ever": lambda: mock.patch.object(sql, "COUNT_LIFETIME", 10**9),
     "nobody forgotten": lambda: statement("FORGET_USER", "user_id = ?", "? IS NULL"),
-    "one page of many": lambda: mock.patch.object(store, "key_page", only_page),
+    "one page of many": lambda: mock.patch.object(store, "key_pages", only_page),
 }

@@ -171,11 +171,11 @@ class KeyPagesTests(SynchronousTestCase):
     def setUp(self) -> None:
         self.reactor = FakeReactor()
         self.pages = KeyPages(self.fetch, Clock(self.reactor))
-        self.begun: list[Position] = []
+        self.begun: list[Position | None] = []
         self.given = 0
 
     def fetch(
-        self, after: Position, take: Callable[[KeyPage], bool]
+        self, after: Position | None, take: Callable[[KeyPage], bool]
     ) -> "Deferred[None]":
         """A transaction that begins."""
         self.begun.append(after)
@@ -186,7 +186,7 @@ class KeyPagesTests(SynchronousTestCase):
     def give(self, *, last: bool = False) -> bool:
         """Have the transaction give a page; whether it is to go on."""
         self.given += 1
-        position = None if last else ("!room", f"{self.given}")
+        position = None if last else Position("!room", f"{self.given}", 1)
         return self.take(KeyPage([("!room", f"{self.given}")], position))
 
     def finish(self, result: Exception | None = None) -> None:
@@ -221,7 +221,7 @@ class KeyPagesTests(SynchronousTestCase):
         self.assertEqual(self.begun, [None])
         self.successResultOf(self.pages.advance())
         self.assertTaken(2)
-        self.assertEqual(self.begun, [None, ("!room", "2")])
+        self.assertEqual(self.begun, [None, Position("!room", "2", 1)])
 
     def test_a_transaction_that_ends_too_early_is_followed_by_another(self) -> None:
         """Few pages come of each: its connection is left to others."""
@@ -230,7 +230,7 @@ class KeyPagesTests(SynchronousTestCase):
         self.successResultOf(waits)
         waits = self.pages.advance()
         self.finish()
-        self.assertEqual(self.begun, [None, ("!room", "1")])
+        self.assertEqual(self.begun, [None, Position("!room", "1", 1)])
         self.give()
         self.successResultOf(waits)
         self.assertTaken(2)
