@@ -67,7 +67,7 @@ class Position:
     """Where a download goes on: after a key.
 
     Attributes:
-        keys: how many to read at once from there, by how large the last ones were.
+        keys: how many to read at once from there, by how large those before it are.
     """
 
     room_id: str

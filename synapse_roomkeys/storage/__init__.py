@@ -12,11 +12,12 @@ from .database import (
     sqlite_database,
     with_timeouts,
 )
-from .rows import PAGE_KEYS
+from .rows import FIRST_KEYS, PAGE_KEYS
 from .schema import SchemaError, check_tables, upgrade_tables
 from .store import EndToEndRoomKeyStore
 
 __all__ = [
+    "FIRST_KEYS",
     "PAGE_KEYS",
     "SQLITE",
     "Database",

@@ -1,6 +1,7 @@
 """Rows of the database as values."""
 
 import json
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -12,9 +13,10 @@ from . import sql
 #: How many keys are read at once for a download: about 0.4 MB of real ones.
 PAGE_KEYS = 400
 #: How many at first, before it is known how large they are.
-FIRST_KEYS = 50
-#: How many characters a page of them has at most, if it is of more than one key. Keys
-#: may be of 64 KiB each, and whoever reads slowly has two pages in memory.
+FIRST_KEYS = 100
+#: How many bytes of memory a page of them takes at most, if it is of more than one key.
+#: Keys may be of 64 KiB each, and four times as much where one character is beyond the
+#: others; of whoever reads slowly two pages are in memory, and one on its way.
 PAGE_SIZE = 1 << 20
 #: How many characters of keys and their ids a statement writes at least, where more
 #: follow: what makes a statement of them holds Python's interpreter meanwhile. Ordinary
@@ -100,30 +102,29 @@ def key_pages(rows: list[tuple[Any, ...]], asked: int) -> Iterator[KeyPage]:
     if not rows or rows[0][0] is None:
         yield KeyPage((), None)
         return
+    sizes = [sys.getsizeof(member) for _, member in rows]
+    fitting = PAGE_SIZE * len(rows) // sum(sizes)
     first = 0
-    for end, size in _page_ends(rows):
+    for end in _page_ends(sizes):
         last = None
         if end < len(rows) or end >= asked:
             room_id, member = rows[end - 1]
             session_id, _ = _decoder.raw_decode(member)
-            fitting = PAGE_SIZE * (end - first) // size
             last = Position(room_id, session_id, min(max(fitting, 1), PAGE_KEYS))
         yield KeyPage(rows[first:end], last)
         first = end
 
 
-def _page_ends(rows: list[tuple[Any, ...]]) -> Iterator[tuple[int, int]]:
-    """How many rows there are up to the end of each page, and how large it is."""
-    sizes = [len(member) for _, member in rows]
-    page = sum(sizes)
-    if page > PAGE_SIZE:
+def _page_ends(sizes: list[int]) -> Iterator[int]:
+    """How many rows there are up to the end of each page, by the sizes of all."""
+    if sum(sizes) > PAGE_SIZE:
         page = 0
         for end, size in enumerate(sizes):
             page += size
             if end and page > PAGE_SIZE:
-                yield end, page - size
+                yield end
                 page = size
-    yield len(rows), page
+    yield len(sizes)
 
 
 def ids_of(key: RoomKey) -> tuple[str, str]:

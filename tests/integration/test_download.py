@@ -142,10 +142,10 @@ def test_slow_readers_take_no_more_memory_than_pages(
 
 
 def test_slow_readers_of_large_keys(synapse: Synapse) -> None:
-    """However large keys are, a download has no more than 2 MiB of them in memory while
-    it isn't read."""
+    """However large keys are, a download has a few MiB of them in memory while it isn't
+    read. A single character makes Python take four bytes for each."""
     user = synapse.register("heavy")
-    store(synapse, user, 1000, f'"{"x" * 60_000}"')
+    store(synapse, user, 1000, f'"{"x" * 60_000}\N{GRINNING FACE}"')
     assert read_fast(synapse, user, [])[0] == 1000
     before = synapse.rss_bytes()
     connections = [connect(synapse, user) for _ in range(20)]

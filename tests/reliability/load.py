@@ -12,7 +12,7 @@ from twisted.internet import reactor
 from twisted.internet.defer import Deferred, gatherResults, inlineCallbacks
 from twisted.internet.task import deferLater
 
-from synapse_roomkeys.storage import PAGE_KEYS
+from synapse_roomkeys.storage import FIRST_KEYS
 
 from ..contract import Answer
 from ..contract.base import ALGORITHM, accepted
@@ -38,7 +38,7 @@ AFTERWARDS = 4
 MOMENT = 0.02
 #: The part of the operations that upload keys which nobody else uploads.
 NEW = 0.4
-NEW_KEYS = 30
+NEW_KEYS = 6
 #: What waits longer for an answer is lost, in seconds.
 PATIENCE = 60.0
 #: How long a client waits after a failure, in seconds.
@@ -69,7 +69,7 @@ class Load:
     begun: int = 0
     fault: Deferred[None] = attrs.field(factory=Deferred)
     fault_times: tuple[float, float] = (0, 0)
-    room: int = PAGE_KEYS - len(ROOMS) * len(SESSIONS)
+    room: int = FIRST_KEYS - len(ROOMS) * len(SESSIONS)
 
     @inlineCallbacks
     def run(self, cause: Callable[[], None]) -> Generator[Deferred[Any], Any, None]:

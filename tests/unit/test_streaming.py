@@ -8,7 +8,7 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from synapse_roomkeys.clock import Clock
 from synapse_roomkeys.pages import KeyPages
-from synapse_roomkeys.storage import PAGE_KEYS
+from synapse_roomkeys.storage import FIRST_KEYS, PAGE_KEYS
 from synapse_roomkeys.types import KeyPage, Position
 
 from ..contract import Client
@@ -18,7 +18,7 @@ from ..memory import FakeReactor, MemoryHost, SlowTransport, read_answer
 #: Four pages of keys, in rooms that end in the midst of pages.
 ROOMS: Rooms = {
     f"!room{number}": {f"s{i:04}": key(data=f"{number}.{i}") for i in range(size)}
-    for number, size in enumerate((PAGE_KEYS - 3, 7, PAGE_KEYS * 2, 1))
+    for number, size in enumerate((PAGE_KEYS - 3, 7, FIRST_KEYS + PAGE_KEYS, 1))
 }
 PAGES = 4
 
