@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 from unittest import mock
@@ -260,7 +259,7 @@ class BackupMachine(RuleBasedStateMachine):
         length: int,
         turn: int,
     ) -> None:
-        """Every key comes once, whatever the size of the pages in keys and in memory,
+        """Every key comes once, whatever the size of the pages in keys and characters,
         and however many of them are fetched at a time."""
         number = self.number_of(user_id, age)
         version = self.version_of(user_id, number)
@@ -304,8 +303,8 @@ class BackupMachine(RuleBasedStateMachine):
             for page in pages:
                 found = members_of(page)
                 assert len(found) <= size
-                taken = sum(sys.getsizeof(member) for _, member in page.rows)
-                assert len(found) <= 1 or taken <= storage_rows.PAGE_SIZE
+                characters = sum(len(member) for _, member in page.rows)
+                assert len(found) <= 1 or characters <= storage_rows.PAGE_SIZE
                 members += found
                 if page.last is None:
                     assert page is pages[-1]
