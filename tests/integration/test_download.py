@@ -20,7 +20,7 @@ KEYS = 100_000
 SESSION_DATA = json.dumps({"ciphertext": "x" * 820, "mac": "y" * 11, "ephemeral": "z"})
 VERSION = 1_700_000_000
 PATH = f"/_matrix/client/v3/room_keys/keys?version={VERSION}"
-#: What a download may add to the memory of the process: a few pages of 0.25 MiB.
+#: What a download may add to the memory of the process: a few pages of 0.4 MB.
 BOUND = 20 * 1024 * 1024
 #: The same for twenty of large keys, and for what is read of these at once.
 LARGE_BOUND = 100 * 1024 * 1024

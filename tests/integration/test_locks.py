@@ -207,11 +207,12 @@ def noted(site: OwnSite, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @inlineCallbacks
-def test_no_upload_takes_more_than_five_statements(
+def test_a_wrong_guess_and_no_count_take_five_statements(
     site: OwnSite, other: Any, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> Steps:
-    """Not even one whose keys are to be counted and aren't new, where the last one's
-    were: it locks, adds in vain, looks, writes and counts."""
+    """The most that an upload of one part takes by itself: its keys aren't new, where
+    the last one's were, and are to be counted. It locks, adds in vain, looks, writes
+    and counts."""
     client = Client(site.host, site.host.new_user())
     version: str = yield client.create_version()
     etag, _ = yield client.upload(version, {"!room": {"1": key(index=9)}})
