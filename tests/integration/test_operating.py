@@ -1,0 +1,160 @@
+"""The commands of docs/operating.rst, run as an operator would."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import textwrap
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import psycopg2
+
+from ..backup_client import Api
+from ..contract.base import key, version_path
+from ..servers import PostgresServer
+from ..servers.debian import locate
+from ..servers.homeserver import Homeserver
+from ..servers.postgres import binaries
+from ..servers.service import Service
+
+DOCUMENT = Path(__file__).parents[2] / "docs/operating.rst"
+BEFORE = {"!a": {str(number): key() for number in range(300)}}
+AFTER = {"!a": {"late": key()}}
+
+
+def commands(section: str, engine: str) -> str:
+    """Return the commands below a heading of the document for one engine."""
+    text = DOCUMENT.read_text(encoding="utf-8")
+    body = text.partition(f"\n{section}\n===")[2].partition("\n===")[0]
+    item = body.partition(f"- {engine}::\n\n")[2]
+    found = re.match(r"(?: {5,}.*\n)+", item)
+    assert found, f"no commands for {engine} in {section!r}"
+    return textwrap.dedent(found[0])
+
+
+def run(text: str, directory: Path, environment: Mapping[str, str]) -> None:
+    """Run commands with a shell, which ends at the first that fails."""
+    subprocess.run(
+        ["sh", "-ec", text],
+        cwd=directory,
+        env={**os.environ, **environment},
+        check=True,
+    )
+
+
+def use_before_the_copy(api: Api) -> str:
+    """Make a version with keys; return its number."""
+    version = api.create_version()
+    api.upload(version, BEFORE)
+    return version
+
+
+def use_after_the_copy(api: Api, version: str) -> str:
+    """Upload one more key, then make a newer version; return its number."""
+    api.upload(version, AFTER)
+    return api.create_version()
+
+
+def look_after_the_restore(api: Api, version: str, newer: str) -> None:
+    """See the backup as it was when it was copied, and no number used twice."""
+    assert api.info()["version"] == version
+    assert api.download(version) == BEFORE
+    assert api.tally(version)[1] == len(BEFORE["!a"])
+    assert api.get(version_path(newer)).status == 404
+    # The promise counts in whole seconds: two numbers of one second may coincide.
+    while time.time() < int(newer) + 1:
+        time.sleep(0.05)
+    assert int(api.create_version()) > int(newer)
+
+
+def test_copy_and_restore_on_sqlite(homeserver: Homeserver, tmp_path: Path) -> None:
+    """A copy made while the service runs is whole, and can be put back."""
+    sqlite3 = locate("sqlite3", "sqlite3")
+    path = f"{sqlite3.path.parent}:{os.environ['PATH']}"
+    environment = {"PATH": path, **sqlite3.environment}
+    user = homeserver.new_user()
+    with Service(tmp_path, homeserver.url) as service:
+        api = Api(service.url, user.access_token)
+        version = use_before_the_copy(api)
+        run(commands("Back up the database", "SQLite"), tmp_path, environment)
+        newer = use_after_the_copy(api, version)
+        service.stop()
+        run(commands("Restore it", "SQLite"), tmp_path, environment)
+        service.start()
+        look_after_the_restore(api, version, newer)
+
+
+def test_copy_and_restore_on_postgres(
+    homeserver: Homeserver, postgres: PostgresServer, tmp_path: Path
+) -> None:
+    """A dump made while the service runs is whole, and can be restored elsewhere."""
+    database = postgres.create_database()
+    restored = f"{database['dbname']}_restored"
+    environment = environment_of(database)
+    user = homeserver.new_user()
+    with Service(tmp_path / "old", homeserver.url, database=database) as service:
+        api = Api(service.url, user.access_token)
+        version = use_before_the_copy(api)
+        run(
+            named(commands("Back up the database", "PostgreSQL"), database),
+            tmp_path,
+            environment,
+        )
+        newer = use_after_the_copy(api, version)
+    run(named(commands("Restore it", "PostgreSQL"), database), tmp_path, environment)
+    args = {**database, "dbname": restored}
+    with Service(tmp_path / "new", homeserver.url, database=args) as service:
+        look_after_the_restore(Api(service.url, user.access_token), version, newer)
+
+
+def environment_of(database: Mapping[str, Any]) -> dict[str, str]:
+    """Build what PostgreSQL's programs need to reach a database."""
+    return {
+        "PGHOST": database["host"],
+        "PGPORT": str(database["port"]),
+        "PGUSER": database["user"],
+        "PGPASSWORD": database["password"],
+        "PATH": f"{binaries(None)}:{os.environ['PATH']}",
+    }
+
+
+def named(text: str, database: Mapping[str, Any]) -> str:
+    """Put a test's database and role in the place of the document's."""
+    name = database["dbname"]
+    text = text.replace("-O roomkeys ", f"-O {database['user']} ")
+    text = text.replace("roomkeys_restored", f"{name}_restored")
+    return re.sub(r" roomkeys$", f" {name}", text, flags=re.MULTILINE)
+
+
+def test_a_second_role_takes_over(
+    homeserver: Homeserver, postgres: PostgresServer, tmp_path: Path
+) -> None:
+    """A role that is made as the document says serves what the first one made."""
+    database = postgres.create_database()
+    text = DOCUMENT.read_text(encoding="utf-8").partition("password changes\n")[2]
+    statements = re.findall(r"``((?:CREATE|ALTER) ROLE roomkeys2 [^`]*)``", text)
+    assert len(statements) == 2
+    first, second = "first_role", "second_role"
+    connection = psycopg2.connect(**database)
+    connection.autocommit = True
+    with connection.cursor() as cursor:
+        cursor.execute(f"CREATE ROLE {first} LOGIN PASSWORD 'one'")
+        cursor.execute(f"ALTER DATABASE {database['dbname']} OWNER TO {first}")
+        for statement in statements:
+            plain = " ".join(statement.split()).replace("...", "two")
+            plain = plain.replace("roomkeys2", second).replace("roomkeys", first)
+            cursor.execute(plain)
+    connection.close()
+    user = homeserver.new_user()
+    args = {**database, "user": first, "password": "one"}
+    with Service(tmp_path / "one", homeserver.url, database=args) as service:
+        version = use_before_the_copy(Api(service.url, user.access_token))
+    args = {**database, "user": second, "password": "two"}
+    with Service(tmp_path / "two", homeserver.url, database=args) as service:
+        api = Api(service.url, user.access_token)
+        assert api.download(version) == BEFORE
+        api.upload(version, AFTER)
