@@ -1,10 +1,12 @@
 """What a run leaves behind: its numbers, and a table to read."""
 
+import csv
 import datetime
+import io
 import json
 import os
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -17,10 +19,10 @@ from .results import LIMIT, PLUGIN, SERVICE, STOCK, TIMES, Line, Results
 from .sampling import Summary
 
 _COLUMNS = (
-    *("", "row", STOCK, PLUGIN, "ratio", "goal", "verdict", LIMIT, "plugin/limit"),
+    *("", "row", STOCK, PLUGIN, "ratio", "goal", "verdict", LIMIT),
     *(SERVICE, "service/limit", "goal", "verdict"),
 )
-_WIDTHS = "3 30 14 14 12 9 7 14 8 14 8 9 7"
+_WIDTHS = "3 30 9 9 16 7 7 9 9 7 7 7"
 _FEW = 20
 
 
@@ -84,34 +86,36 @@ def _table(results: Results, about: Mapping[str, object]) -> Iterator[str]:
         f"{about['python']}, Synapse {about['synapse']}, PostgreSQL "
         f"{about['postgresql']}; full size {about['keys']:,} keys."
     )
-    yield from ("", ".. list-table::", "   :header-rows: 1", f"   :widths: {_WIDTHS}")
-    yield ""
-    yield from _row(*_COLUMNS)
+    yield from ("", ".. csv-table::", f"   :header: {_csv(_COLUMNS)}")
+    yield from (f"   :widths: {_WIDTHS}", "")
     for line in results.lines:
-        yield from _row(
-            line.row,
-            f"{line.title} [{line.unit}]" if line.unit else line.title,
-            cell(line.values.get(STOCK)),
-            cell(line.values.get(PLUGIN)),
-            _times(line.ratio, line.ratio_quartiles),
-            line.goal.text if line.goal else "",
-            line.verdict,
-            cell(line.values.get(LIMIT)),
-            _times(line.times_limit),
-            cell(line.values.get(SERVICE)),
-            _times(line.service_times_limit),
-            line.service_goal.text
-            if line.service_goal and SERVICE in line.values
-            else "",
-            line.service_verdict,
-        )
+        yield f"   {_csv(_cells(line))}"
 
 
-def _row(*cells: str) -> Iterator[str]:
-    """Lay a row out."""
-    for index, text in enumerate(cells):
-        bullet = "   * -" if index == 0 else "     -"
-        yield f"{bullet} {text}".rstrip()
+def _cells(line: Line) -> Iterator[str]:
+    """List what the table shows of a line: medians, and the spread of the ratio."""
+    yield from (line.row, f"{line.title} [{line.unit}]" if line.unit else line.title)
+    yield from (_median(line, STOCK), _median(line, PLUGIN))
+    yield _times(line.ratio, line.ratio_quartiles)
+    yield from (line.goal.text if line.goal else "", line.verdict)
+    yield from (_median(line, LIMIT), _median(line, SERVICE))
+    yield _times(line.service_times_limit)
+    is_judged = line.service_goal is not None and SERVICE in line.values
+    yield line.service_goal.text if line.service_goal and is_judged else ""
+    yield line.service_verdict
+
+
+def _csv(cells: Iterable[str]) -> str:
+    """Write a row of comma-separated values, as reStructuredText's csv-table reads."""
+    row = io.StringIO()
+    csv.writer(row, quoting=csv.QUOTE_ALL, lineterminator="").writerow(cells)
+    return row.getvalue()
+
+
+def _median(line: Line, name: str) -> str:
+    """Write one server's median, or nothing if it was not measured."""
+    summary = line.values.get(name)
+    return "" if summary is None else number(summary.median)
 
 
 def cell(summary: Summary | None) -> str:

@@ -2,17 +2,16 @@
 
 import signal
 import socket
-import sys
 from pathlib import Path
 
+from .debian import locate
 from .processes import HOST, Process, Server, free_port
 
-_BROKER_SCRIPT = Path(__file__).with_name("broker.py")
 _START_TIMEOUT = 30.0
 
 
 class RedisServer(Server):
-    """A stand-in for Redis that carries the replication of one deployment.
+    """A Redis of Debian's that carries the replication of one deployment.
 
     All servers share one name, which is the channel that replication goes by.
     """
@@ -24,18 +23,22 @@ class RedisServer(Server):
         self._process: Process | None = None
 
     def start(self) -> None:
-        """Start serving."""
+        """Start the server, which keeps nothing on disk."""
         assert self._process is None, "already started"
         self.directory.mkdir(parents=True, exist_ok=True)
+        program = locate("redis-server", "redis-server")
+        settings = {"bind": HOST, "port": str(self.port), "save": "", "daemonize": "no"}
+        options = [part for n, v in settings.items() for part in (f"--{n}", v)]
         self._process = Process(
-            [sys.executable, "-I", str(_BROKER_SCRIPT), str(self.port)],
+            [str(program.path), *options],
             output=self.directory / "redis.log",
             cwd=self.directory,
+            environment=program.environment,
         )
         self._process.wait_until(self._accepts, _START_TIMEOUT)
 
     def stop(self) -> None:
-        """Stop serving; stopping twice does no harm."""
+        """Stop the server; stopping twice does no harm."""
         if self._process is not None:
             self._process.stop(signal.SIGTERM)
             self._process = None

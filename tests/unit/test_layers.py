@@ -139,21 +139,6 @@ class LayerTests(SynchronousTestCase):
         )
         self.assertIn("synapse", done.stdout, done.stderr)
 
-    def test_the_face(self) -> None:
-        """What the package offers, and nothing by accident."""
-        self.assertEqual(
-            sorted(synapse_roomkeys.__all__),
-            [
-                "E2eRoomKeysHandler",
-                "RoomKeysModule",
-                "RoomKeysNewVersionServlet",
-                "RoomKeysServlet",
-                "RoomKeysVersionServlet",
-                "__version__",
-                "register_servlets",
-            ],
-        )
-
 
 def statements() -> dict[str, str]:
     """All the statements that name tables, by the names they have."""

@@ -1,4 +1,4 @@
-"""A throwaway server to try the module on: ``python -m tests.demo``."""
+"""A throwaway server to try the module on: ``python -m contrib.demo``."""
 
 import signal
 import threading
