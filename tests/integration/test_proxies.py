@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing
-from http.client import HTTPResponse
+from contextlib import ExitStack, closing, suppress
+from http.client import HTTPConnection, HTTPResponse
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -24,14 +25,15 @@ from twisted.web.iweb import IResponse
 from ..backup_client import Api
 from ..client import HttpHost
 from ..contract import SCENARIOS, Scenario, User
-from ..contract.base import PREFIX, Rooms, key, keys_path, refused, same
+from ..contract.base import PREFIX, Answer, Rooms, key, keys_path, refused, same
 from ..servers import PostgresServer
 from ..servers.accounts import fetch
+from ..servers.apache import Apache
 from ..servers.caddy import Caddy
 from ..servers.haproxy import HaProxy
 from ..servers.homeserver import Homeserver
 from ..servers.nginx import Nginx
-from ..servers.processes import HOST
+from ..servers.processes import HOST, free_port
 from ..servers.proxy import Proxy
 from ..servers.service import Service
 
@@ -43,7 +45,8 @@ ROOM = "!room"
 #: What a download may add to the memory of a process.
 BOUND = 20 * 1024 * 1024
 DEADLINE = 30.0
-#: Caddy doesn't wait for the whole of an upload, and can't send it twice.
+PROXIES = [Nginx, HaProxy, Caddy, Apache]
+#: The others don't wait for the whole of an upload, and can't send it twice.
 PASS_WHOLE_UPLOADS = [Nginx, HaProxy]
 passes_whole_uploads = pytest.mark.parametrize(
     "proxy", PASS_WHOLE_UPLOADS, indirect=True
@@ -77,7 +80,7 @@ def services(
     two.stop()
 
 
-@pytest.fixture(scope="module", params=[Nginx, HaProxy, Caddy])
+@pytest.fixture(scope="module", params=PROXIES)
 def proxy(
     request: pytest.FixtureRequest,
     services: tuple[Service, Service],
@@ -91,8 +94,8 @@ def proxy(
         yield proxy
 
 
-class PastNginx(HttpHost):
-    """nginx, but for what it refuses itself: a path with a NUL."""
+class WithoutNul(HttpHost):
+    """A proxy, but for what nginx and Apache refuse themselves: a path with a NUL."""
 
     def __init__(
         self,
@@ -117,8 +120,8 @@ def host(
     """The proxy as a server under test."""
     users = (homeserver.new_user, homeserver.new_guest)
     host = HttpHost(proxy.url, *users)
-    if isinstance(proxy, Nginx):
-        host = PastNginx(proxy.url, *users, services[0].url)
+    if isinstance(proxy, Nginx | Apache):
+        host = WithoutNul(proxy.url, *users, services[0].url)
     yield host
     blockon(host.close())
 
@@ -137,7 +140,7 @@ def host_on_postgres(
         directory = tmp_path_factory.mktemp("proxy")
         with Nginx(directory, ports, homeserver.port) as proxy:
             users = (homeserver.new_user, homeserver.new_guest)
-            host = PastNginx(proxy.url, *users, service.url)
+            host = WithoutNul(proxy.url, *users, service.url)
             yield host
             blockon(host.close())
 
@@ -181,13 +184,76 @@ def fetch_any(url: str, token: str) -> bytes | None:
         return None
 
 
-@passes_whole_uploads
-def test_too_large_an_upload(proxy: Proxy, homeserver: Homeserver) -> None:
-    """The service itself says so, in words that clients know."""
-    api = Api(proxy.url, homeserver.new_user().access_token)
-    version = api.create_version()
-    body = b" " * (10 * 1024 * 1024 + 1)
-    refused(api.put(keys_path(version), body), 413, "M_TOO_LARGE")
+def ask(
+    proxy: Proxy,
+    method: str,
+    path: str,
+    headers: Mapping[str, str],
+    body: bytes | None = None,
+) -> Answer:
+    """Send a request as it is; the answer may be any. A header that comes twice has its
+    values joined."""
+    port = urlsplit(proxy.url).port
+    with closing(HTTPConnection(HOST, port, timeout=DEADLINE)) as connection:
+        # Caddy closes the connection of a body that is refused, while it is sent.
+        with suppress(BrokenPipeError, ConnectionResetError):
+            connection.request(method, PREFIX + path, body, dict(headers))
+        response = connection.getresponse()
+        names = {name.lower() for name in response.headers}
+        got = {name: ", ".join(response.headers.get_all(name, [])) for name in names}
+        return Answer(response.status, got, response.read())
+
+
+@pytest.mark.parametrize("mebibytes", [10, 12])
+def test_too_large_an_upload(
+    mebibytes: int, proxy: Proxy, homeserver: Homeserver
+) -> None:
+    """An upload over the limit of the service, or of the proxy as well, is refused in
+    JSON that clients understand, whichever of the two refuses it."""
+    headers = bearer(homeserver.new_user().access_token)
+    body = b" " * (mebibytes * 2**20 + 1)
+    answer = ask(proxy, "PUT", keys_path(str(VERSION)), headers, body)
+    refused(answer, 413, "M_TOO_LARGE")
+    assert answer.headers["access-control-allow-origin"] == "*"
+
+
+def bearer(token: str) -> dict[str, str]:
+    """The header that says who asks."""
+    return {"Authorization": f"Bearer {token}"}
+
+
+def test_a_stranger_names_neither_id_nor_address(
+    proxy: Proxy, services: tuple[Service, Service], homeserver: Homeserver
+) -> None:
+    """The proxy's own request id and the client's real address are in the log, not what
+    the client sent as such."""
+    claims = {"X-Request-ID": "made-up", "X-Forwarded-For": "203.0.113.9"}
+    headers = {**bearer(homeserver.new_user().access_token), **claims}
+    before = [len(service.log()) for service in services]
+    answer = ask(proxy, "GET", "/version", headers)
+    request_id = answer.headers["x-request-id"]
+    # The service's own ids have 16 digits.
+    assert re.fullmatch("[0-9a-f-]{32,36}", request_id)
+    logs = "".join(
+        service.log()[start:] for service, start in zip(services, before, strict=True)
+    )
+    (line,) = (line for line in logs.splitlines() if request_id in line)
+    assert f"] {HOST} GET {PREFIX}/version 404 " in line
+    assert not any(claim in logs for claim in claims.values())
+
+
+@pytest.mark.parametrize("kind", PROXIES)
+def test_no_process_is_up(
+    kind: type[Proxy], homeserver: Homeserver, tmp_path: Path
+) -> None:
+    """A proxy that reaches no process of the service answers 503 in JSON, which
+    browsers let a client read, and says when to try again."""
+    ports = [free_port(), free_port()]
+    with kind(tmp_path, ports, homeserver.port) as proxy:
+        answer = ask(proxy, "GET", "/version", bearer("token"))
+    refused(answer, 503, "M_UNKNOWN")
+    assert answer.headers["access-control-allow-origin"] == "*"
+    assert int(answer.headers["retry-after"]) > 0
 
 
 @pytest.fixture(scope="module")
@@ -277,6 +343,22 @@ def test_a_slow_download(
     check_whole(body)
     # The rest is what the system keeps for connections: some MiB for each.
     assert 0 < halted < len(body) / 2
+
+
+@pytest.mark.parametrize("kind", PROXIES)
+def test_a_refused_connection_goes_to_the_other(
+    kind: type[Proxy],
+    services: tuple[Service, Service],
+    homeserver: Homeserver,
+    tmp_path: Path,
+) -> None:
+    """While one of the processes is down the other answers every request."""
+    headers = bearer(homeserver.new_user().access_token)
+    ports = [free_port(), services[0].port]
+    with kind(tmp_path, ports, homeserver.port) as proxy:
+        for _ in range(4):
+            answer = ask(proxy, "PUT", keys_path(str(VERSION)), headers, b"{}")
+            refused(answer, 400, "M_BAD_JSON")
 
 
 class Away(BaseHTTPRequestHandler):
