@@ -26,6 +26,7 @@ from twisted.web.iweb import IResponse
 
 from . import metrics
 from .clock import Clock
+from .describe import error_line
 from .errors import TokenError, UnavailableError
 from .types import Requester
 
@@ -365,4 +366,4 @@ def _note_timeout(result: object, seconds: float) -> NoReturn:
 
 def _brief(error: Exception) -> str:
     """An exception's kind and first line, which hold no header of a request."""
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    return f"{type(error).__name__}: {error_line(error)}"

@@ -24,6 +24,7 @@ from twisted.web.http import Request
 from .. import metrics
 from ..clock import Clock
 from ..config import OptionError
+from ..describe import error_line
 from ..errors import UnavailableError
 from ..handler import E2eRoomKeysHandler
 from ..rest import JsonResource, register_servlets
@@ -205,8 +206,7 @@ class Service:
         try:
             yield self._retrying.run("upgrade", upgrade_tables, self._engine, True)
         except (SchemaError, UnavailableError, self._engine.error) as error:
-            cause = error.__cause__ or error
-            brief = (str(cause).splitlines() or [type(cause).__name__])[0]
+            brief = error_line(error.__cause__ or error)
             raise StartError(f"database: {brief}") from None
 
     @inlineCallbacks

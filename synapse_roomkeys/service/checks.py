@@ -11,7 +11,7 @@ from typing import Any
 
 from twisted.internet.endpoints import serverFromString
 
-from ..config import OptionError
+from ..config import OptionError, positive_integer
 
 Network = IPv4Network | IPv6Network
 
@@ -66,6 +66,12 @@ def some_endpoints(option: str, value: Any) -> tuple[str, ...]:
     if not found:
         raise OptionError(option, "must have one at least")
     return found
+
+
+def count(option: str, value: Any) -> int:
+    """A positive integer, which may be a string of digits, as in the environment."""
+    is_text = isinstance(value, str) and value.isdecimal()
+    return positive_integer(option, int(value) if is_text else value)
 
 
 def scalar(option: str, value: Any) -> str | int:

@@ -15,11 +15,13 @@ import attrs
 import yaml
 
 from ..config import LIMITS, OptionError, positive_integer, unknown_option
+from ..storage import find_wrong_argument
 from ..types import Limits
 from ..whoami import HomeserverOptions
 from .checks import (
     Network,
     address,
+    count,
     endpoints,
     networks,
     one_of,
@@ -33,6 +35,25 @@ PREFIX = "ROOMKEYS_"
 #: "roomkeys"; nobody means an option by it.
 _KUBERNETES = re.compile(r"_SERVICE_(HOST|PORT\w*)$|_PORT(_\d+_[A-Z]+(_[A-Z]+)?)?$")
 _ARGS = "database.args."
+_ARGUMENT = re.compile(re.escape(_ARGS) + "[a-z_]+")
+#: Options of Synapse's ``database`` section and of its connection pool that the service
+#: ignores. Any value is accepted, so that an operator can copy the section.
+_SYNAPSES = frozenset(
+    [
+        "database.allow_unsafe_locale",
+        "database.data_stores",
+        "database.idle_in_transaction_session_timeout",
+        "database.statement_timeout",
+        "database.synchronous_commit",
+        "database.txn_limit",
+        _ARGS + "cp_good_sql",
+        _ARGS + "cp_name",
+        _ARGS + "cp_noisy",
+        _ARGS + "cp_openfun",
+        _ARGS + "cp_reconnect",
+    ]
+)
+_POOL = (_ARGS + "cp_min", _ARGS + "cp_max")
 
 
 @attrs.frozen
@@ -42,8 +63,8 @@ class DatabaseConfig:
     Attributes:
         name: ``sqlite3`` or ``psycopg2``.
         args: for SQLite ``database``, the path of the file; for PostgreSQL those of
-            ``psycopg2.connect``, and ``cp_min`` and ``cp_max`` of adbapi's pool. They
-            hold a password.
+            ``psycopg2.connect``, and ``cp_min`` and ``cp_max``, the least and the
+            greatest number of connections in adbapi's pool. They hold a password.
     """
 
     name: str = "sqlite3"
@@ -175,7 +196,7 @@ def _read(paths: Sequence[Path], environ: Mapping[str, str]) -> dict[str, Any]:
     for variable, text in environ.items():
         if variable.startswith(PREFIX):
             values |= _variable(variable, text, environ)
-    return values
+    return {name: v for name, v in values.items() if name not in _SYNAPSES}
 
 
 def _section(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
@@ -190,11 +211,35 @@ def _database(values: Mapping[str, Any]) -> DatabaseConfig:
     name = values.get("database.name", "sqlite3")
     args = _section(values, _ARGS)
     if name == "psycopg2":
+        check_arguments(args)
         return DatabaseConfig(name, args)
+    # SQLite has one connection here, whatever the pool's size in Synapse.
+    args = {n: value for n, value in args.items() if _ARGS + n not in _POOL}
     for argument in args:
         if argument != "database":
             raise unknown_option(_ARGS + argument, [_ARGS + "database"])
     return DatabaseConfig(name, args) if args else DatabaseConfig()
+
+
+def check_arguments(args: Mapping[str, Any]) -> None:
+    """Check the ``args`` of a ``psycopg2`` database without connecting to a server.
+
+    Raises:
+        OptionError: libpq rejects an argument. The error names the argument and leaves
+            out libpq's message, which quotes text that can't be parsed, such as the
+            second word of a password.
+    """
+    own = {name: v for name, v in args.items() if not str(name).startswith("cp_")}
+    wrong = find_wrong_argument(own)
+    if wrong == "dsn":
+        raise OptionError(
+            _ARGS + "dsn",
+            "isn't a connection string of libpq: put single quotes around a value with"
+            " spaces, and percent-encode what is special in a URI's password, or write"
+            " host, user, password and dbname each by itself",
+        )
+    if wrong is not None:
+        raise OptionError(_ARGS + wrong, "isn't known to libpq, or has a wrong value")
 
 
 def _check(name: str) -> _Check:
@@ -203,8 +248,16 @@ def _check(name: str) -> _Check:
     Raises:
         OptionError: there is no such option.
     """
-    if name in (_ARGS + "cp_min", _ARGS + "cp_max"):
-        return positive_integer
+    if name.startswith(_ARGS) and not _ARGUMENT.fullmatch(name):
+        # Don't show the name: after a comma in an unquoted password, YAML's flow
+        # mappings take the rest of the password for a name.
+        raise OptionError("database.args", "has a name that no option has")
+    if name in _SYNAPSES:
+        return lambda option, value: value
+    if name in _POOL:
+        return count
+    if name.startswith(_ARGS + "cp_"):
+        raise unknown_option(name, _POOL)
     if name.startswith(_ARGS):
         return scalar
     if name not in OPTIONS:
@@ -239,8 +292,11 @@ def _variable(
             raise OptionError(variable, f"is set, and {stem} too")
         try:
             text = Path(text).read_text(encoding="utf-8").rstrip("\n")
-        except (OSError, UnicodeDecodeError) as error:
-            raise OptionError(variable, f"its file can't be read: {error}") from None
+        except OSError as error:
+            msg = f"its file can't be read: {error.strerror}"
+            raise OptionError(variable, msg) from None
+        except ValueError:
+            raise OptionError(variable, "its file isn't text in UTF-8") from None
     try:
         return {name: _check(name)(name, _decoded(name, text))}
     except OptionError as error:
@@ -261,5 +317,5 @@ def _decoded(name: str, text: str) -> Any:
     """A variable's text, as what YAML would have there."""
     if name in ("listeners", "metrics_listeners", "trusted_proxies"):
         return [part.strip() for part in text.split(",") if part.strip()]
-    numeric = OPTIONS.get(name) is positive_integer or name.startswith(_ARGS + "cp_")
+    numeric = OPTIONS.get(name) is positive_integer
     return int(text) if numeric and text.isdecimal() else text

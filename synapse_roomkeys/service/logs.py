@@ -14,6 +14,8 @@ from datetime import datetime, timezone
 
 from twisted.logger import STDLibLogObserver, globalLogBeginner
 
+from ..describe import error_line
+
 #: The id of the request that is being answered. `inlineCallbacks` keeps it over waits.
 request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
 
@@ -88,8 +90,7 @@ def _message(record: logging.LogRecord) -> str:
 def _exception(record: logging.LogRecord) -> list[str]:
     """The lines of a traceback, if there is one.
 
-    Of an exception's own text the first line is told: the database's driver puts pieces
-    of the statement, with its parameters, on those that follow.
+    Of each exception's own text it has the line that holds no secret (`error_line`).
     """
     error = record.exc_info[1] if record.exc_info else None
     lines = "".join(_chain(error)).rstrip("\n") if error else ""
@@ -106,5 +107,4 @@ def _chain(error: BaseException) -> Iterator[str]:
         yield "\nWhich led to:\n\n"
     yield "Traceback (most recent call last):\n"
     yield from traceback.format_tb(error.__traceback__)
-    text = (str(error).splitlines() or [""])[0][:MAX_LINE]
-    yield f"{type(error).__qualname__}: {text}\n"
+    yield f"{type(error).__qualname__}: {error_line(error)[:MAX_LINE]}\n"

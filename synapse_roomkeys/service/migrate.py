@@ -17,8 +17,9 @@ from enum import Enum
 from typing import Any
 
 from ..config import OptionError
+from ..describe import error_line
 from ..storage import PAGE_KEYS, SQLITE, SchemaError, postgres
-from .config import DatabaseConfig
+from .config import DatabaseConfig, check_arguments
 from .postgres_side import PostgresSide
 from .progress import Progress, Result
 from .sides import Held, Row, Side, Version, parse_version
@@ -87,9 +88,7 @@ def migrate(
     except SchemaError as error:
         raise MigrateError(f"the target can't be used: {error}") from None
     except errors as error:
-        # The lines after the first may hold a key.
-        line = (str(error).splitlines() or [""])[0]
-        raise MigrateError(f"{type(error).__name__}: {line}") from None
+        raise MigrateError(f"{type(error).__name__}: {error_line(error)}") from None
     finally:
         progress.clear()
 
@@ -101,7 +100,8 @@ def synapse_database(homeserver: Any) -> DatabaseConfig:
         homeserver: what homeserver.yaml holds.
 
     Raises:
-        OptionError: it doesn't say which database that is.
+        OptionError: it doesn't say which database that is, or libpq can't take an
+            argument.
     """
     content = homeserver if isinstance(homeserver, Mapping) else {}
     several = content.get("databases")
@@ -114,6 +114,8 @@ def synapse_database(homeserver: Any) -> DatabaseConfig:
             if isinstance(args, Mapping) and (
                 one["name"] == "psycopg2" or "database" in args
             ):
+                if one["name"] == "psycopg2":
+                    check_arguments(args)
                 return DatabaseConfig(one["name"], dict(args))
     raise OptionError(
         "database", "must be there, with a name of sqlite3 or psycopg2 and its args"

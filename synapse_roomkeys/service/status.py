@@ -12,6 +12,7 @@ from twisted.web.http import Request
 from twisted.web.resource import Resource
 from twisted.web.server import NOT_DONE_YET
 
+from ..describe import error_line
 from ..errors import UnavailableError
 from ..rest.resource import JsonResource, respond
 
@@ -57,12 +58,12 @@ class Probe:
             waiter.callback(answer)
 
     def _brief(self, failure: Failure) -> str:
-        """An exception's first line, which holds no parameter of a statement."""
-        lines = str(failure.value).splitlines() or [type(failure.value).__name__]
+        """An exception's line for operators, which is logged."""
+        line = error_line(failure.value)  # type: ignore[arg-type]
         # Whoever asks the homeserver has logged what is wrong with it.
         if not failure.check(UnavailableError):
-            logger.warning("The %s is away: %s", self._name, lines[0])
-        return lines[0]
+            logger.warning("The %s is away: %s", self._name, line)
+        return line
 
     def _give_up(self, failure: Failure, waiter: "Deferred[str]") -> str:
         self._waiting.remove(waiter)

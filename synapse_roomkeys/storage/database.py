@@ -12,6 +12,7 @@ from twisted.enterprise import adbapi
 from twisted.internet.defer import Deferred, DeferredSemaphore, inlineCallbacks
 
 from ..clock import Clock
+from ..describe import error_line
 from ..errors import OutageError, UnavailableError
 from . import sql
 
@@ -189,8 +190,8 @@ class RetryingDatabase:
 
 
 def _brief(error: Exception) -> str:
-    """An exception's kind and first line, which hold no parameter of a statement."""
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    """An exception's kind and its line for operators."""
+    return f"{type(error).__name__}: {error_line(error)}"
 
 
 class PoolDatabase:
@@ -313,6 +314,45 @@ def with_timeouts(arguments: Mapping[str, Any]) -> dict[str, Any]:
     A dsn has to have its own: what stands in it gives way to arguments of its name.
     """
     return {**({} if "dsn" in arguments else LIBPQ_DEFAULTS), **arguments}
+
+
+def find_wrong_argument(arguments: Mapping[str, Any]) -> str | None:
+    """Find an argument of ``psycopg2.connect`` that libpq rejects, without connecting.
+
+    A host with an @ and a port that isn't a number are wrong too. In a URI an @ or / in
+    the password ends the password, and the rest becomes host or port. Only at its start
+    a host may have an @: it names a socket of Linux's abstract namespace.
+
+    Returns:
+        The name of the argument, or None: all are right, or psycopg2 isn't installed.
+    """
+    try:
+        from psycopg2 import ProgrammingError
+        from psycopg2.extensions import parse_dsn
+    except ImportError:
+        return None
+    # psycopg2's own name for dbname.
+    for name in arguments.keys() - {"dsn", "database"}:
+        try:
+            parse_dsn(f"{name}=''")
+        except ProgrammingError:
+            return name
+    try:
+        parsed = parse_dsn(str(arguments.get("dsn", "")))
+    except ProgrammingError:
+        return "dsn"
+    if _find_wrong_place(parsed) is not None:
+        return "dsn"
+    return _find_wrong_place(arguments)
+
+
+def _find_wrong_place(arguments: Mapping[str, Any]) -> str | None:
+    """The one of host and port that can't be what its name says, or None."""
+    hosts = str(arguments.get("host", "")).split(",")
+    if any("@" in host[1:] for host in hosts):
+        return "host"
+    ports = str(arguments.get("port", "")).replace(",", "0")
+    return None if ports.isdecimal() or not ports else "port"
 
 
 def postgres_database(arguments: Mapping[str, Any]) -> PoolDatabase:

@@ -2,6 +2,7 @@
 
 from importlib import resources
 
+from ..describe import error_line
 from ..version import __version__
 from . import sql
 from .database import Engine, Transaction
@@ -99,5 +100,5 @@ def check_tables(txn: Transaction, engine: Engine) -> str | None:
             expected = f"expected table {table} with its unique index"
             txn.execute(sql.PROBES[table])
         except engine.error as error:
-            return f"{expected}; found {error}"
+            return f"{expected}; found {error_line(error)}"
     return None

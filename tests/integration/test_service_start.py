@@ -21,6 +21,7 @@ from synapse_roomkeys.storage import SQLITE, upgrade_tables
 
 from ..backup_client import Api
 from ..contract.base import ALGORITHM, AUTH_DATA
+from ..servers import PostgresServer
 from ..servers.accounts import fetch
 from ..servers.homeserver import Homeserver
 from ..servers.processes import HOST, free_port
@@ -189,6 +190,41 @@ def test_check(homeserver: Homeserver, tmp_path: Path) -> None:
         output.splitlines()
     )
     assert SECRET not in output
+
+
+def test_no_part_of_a_password_is_told(
+    homeserver: Homeserver, postgres: PostgresServer, tmp_path: Path
+) -> None:
+    """Commands print no password in the place of another argument, though libpq or the
+    server quotes it: as an unknown option, as the host, as the database."""
+    reachable = postgres.create_database()
+    wrong: list[Mapping[str, Any]] = [
+        {"dsn": f"host={HOST} password=my {SECRET} pass"},
+        {"host": f"u:{SECRET}@{HOST}", "dbname": "a"},
+        {**reachable, "dbname": SECRET},
+        {**reachable, "options": f"-c {SECRET}=1"},
+    ]
+    (tmp_path / "target.yaml").write_text("database: {args: {database: target.db}}")
+    commands = [
+        ("serve", "--config", "roomkeys.yaml"),
+        ("check", "--config", "roomkeys.yaml"),
+        ("migrate", "--config", "../target.yaml", "--from", "roomkeys.yaml"),
+    ]
+    running = [
+        Service(
+            tmp_path / f"{command[0]}{number}",
+            homeserver.url,
+            database=args,
+            arguments=command,
+        ).spawn()
+        for number, args in enumerate(wrong)
+        for command in commands
+    ]
+    codes = [process.wait(60) for process in running]
+    for process in running:
+        assert SECRET not in process.output()
+        assert "Traceback" not in process.output()
+    assert codes == [2] * 6 + [1] * 6
 
 
 def test_migrate(homeserver: Homeserver, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ PACKAGE = Path(synapse_roomkeys.__file__).parent
 #: The modules from the lowest to the highest; each imports only those before it.
 ORDER = [
     "version",
+    "describe",
     "errors",
     "types",
     "metrics",

@@ -179,6 +179,13 @@ class SynapseDatabaseTests(SynchronousTestCase):
                 DatabaseConfig("psycopg2", POSTGRES["args"]),
             )
 
+    def test_a_wrong_connection_string(self) -> None:
+        """It is refused as the service's own is, and no part of it is shown."""
+        database = {"name": "psycopg2", "args": {"dsn": "host=h password=my hush pass"}}
+        error = self.assertRaises(OptionError, synapse_database, {"database": database})
+        self.assertEqual(error.option, "database.args.dsn")
+        self.assertNotIn("hush", str(error))
+
     def test_none(self) -> None:
         """An operator reads what there should be, and no password."""
         contents: list[Any] = [

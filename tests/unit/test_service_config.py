@@ -149,6 +149,89 @@ class ConfigTests(SynchronousTestCase):
         self.assertEqual(config.database, DatabaseConfig("psycopg2", args))
         self.assertNotIn("17", repr(config))
 
+    def test_a_synapse_s_database_is_accepted(self) -> None:
+        """The whole section can be copied: options of Synapse's that the service has no
+        use for are left out, and the pool's numbers may be strings."""
+        options = {
+            "txn_limit": 10000,
+            "allow_unsafe_locale": True,
+            "synchronous_commit": False,
+            "statement_timeout": 3600000,
+            "idle_in_transaction_session_timeout": 300000,
+            "data_stores": ["main"],
+        }
+        pool = {
+            "cp_reconnect": True,
+            "cp_noisy": True,
+            "cp_name": "synapse",
+            "cp_openfun": None,
+            "cp_good_sql": "SELECT 1",
+            "cp_min": "5",
+            "cp_max": 20,
+        }
+        server = {"user": "a", "database": "b", "host": "c", "port": "5432"}
+        section = {"name": "psycopg2", **options, "args": {**server, **pool}}
+        path = self.file(yaml.safe_dump({"database": section}))
+        config = load_database([path], {})
+        args = {**server, "cp_min": 5, "cp_max": 20}
+        self.assertEqual(config, DatabaseConfig("psycopg2", args))
+        section = {"name": "sqlite3", **options, "args": {"database": "a.db", **pool}}
+        path = self.file(yaml.safe_dump({"database": section}))
+        config = load_database([path], {})
+        self.assertEqual(config, DatabaseConfig("sqlite3", {"database": "a.db"}))
+
+    def test_what_neither_synapse_nor_libpq_knows_is_named(self) -> None:
+        """An option of the section, of the pool, or of the connection."""
+        self.refused({"database": {"txn_limits": 1}}, "database.txn_limits")
+        for argument in ("cp_size", "hots", "async", "cursor_factory"):
+            database = {"name": "psycopg2", "args": {argument: 1}}
+            self.refused({"database": database}, f"database.args.{argument}")
+
+    def test_a_connection_string_is_checked(self) -> None:
+        """A wrong one is refused before anything is connected to, with the name of the
+        option and no part of the string."""
+        for dsn in (
+            f"host=h password=my {SECRET} pass",
+            f"host=h password=my {SECRET}=pass",
+            f"host=h password='{SECRET}",
+            SECRET,
+            f"postgresql://u:p@{SECRET}@h/db",
+            f"postgresql://u:{SECRET}/p@h/db",
+            f"postgresql://u:p%{SECRET}@h/db",
+            f"postgresql://u:p@h/db?{SECRET}=1",
+            f"postgresql://u:p@h:{SECRET}/db",
+            f"postgresql://u:p@[{SECRET}/db",
+        ):
+            database = {"name": "psycopg2", "args": {"dsn": dsn}}
+            self.refused(
+                {"database": database}, "database.args.dsn: isn't a connection"
+            )
+            self.refused(
+                None,
+                "database.args.dsn: ",
+                DATABASE_NAME="psycopg2",
+                DATABASE_ARGS_DSN=dsn,
+            )
+        for name, value in (("host", f"u:{SECRET}@h"), ("port", SECRET)):
+            database = {"name": "psycopg2", "args": {name: value}}
+            self.refused({"database": database}, f"database.args.{name}: ")
+        for dsn in ("host=@a,b port=1,2 password='a b'", "postgresql://u:p%40@h:1/db"):
+            database = {"name": "psycopg2", "args": {"dsn": dsn}}
+            path = self.file(yaml.safe_dump({"database": database}))
+            self.assertEqual(load_database([path], {}).args, {"dsn": dsn})
+
+    def test_the_end_of_a_password_is_no_name(self) -> None:
+        """YAML takes the text after a comma for a name, which isn't shown. Nor is a
+        password in the place of the name of its file."""
+        path = self.file(
+            f"database: {{name: psycopg2, args: {{password: a, {SECRET}}}}}"
+        )
+        error = self.assertRaises(OptionError, load_database, [path], {})
+        self.assertNotIn(SECRET, str(error))
+        self.assertIn("database.args: ", str(error))
+        for variable in ("DATABASE_ARGS_PASSWORD_FILE", "DATABASE_ARGS_DSN_FILE"):
+            self.refused(None, variable, **{variable: SECRET})
+
     def test_later_files_win_option_by_option(self) -> None:
         """And the environment wins over all of them, the command line over that."""
         first = self.file(
