@@ -158,17 +158,17 @@ class UserLimitError(RoomKeysError):
 
 
 class LimitExceededError(RoomKeysError):
-    """Too many requests of one user are waiting already."""
+    """Too many requests are waiting already, here or at the homeserver."""
 
     code = 429
     errcode = "M_LIMIT_EXCEEDED"
 
-    def __init__(self, retry_after: int) -> None:
+    def __init__(self, msg: str, retry_after: int) -> None:
         """
         Args:
             retry_after: seconds after which the client may try again.
         """
-        super().__init__("Too many requests of this user are waiting")
+        super().__init__(msg)
         self.retry_after = retry_after
 
     def error_dict(self) -> dict[str, Any]:

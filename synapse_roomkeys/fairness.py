@@ -74,7 +74,8 @@ class UserQueues:
             with metrics.waiting_requests.track_inprogress():
                 yield self._clock.wait(turn)
         else:
-            raise LimitExceededError(RETRY_AFTER)
+            msg = "Too many requests of this user are waiting"
+            raise LimitExceededError(msg, RETRY_AFTER)
         began = time.monotonic()
         try:
             if came < queue.outage:

@@ -18,8 +18,8 @@ download_bytes = Counter(
 broken_downloads = Counter(
     "synapse_roomkeys_broken_downloads", "Downloads broken off", ["reason"]
 )
-#: Access tokens looked up, by what came of it: the homeserver answered, refused or
-#: failed, or needn't be asked once more.
+#: Access tokens looked up, by outcome. The homeserver answered, refused the token,
+#: failed, or throttled (429); or the answer to another request was used (cached).
 whoami_requests = Counter(
     "synapse_roomkeys_whoami_requests", "Access tokens looked up", ["outcome"]
 )

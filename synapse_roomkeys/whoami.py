@@ -1,4 +1,4 @@
-"""Who an access token belongs to, as the homeserver says.
+"""Authentication by the homeserver: whose an access token is.
 
 It is asked with ``GET /account/whoami`` of the client-server API, "Account
 management", where "Identity assertion" of the application service API lets a service
@@ -10,74 +10,57 @@ import logging
 import re
 from collections import OrderedDict
 from collections.abc import Generator, Mapping
-from typing import Annotated, Any, NoReturn, cast
+from ipaddress import ip_address
+from typing import Annotated, Any, Literal
 
 import attrs
 import msgspec
-from treq.client import HTTPClient
-from twisted.internet.defer import Deferred, DeferredSemaphore, inlineCallbacks
-from twisted.internet.interfaces import IReactorTime, ITransport
-from twisted.internet.protocol import Protocol, connectionDone
-from twisted.python.failure import Failure
-from twisted.web.client import Agent, HTTPConnectionPool, ResponseDone
-from twisted.web.http import PotentialDataLoss, Request
+from twisted.internet.defer import Deferred, inlineCallbacks
+from twisted.internet.interfaces import IReactorTime
+from twisted.web.http import Request
 from twisted.web.http_headers import Headers
-from twisted.web.iweb import IResponse
 
 from . import metrics
 from .clock import Clock
-from .describe import error_line
-from .errors import TokenError, UnavailableError
+from .errors import LimitExceededError, RoomKeysError, TokenError, UnavailableError
+from .homeserver import (
+    HomeserverClient,
+    HomeserverOptions,
+    Response,
+    ThrottledError,
+    UnusableResponseError,
+)
 from .types import Requester
 
 logger = logging.getLogger(__name__)
 
-#: At most as many requests are on their way to the homeserver at once. One takes
-#: milliseconds there, so this is far more than it answers in parallel.
-MAX_CONNECTIONS = 20
-#: A real answer has some hundred bytes, that to ``/versions`` some thousand.
-MAX_BODY_BYTES = 64 * 1024
+WHOAMI = "/v3/account/whoami"
 #: Seconds between the first two tries while the homeserver is away; then doubled.
 FIRST_DELAY = 0.1
-#: What a client is told to wait when all tries have failed, in seconds.
+#: Seconds that a client is told to wait when all tries have failed.
 RETRY_AFTER = 10
-#: Statuses that say something of the user. Any other is a fault that may pass; above
-#: all, a 404 must not reach clients, which turn their backup off then.
-REFUSALS = (400, 401, 403)
 #: The parameters with which an application service says whom it acts as.
 MASKS = ("user_id", "device_id")
+#: Bytes of ``User-Agent`` that are passed on. A browser's has some hundred and fifty.
+MAX_USER_AGENT_BYTES = 500
 
+#: Statuses of a response that refuses the user, where its body is a Matrix error.
+_REFUSALS = (400, 401, 403, 404)
+#: Errcodes at which a client turns its backup off, whatever the status.
+_FATAL_ERRCODES = ("M_NOT_FOUND", "M_WRONG_ROOM_KEYS_VERSION")
 #: A token goes out in a header: visible ASCII, as in RFC 6750 and somewhat more.
 _TOKEN = re.compile("[!-~]+")
 _BEARER = re.compile("Bearer +([!-~]+)", re.IGNORECASE)
-
-
-@attrs.frozen
-class HomeserverOptions:
-    """The homeserver that users are known by.
-
-    Attributes:
-        url: where its client-server API is, without ``/_matrix``.
-        timeout_seconds: how long it may take to answer one request.
-        retry_seconds: for how long it is tried again while it is away.
-        cache_seconds: for how long a token that it knew is let in, at most, after it
-            was revoked.
-        refused_cache_seconds: for how long a token that it refused stays refused.
-        cache_entries: how many tokens are remembered.
-    """
-
-    url: str
-    timeout_seconds: int = 10
-    retry_seconds: int = 5
-    cache_seconds: int = 60
-    refused_cache_seconds: int = 10
-    cache_entries: int = 10000
+_CONTROLS = bytes([*range(32), 127])
 
 
 class _WhoamiBody(msgspec.Struct):
+    """Body of a 200. ``is_guest`` came with version 1.2 of the specification: servers
+    leave it out, or send null or a number."""
+
     user_id: Annotated[str, msgspec.Meta(pattern="^@.*:.", max_length=255)]
     device_id: str | None = None
-    is_guest: bool = False
+    is_guest: bool | Literal[0, 1] | None = None
 
 
 class _ErrorBody(msgspec.Struct):
@@ -91,32 +74,83 @@ _decode_error = msgspec.json.Decoder(_ErrorBody).decode
 
 @attrs.frozen
 class _Refusal:
-    """What `TokenError` is made of. An error that is kept would keep the requests
-    that it was raised for."""
+    """Arguments of a `TokenError`. An exception in memory would hold the requests that
+    it was raised for, by its traceback."""
 
     code: int
     errcode: str
     msg: str
     soft_logout: bool | None = None
 
+    def error(self) -> RoomKeysError:
+        """A new error."""
+        return TokenError(self.code, self.errcode, self.msg, self.soft_logout)
 
-_Answer = Requester | _Refusal
+
+@attrs.frozen
+class _Throttled:
+    """The homeserver's pause is longer than a request may take."""
+
+    retry_after: int
+
+    def error(self) -> RoomKeysError:
+        """A new error."""
+        msg = "Too many requests to the homeserver"
+        return LimitExceededError(msg, self.retry_after)
+
+
+@attrs.frozen
+class _Away:
+    """The homeserver is away."""
+
+    def error(self) -> RoomKeysError:
+        """A new error."""
+        return UnavailableError(RETRY_AFTER)
+
+
+_Failure = _Refusal | _Throttled | _Away
+_Answer = Requester | _Failure
+
+
+@attrs.frozen
+class _Claim:
+    """What a request says of its user, and the homeserver is asked about.
+
+    Attributes:
+        masks: the user, and the device, that an application service acts as.
+        client_host: IP address of the client, or None if it isn't known.
+        user_agent: value of the client's ``User-Agent``, or None.
+    """
+
+    token: str
+    masks: Mapping[str, str]
+    client_host: str | None
+    user_agent: bytes | None
+
+    def key(self) -> bytes:
+        """Hash of all that the answer depends on. The address is in it, so that the
+        homeserver hears of each address that a token is used from."""
+        parts = (self.token, sorted(self.masks.items()), self.client_host)
+        return hashlib.sha256(repr(parts).encode()).digest()
+
+    def headers(self) -> Headers:
+        """Headers of the request to the homeserver."""
+        headers = Headers({"Authorization": [f"Bearer {self.token}"]})
+        if self.client_host is not None:
+            headers.addRawHeader("X-Forwarded-For", self.client_host)
+            # Synapse logs a warning where an address has none, and assumes this one.
+            headers.addRawHeader("X-Forwarded-Proto", "https")
+        if self.user_agent is not None:
+            headers.addRawHeader(b"User-Agent", self.user_agent)
+        return headers
 
 
 @attrs.define
 class _Question:
-    """A request to the homeserver, and the others that wait for its answer.
+    """A request to the homeserver, and the others that wait for its answer."""
 
-    Attributes:
-        answer: None while there is none, and when the homeserver is away.
-    """
-
-    answer: _Answer | None = None
+    answer: _Answer = attrs.field(factory=_Away)
     waiting: "list[Deferred[None]]" = attrs.field(factory=list)
-
-
-class _UnusableAnswerError(Exception):
-    """The homeserver gave no answer that is of use; the text says what instead."""
 
 
 class WhoamiAuth:
@@ -132,12 +166,8 @@ class WhoamiAuth:
         self._reactor = reactor
         self._clock = clock
         self._options = options
-        self._api = options.url.rstrip("/") + "/_matrix/client"
-        self._pool = HTTPConnectionPool(reactor)
-        self._pool.maxPersistentPerHost = MAX_CONNECTIONS
-        self._agent = Agent(reactor, pool=self._pool)
-        self._connections = DeferredSemaphore(MAX_CONNECTIONS)
-        #: When the homeserver was asked, and what it said, the oldest first.
+        self._homeserver = HomeserverClient(reactor, clock, options)
+        #: Times at which the homeserver was asked, and answers, the oldest first.
         self._answers: OrderedDict[bytes, tuple[float, _Answer]] = OrderedDict()
         self._questions: dict[bytes, _Question] = {}
 
@@ -149,45 +179,47 @@ class WhoamiAuth:
 
         Raises:
             TokenError: there is no token, or the homeserver refuses it.
+            LimitExceededError: the homeserver throttles.
             UnavailableError: the homeserver is away.
         """
-        token = _access_token(request)
-        masks = {name: _parameter(request, name) for name in MASKS}
-        key = hashlib.sha256(repr((token, masks)).encode()).digest()
+        claim = _claim_of(request)
+        key = claim.key()
         answer = self._remembered(key)
         if answer is None:
-            params = {name: value for name, value in masks.items() if value is not None}
-            answer = yield self._ask_once(key, token, params)
+            answer = yield self._ask_once(key, claim)
         else:
             metrics.whoami_requests.labels("cached").inc()
-        if answer is None:
-            raise UnavailableError(RETRY_AFTER)
-        if isinstance(answer, _Refusal):
-            raise TokenError(*attrs.astuple(answer))
-        return answer
+        if isinstance(answer, Requester):
+            return answer
+        raise answer.error()
 
     @inlineCallbacks
     def check(self) -> "Generator[Deferred[Any], Any, None]":
-        """See whether the homeserver is there.
+        """See whether the homeserver is there. One that throttles is.
 
         Raises:
             UnavailableError: it isn't.
         """
+        if self._homeserver.is_paused():
+            return
+        now = self._reactor.seconds()
         try:
-            code, _ = yield self._clock.wait(self._get("/versions", Headers(), {}))
-            if code != 200:
-                raise _UnusableAnswerError(f"status {code}")
+            sent = self._homeserver.get("/versions", Headers(), {}, now)
+            response: Response = yield self._clock.wait(sent)
+            if response.code != 200:
+                raise UnusableResponseError(_describe(response, "/versions"))
+        except ThrottledError:
+            return
         except Exception as error:
-            logger.warning("The homeserver is away: %s", _brief(error))
+            self._log(logging.WARNING, "The homeserver at %s is away: %s", error)
             raise UnavailableError(RETRY_AFTER) from None
 
     def close(self) -> "Deferred[None]":
-        """Close the connections that wait for another request."""
-        closed: Deferred[None] = self._pool.closeCachedConnections()
-        return closed
+        """Close the connections that are kept for another request."""
+        return self._homeserver.close()
 
     def _remembered(self, key: bytes) -> _Answer | None:
-        """What the homeserver said lately."""
+        """The homeserver's answer, if it isn't too old."""
         if key not in self._answers:
             return None
         asked, answer = self._answers[key]
@@ -198,7 +230,7 @@ class WhoamiAuth:
         return answer if 0 <= self._reactor.seconds() - asked < seconds else None
 
     def _remember(self, key: bytes, asked: float, answer: _Answer) -> None:
-        """Keep what the homeserver said, the oldest of too many aside."""
+        """Keep an answer. If there are too many, drop the oldest one."""
         self._answers[key] = asked, answer
         self._answers.move_to_end(key)
         if len(self._answers) > self._options.cache_entries:
@@ -206,8 +238,8 @@ class WhoamiAuth:
 
     @inlineCallbacks
     def _ask_once(
-        self, key: bytes, token: str, params: Mapping[str, str]
-    ) -> "Generator[Deferred[Any], Any, _Answer | None]":
+        self, key: bytes, claim: _Claim
+    ) -> "Generator[Deferred[Any], Any, _Answer]":
         """Ask the homeserver, or wait for the answer if it is being asked already."""
         question = self._questions.get(key)
         if question is not None:
@@ -218,7 +250,7 @@ class WhoamiAuth:
             return question.answer
         question = self._questions[key] = _Question()
         try:
-            question.answer = yield self._ask(key, token, params)
+            question.answer = yield self._ask(key, claim)
         finally:
             del self._questions[key]
             for turn in question.waiting:
@@ -227,143 +259,181 @@ class WhoamiAuth:
 
     @inlineCallbacks
     def _ask(
-        self, key: bytes, token: str, params: Mapping[str, str]
-    ) -> "Generator[Deferred[Any], Any, _Answer | None]":
+        self, key: bytes, claim: _Claim
+    ) -> "Generator[Deferred[Any], Any, _Answer]":
         """Ask the homeserver, again and again while it is away, and remember."""
-        headers = Headers({"Authorization": [f"Bearer {token}"]})
-        end = self._reactor.seconds() + self._options.retry_seconds
+        deadline = self._reactor.seconds() + self._options.retry_seconds
         delay = FIRST_DELAY
         while True:
             asked = self._reactor.seconds()
             try:
-                sent = self._get("/v3/account/whoami", headers, params)
-                code, body = yield self._clock.wait(sent)
-                answer = _read_answer(code, body)
+                sent = self._homeserver.get(
+                    WHOAMI, claim.headers(), claim.masks, deadline
+                )
+                response: Response = yield self._clock.wait(sent)
+                answer = _read_answer(response, self._options)
                 break
+            except ThrottledError as error:
+                return _Throttled(error.retry_after)
             # Connecting fails in more ways than can be named here.
             except Exception as error:
                 metrics.whoami_requests.labels("failed").inc()
-                left = end - self._reactor.seconds()
+                left = deadline - self._reactor.seconds()
                 if left <= 0:
-                    logger.error("Failed to ask the homeserver: %s", _brief(error))
-                    return None
-                logger.warning(
-                    "The homeserver is away, trying again: %s", _brief(error)
-                )
+                    msg = "Failed to ask the homeserver at %s: %s"
+                    self._log(logging.ERROR, msg, error)
+                    return _Away()
+                msg = "The homeserver at %s is away, trying again: %s"
+                self._log(logging.WARNING, msg, error)
             yield self._clock.sleep(min(delay, left))
             delay *= 2
         outcome = "answered" if isinstance(answer, Requester) else "refused"
         metrics.whoami_requests.labels(outcome).inc()
-        self._remember(key, asked, answer)
+        if _is_lasting(answer, claim):
+            self._remember(key, asked, answer)
         return answer
 
-    def _get(
-        self, path: str, headers: Headers, params: Mapping[str, str]
-    ) -> "Deferred[tuple[int, bytes]]":
-        """Send a request when there is a connection for it, and fire with the status
-        and the body of the answer; all that within ``timeout_seconds``."""
-        sent = self._connections.run(self._exchange, path, headers, params)
-        seconds = self._options.timeout_seconds
-        return sent.addTimeout(seconds, self._reactor, _note_timeout)
-
-    @inlineCallbacks
-    def _exchange(
-        self, path: str, headers: Headers, params: Mapping[str, str]
-    ) -> "Generator[Deferred[Any], Any, tuple[int, bytes]]":
-        # A client of treq keeps cookies: one user's are not for the next.
-        response: IResponse = yield HTTPClient(self._agent).get(
-            self._api + path,
-            headers=headers,
-            params=dict(params),
-            allow_redirects=False,
-            unbuffered=True,
-        )
-        body = _Body()
-        response.deliverBody(body)
-        content: bytes = yield body.done
-        return response.code, content
+    def _log(self, level: int, msg: str, error: Exception) -> None:
+        """Log why the homeserver gives no answer, with its address. An exception's
+        first line holds no header of a request."""
+        brief = (str(error).splitlines() or [""])[0]
+        if not isinstance(error, UnusableResponseError):
+            brief = f"{type(error).__name__}: {brief}"
+        logger.log(level, msg, self._options.url, brief)
 
 
-class _Body(Protocol):
-    """Gathers the body of an answer.
+def _claim_of(request: Request) -> _Claim:
+    """The claim of a request.
 
-    Attributes:
-        done: fires with the body, or fails when it is cut off or too long. Cancelled,
-            it closes the connection.
+    Raises:
+        TokenError: it has no access token, or more than one.
     """
-
-    def __init__(self) -> None:
-        self.done: Deferred[bytes] = Deferred(lambda _: self._hang_up())
-        self._content = b""
-
-    def dataReceived(self, data: bytes) -> None:
-        """As `Protocol.dataReceived`."""
-        if self.done.called:
-            return
-        self._content += data
-        if len(self._content) > MAX_BODY_BYTES:
-            self.done.errback(_UnusableAnswerError(f"over {MAX_BODY_BYTES} bytes"))
-            self._hang_up()
-
-    def connectionLost(self, reason: Failure = connectionDone) -> None:
-        """As `Protocol.connectionLost`."""
-        if self.done.called:
-            return
-        # An answer without a length is cut off if it isn't JSON.
-        if reason.check(ResponseDone, PotentialDataLoss):
-            self.done.callback(self._content)
-        else:
-            self.done.errback(reason)
-
-    def _hang_up(self) -> None:
-        cast(ITransport, self.transport).loseConnection()
+    token = _access_token(request)
+    values = {name: _parameters(request, name) for name in MASKS}
+    masks = {name: found[0] for name, found in values.items() if found}
+    return _Claim(token, masks, _client_host(request), _user_agent(request))
 
 
 def _access_token(request: Request) -> str:
-    """The token of the ``Authorization`` header, or of the query.
+    """The token of the ``Authorization`` header, or of the query. A second one, in
+    either place, is refused as Synapse does it: a proxy may have looked at the other.
 
     Raises:
-        TokenError: there is none.
+        TokenError: there is none, or more than one.
     """
-    header = request.getHeader(b"Authorization") or b""
-    bearer = _BEARER.fullmatch(header.decode("latin-1"))
-    if bearer:
+    headers = request.requestHeaders.getRawHeaders(b"Authorization") or []
+    parameters = _parameters(request, "access_token")
+    if len(headers) > 1:
+        raise _missing_token("Too many Authorization headers")
+    if headers and parameters:
+        raise _missing_token("Both an Authorization header and access_token")
+    if len(parameters) > 1:
+        raise _missing_token("Too many access_token parameters")
+    if headers:
+        bearer = _BEARER.fullmatch(headers[0].decode("latin-1"))
+        if bearer is None:
+            raise _missing_token("Invalid Authorization header")
         return bearer[1]
-    token = _parameter(request, "access_token")
-    if token is None or not _TOKEN.fullmatch(token):
-        raise TokenError(401, "M_MISSING_TOKEN", "Missing access token")
-    return token
+    if not parameters or not _TOKEN.fullmatch(parameters[0]):
+        raise _missing_token("Missing access token")
+    return parameters[0]
 
 
-def _parameter(request: Request, name: str) -> str | None:
-    """The value of a query parameter, the first where there are several."""
-    values = (request.args or {}).get(name.encode())
-    return values[0].decode("utf-8", "replace") if values else None
+def _missing_token(msg: str) -> TokenError:
+    return TokenError(401, "M_MISSING_TOKEN", msg)
 
 
-def _read_answer(code: int, body: bytes) -> _Answer:
-    """What the homeserver says of a token.
+def _parameters(request: Request, name: str) -> list[str]:
+    """All values of a query parameter."""
+    values = (request.args or {}).get(name.encode(), [])
+    return [value.decode("utf-8", "replace") for value in values]
+
+
+def _client_host(request: Request) -> str | None:
+    """The client's IP address; one of IPv4 that came as IPv6's is written as IPv4's."""
+    host = getattr(request.getClientAddress(), "host", None)
+    if host is None:
+        return None
+    # The zone of a link-local address is a name on this machine.
+    address = ip_address(host.partition("%")[0])
+    return str(getattr(address, "ipv4_mapped", None) or address)
+
+
+def _user_agent(request: Request) -> bytes | None:
+    """The client's ``User-Agent``, the last where there are several, as Synapse has it:
+    without control characters, and no longer than `MAX_USER_AGENT_BYTES`."""
+    values = request.requestHeaders.getRawHeaders(b"User-Agent") or [b""]
+    return values[-1].translate(None, _CONTROLS)[:MAX_USER_AGENT_BYTES] or None
+
+
+def _read_answer(
+    response: Response, options: HomeserverOptions
+) -> Requester | _Refusal:
+    """Read whose the token is, or why it is refused.
 
     Raises:
-        _UnusableAnswerError: nothing, by its status.
-        msgspec.MsgspecError: nothing, by its body.
+        UnusableResponseError: the response says neither.
     """
-    if code == 200:
-        found = _decode_whoami(body)
-        if found.is_guest:
-            return _Refusal(403, "M_GUEST_ACCESS_FORBIDDEN", "Guests have no backup")
-        return Requester(found.user_id, found.device_id)
-    if code in REFUSALS:
-        error = _decode_error(body)
-        msg = "The homeserver refuses the access token"
-        return _Refusal(code, error.errcode, msg, error.soft_logout)
-    raise _UnusableAnswerError(f"status {code}")
+    try:
+        if response.code == 200:
+            return _read_user(_decode_whoami(response.body), options)
+        if response.code in _REFUSALS:
+            error = _decode_error(response.body)
+            if response.code != 404 or error.errcode == "M_NOT_FOUND":
+                return _read_refusal(response.code, error)
+    except (msgspec.MsgspecError, UnicodeDecodeError):
+        pass
+    raise UnusableResponseError(_describe(response, WHOAMI))
 
 
-def _note_timeout(result: object, seconds: float) -> NoReturn:
-    raise _UnusableAnswerError(f"nothing in {seconds} seconds")
+def _read_user(user: _WhoamiBody, options: HomeserverOptions) -> Requester | _Refusal:
+    if user.is_guest and options.has_guests:
+        return _Refusal(403, "M_GUEST_ACCESS_FORBIDDEN", "Guests have no backup")
+    return Requester(user.user_id, user.device_id)
 
 
-def _brief(error: Exception) -> str:
-    """An exception's kind and first line, which hold no header of a request."""
-    return f"{type(error).__name__}: {error_line(error)}"
+def _read_refusal(code: int, error: _ErrorBody) -> _Refusal:
+    """Pass a refusal on, but for one that would have a client turn its backup off."""
+    msg = "The homeserver refuses the access token"
+    if error.errcode in _FATAL_ERRCODES:
+        msg = "The homeserver knows no such user or device"
+        return _Refusal(403, "M_FORBIDDEN", msg)
+    return _Refusal(code, error.errcode, msg, error.soft_logout)
+
+
+def _is_lasting(answer: Requester | _Refusal, claim: _Claim) -> bool:
+    """Whether an answer stays true for the seconds that it may be remembered.
+
+    A refused token stays refused: tokens are never issued twice. All other refusals
+    (docs/service.rst has a table) end by an act of somebody who knows of them and tries
+    again at once: the user is registered, unlocked or gets a password, the device is
+    made.
+    """
+    if isinstance(answer, Requester):
+        return True
+    return (answer.code, answer.errcode) == (401, "M_UNKNOWN_TOKEN") and not claim.masks
+
+
+def _describe(response: Response, path: str) -> str:
+    """Describe a response that is of no use, and name the option to change where the
+    address looks wrong."""
+    code = response.code
+    kind = response.header("Content-Type").partition(";")[0] or "no Content-Type"
+    target = response.header("Location").partition("?")[0]
+    if 300 <= code < 400 and target:
+        return (
+            f"status {code}, a redirect to {target[:200]}, which isn't followed: set"
+            f" homeserver.url to {_base_of(target[:200], path)}"
+        )
+    try:
+        kind = _decode_error(response.body).errcode
+    except (msgspec.MsgspecError, UnicodeDecodeError):
+        return f"status {code} ({kind}), no answer of a Matrix homeserver"
+    if code == 404:
+        return f"status 404 ({kind}): homeserver.url has no client-server API"
+    return f"status {code} ({kind})"
+
+
+def _base_of(target: str, path: str) -> str:
+    """The value of ``homeserver.url`` that leads to a redirect's target."""
+    return target.removesuffix("/").removesuffix("/_matrix/client" + path)

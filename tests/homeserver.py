@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -21,12 +22,19 @@ Fault = Callable[[Request], "int | bytes"]
 
 @attrs.frozen
 class Asked:
-    """A request as it came to the homeserver."""
+    """A request as it came to the homeserver.
+
+    Attributes:
+        forwarded_for: values of ``X-Forwarded-For``.
+        user_agent: values of ``User-Agent``.
+    """
 
     path: str
     token: str | None
     query: Mapping[str, str]
     cookie: str | None
+    forwarded_for: list[bytes]
+    user_agent: list[bytes]
 
 
 class FakeHomeserver(Resource):
@@ -57,7 +65,9 @@ class FakeHomeserver(Resource):
         query = {name.decode(): values[0].decode() for name, values in args.items()}
         cookie = request.getHeader("Cookie")
         self.peers.add(request.getClientAddress())
-        self.asked.append(Asked(path, token, query, cookie))
+        forwarded_for = request.requestHeaders.getRawHeaders(b"X-Forwarded-For", [])
+        user_agent = request.requestHeaders.getRawHeaders(b"User-Agent", [])
+        self.asked.append(Asked(path, token, query, cookie, forwarded_for, user_agent))
         if self.fault is not None:
             return self.fault(request)
         if path == VERSIONS:
@@ -96,6 +106,46 @@ def answering(code: int, value: Any, **headers: str) -> Fault:
     return answer
 
 
+class TokenBucket:
+    """Answers 429 to requests over a rate, as rate limiters do, and else by another
+    fault.
+
+    Attributes:
+        refused: number of requests that were answered 429.
+    """
+
+    def __init__(
+        self, seconds: Callable[[], float], rate: float, answer: Fault, **headers: str
+    ) -> None:
+        """
+        Args:
+            seconds: the time.
+            rate: requests a second, and the most that may come at once.
+            headers: those of a 429.
+        """
+        self.refused = 0
+        self._seconds = seconds
+        self._rate = rate
+        self._answer = answer
+        self._headers = headers
+        self._tokens = rate
+        self._filled = seconds()
+
+    def __call__(self, request: Request) -> int | bytes:
+        """Answer a request."""
+        now = self._seconds()
+        passed = now - self._filled
+        self._tokens = min(self._rate, self._tokens + passed * self._rate)
+        self._filled = now
+        if self._tokens >= 1:
+            self._tokens -= 1
+            return self._answer(request)
+        self.refused += 1
+        wait = math.ceil((1 - self._tokens) / self._rate * 1000)
+        body = {"errcode": "M_LIMIT_EXCEEDED", "retry_after_ms": wait}
+        return answering(429, body, **self._headers)(request)
+
+
 def stall(request: Request) -> int:
     """Never answers."""
     return NOT_DONE_YET
@@ -127,9 +177,12 @@ def hang_up(request: Request) -> int:
 FAULTS: dict[str, Fault] = {
     "500": answering(500, {"errcode": "M_UNKNOWN"}),
     "502": answering(502, b"<html>Bad Gateway</html>"),
-    "429": answering(429, {"errcode": "M_LIMIT_EXCEEDED", "retry_after_ms": 1}),
     "404": answering(404, {"errcode": "M_UNRECOGNIZED", "error": "Unrecognized"}),
+    "404 without JSON": answering(404, b"<html>Not Found</html>"),
     "301": answering(301, b"", Location="/elsewhere"),
+    "308 without a target": answering(308, b""),
+    "401 as 200": answering(200, {"errcode": "M_UNKNOWN_TOKEN", "error": "Unknown"}),
+    "a guest, perhaps": answering(200, {"user_id": "@a:b.c", "is_guest": "false"}),
     "401 of a proxy": answering(401, b"<html>Unauthorized</html>"),
     "403 of a proxy": answering(403, {"detail": "Forbidden"}),
     "404 as 401": answering(401, {"errcode": ["M_UNKNOWN_TOKEN"]}),

@@ -37,6 +37,13 @@ def address(option: str, value: Any) -> str:
     raise OptionError(option, "must be an address such as https://matrix.example.org")
 
 
+def boolean(option: str, value: Any) -> bool:
+    """True or false."""
+    if type(value) is not bool:
+        raise OptionError(option, "must be true or false")
+    return value
+
+
 def networks(option: str, value: Any) -> tuple[Network, ...]:
     """Networks of IP addresses; an address alone is a network of one."""
     try:

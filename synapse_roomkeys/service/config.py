@@ -15,12 +15,13 @@ import attrs
 import yaml
 
 from ..config import LIMITS, OptionError, positive_integer, unknown_option
+from ..homeserver import HomeserverOptions
 from ..storage import find_wrong_argument
 from ..types import Limits
-from ..whoami import HomeserverOptions
 from .checks import (
     Network,
     address,
+    boolean,
     count,
     endpoints,
     networks,
@@ -102,10 +103,11 @@ class ServiceConfig:
 
 
 _Check = Callable[[str, Any], Any]
-_numbers = [field.name for field in attrs.fields(HomeserverOptions)][1:]
+_numbers = [f.name for f in attrs.fields(HomeserverOptions) if f.type is int]
 #: The options, but those in ``database.args``, and what checks each of them.
 OPTIONS: Mapping[str, _Check] = {
     "homeserver.url": address,
+    "homeserver.has_guests": boolean,
     **{f"homeserver.{name}": positive_integer for name in _numbers},
     "database.name": one_of("sqlite3", "psycopg2"),
     "listeners": some_endpoints,
@@ -317,5 +319,7 @@ def _decoded(name: str, text: str) -> Any:
     """A variable's text, as what YAML would have there."""
     if name in ("listeners", "metrics_listeners", "trusted_proxies"):
         return [part.strip() for part in text.split(",") if part.strip()]
+    if OPTIONS.get(name) is boolean:
+        return {"true": True, "false": False}.get(text.lower(), text)
     numeric = OPTIONS.get(name) is positive_integer
     return int(text) if numeric and text.isdecimal() else text

@@ -5,13 +5,15 @@ import time
 from contextvars import copy_context
 from typing import Any
 
+from twisted.internet.address import IPv4Address, IPv6Address
+from twisted.internet.interfaces import IAddress
 from twisted.python.failure import Failure
 from twisted.web.server import Request
 
 from ..errors import RoomKeysError
 from ..rest.resource import note_refusal, respond_error
 from .logs import request_id
-from .peers import choose_request_id, client_address, is_trusted
+from .peers import UNIX, choose_request_id, client_address, is_trusted
 
 access_logger = logging.getLogger("synapse_roomkeys.access")
 
@@ -75,6 +77,16 @@ class ServiceRequest(Request):
         self.request_id = choose_request_id(sent)
         self.responseHeaders.setRawHeaders("X-Request-ID", [self.request_id])
         copy_context().run(self._process)
+
+    def getClientAddress(self) -> IAddress:
+        """As `twisted.web.http.Request.getClientAddress`: the client's address, which
+        isn't a trusted proxy's. Its port isn't known. Through a unix socket without
+        X-Forwarded-For, it is that of the socket."""
+        if self._client == UNIX:
+            peer: IAddress = self.client
+            return peer
+        kind = IPv6Address if ":" in self._client else IPv4Address
+        return kind("TCP", self._client, 0)
 
     def write(self, data: bytes) -> None:
         """As `twisted.web.server.Request.write`; a connection's last answer says so."""

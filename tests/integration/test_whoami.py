@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import attrs
@@ -21,8 +25,9 @@ from twisted.web.server import Site
 
 from synapse_roomkeys.clock import Clock
 from synapse_roomkeys.errors import TokenError, UnavailableError
+from synapse_roomkeys.homeserver import MAX_CONNECTIONS, HomeserverOptions
 from synapse_roomkeys.types import Requester
-from synapse_roomkeys.whoami import MAX_CONNECTIONS, HomeserverOptions, WhoamiAuth
+from synapse_roomkeys.whoami import WhoamiAuth
 
 from ..contract.base import Steps, quoted
 from ..homeserver import (
@@ -36,6 +41,7 @@ from ..homeserver import (
 from ..servers import Synapse, User
 from ..servers.accounts import fetch
 from ..servers.processes import free_port
+from ..servers.service import Service
 from .test_synapse import AS_TOKEN, DEADLINE, IN_NAMESPACE, SYNAPSE, registration
 
 USER = Requester("@user:test.example", "DEVICE")
@@ -44,7 +50,7 @@ CACHE_SECONDS = 2
 SLACK = 2.0
 
 
-def new_auth(url: str, **options: int) -> WhoamiAuth:
+def new_auth(url: str, **options: Any) -> WhoamiAuth:
     """One that knows nobody yet."""
     real: Any = reactor
     return WhoamiAuth(real, Clock(real), HomeserverOptions(url, **options))
@@ -208,11 +214,11 @@ def lock(synapse: Synapse, user: User) -> None:
     administer(synapse, "PUT", path, {"locked": True})
 
 
-def administer(synapse: Synapse, method: str, path: str, body: object = None) -> None:
-    """Send a request as an administrator."""
+def administer(synapse: Synapse, method: str, path: str, body: object = None) -> Any:
+    """Send a request as an administrator; returns the JSON value of the answer."""
     admin = synapse.register(f"admin{time.monotonic_ns()}", admin=True)
     url = f"{synapse.url}/_synapse/admin{path}"
-    fetch(url, method=method, token=admin.access_token, body=body)
+    return json.loads(fetch(url, method=method, token=admin.access_token, body=body))
 
 
 @pytest.mark.parametrize(
@@ -314,6 +320,52 @@ def test_application_service(stock: Synapse, auth: WhoamiAuth) -> Steps:
     request = client_request(user.access_token, user_id=IN_NAMESPACE)
     found = yield auth.get_user_by_req(request)
     assert found.user_id == user.user_id
+
+
+@inlineCallbacks
+def test_registered_after_a_refusal(stock: Synapse, auth: WhoamiAuth) -> Steps:
+    """An application service that was refused for a user who wasn't registered yet is
+    let in as soon as it has registered the user; likewise an unlocked user."""
+    new = {"user_id": "@bridged_new:test.example"}
+    assert (yield refusal(auth, AS_TOKEN, **new))[0] == 403
+    body = {"type": "m.login.application_service", "username": "bridged_new"}
+    url = f"{stock.url}/_matrix/client/v3/register"
+    fetch(url, method="POST", token=AS_TOKEN, body=body)
+    found = yield auth.get_user_by_req(client_request(AS_TOKEN, None, **new))
+    assert found.user_id == new["user_id"]
+    user = stock.register("locked_for_a_moment")
+    lock(stock, user)
+    assert (yield refusal(auth, user.access_token))[0] == 401
+    path = f"/v2/users/{quoted(user.user_id)}"
+    administer(stock, "PUT", path, {"locked": False})
+    found = yield auth.get_user_by_req(client_request(user.access_token))
+    assert found.user_id == user.user_id
+
+
+def test_last_seen(stock: Synapse, tmp_path: Path) -> None:
+    """The homeserver's "last seen" of a device shows the address and the user agent of
+    the client that used the service, behind a trusted proxy."""
+    user = stock.register("seen")
+    settings = {"trusted_proxies": ["127.0.0.0/8"]}
+    with Service(tmp_path, stock.url, settings=settings) as service:
+        for host, agent in (("203.0.113.9", "Thief/1.0"), ("2001:db8::9", "Owner/2")):
+            headers = {
+                "Authorization": f"Bearer {user.access_token}",
+                "X-Forwarded-For": f"198.51.100.1, {host}",
+                "User-Agent": agent,
+            }
+            url = f"{service.url}/_matrix/client/v3/room_keys/keys"
+            answer = urllib.request.Request(url, headers=headers)
+            with pytest.raises(urllib.error.HTTPError) as missing:
+                urllib.request.urlopen(answer)
+            with missing.value as error:
+                assert error.code == 400  # "version" is missing: the user was let in.
+            path = f"/v2/users/{quoted(user.user_id)}/devices/{user.device_id}"
+            device = administer(stock, "GET", path)
+            assert device["last_seen_ip"] == host
+            if SYNAPSE >= (1, 163):  # Older ones may not tell it.
+                assert device["last_seen_user_agent"] == agent
+    assert "lacks an x-forwarded-proto header" not in stock.log()
 
 
 @inlineCallbacks

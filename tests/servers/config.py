@@ -83,9 +83,10 @@ def replication(redis_port: int, replication_port: int) -> dict[str, Any]:
 
 
 def listeners(port: int, metrics_port: int) -> list[dict[str, Any]]:
-    """Serve clients on one port and metrics on another."""
+    """Serve clients on one port and metrics on another. Clients may come through a
+    proxy, which names their addresses."""
     metrics = {"type": "metrics", "port": metrics_port, "bind_addresses": [HOST]}
-    return [http(port, "client"), metrics]
+    return [{**http(port, "client"), "x_forwarded": True}, metrics]
 
 
 def http(port: int, resource: str) -> dict[str, Any]:

@@ -38,6 +38,7 @@ ORDER = [
     "rest.streaming",
     "rest.room_keys",
     "rest",
+    "homeserver",
     "whoami",
     "synapse_module",
     "service",
@@ -66,8 +67,8 @@ KNOWN_BY = {
     "sqlite3": {"storage.database", "service.sqlite_side"},
     "canonicaljson": {"rest.resource"},
     "json": {"wire", "storage.sql", "storage.rows", "service.logs"},
-    "msgspec": {"types", "wire", "whoami"},
-    "treq": {"whoami"},
+    "msgspec": {"types", "wire", "homeserver", "whoami"},
+    "treq": {"homeserver"},
     "yaml": {"service.config"},
 }
 

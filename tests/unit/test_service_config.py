@@ -13,6 +13,7 @@ import yaml
 from twisted.trial.unittest import SynchronousTestCase
 
 from synapse_roomkeys.config import OptionError
+from synapse_roomkeys.homeserver import HomeserverOptions
 from synapse_roomkeys.service.config import (
     OPTIONS,
     DatabaseConfig,
@@ -22,7 +23,6 @@ from synapse_roomkeys.service.config import (
     load_database,
 )
 from synapse_roomkeys.types import Limits
-from synapse_roomkeys.whoami import HomeserverOptions
 
 URL = "https://matrix.example.org"
 SECRET = "hunter2"
@@ -117,6 +117,7 @@ class ConfigTests(SynchronousTestCase):
         """The environment can say all that a file can."""
         values: Mapping[str, tuple[str, Any]] = {
             "homeserver.url": ("http://hs:8008/", "http://hs:8008"),
+            "homeserver.has_guests": ("False", False),
             "database.name": ("psycopg2", "psycopg2"),
             "listeners": ("tcp:1, tcp:2", ("tcp:1", "tcp:2")),
             "metrics_listeners": ("tcp:3", ("tcp:3",)),
@@ -300,6 +301,7 @@ class ConfigTests(SynchronousTestCase):
                 "https://",
                 "http://[",
             ],
+            "homeserver.has_guests": [0, 1, None, "no"],
             "homeserver.timeout_seconds": [0, -1, 1.5, True, None, "1"],
             "database.name": ["mysql", None, []],
             "listeners": [[], "tcp:1", [1], ["tcp:a"], ["ssl:1"], ["tcp"], ["unix:"]],

@@ -4,10 +4,11 @@ import gc
 import logging
 import weakref
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 from prometheus_client import REGISTRY
-from twisted.internet.address import IPv4Address
+from twisted.internet.address import IPv4Address, IPv6Address, UNIXAddress
 from twisted.internet.defer import Deferred
 from twisted.internet.error import ConnectionRefusedError
 from twisted.internet.interfaces import (
@@ -23,15 +24,21 @@ from twisted.web.server import NOT_DONE_YET, Site
 from zope.interface import implementer
 
 from synapse_roomkeys.clock import Clock
-from synapse_roomkeys.errors import TokenError, UnavailableError
+from synapse_roomkeys.errors import LimitExceededError, TokenError, UnavailableError
+from synapse_roomkeys.homeserver import (
+    FIRST_INTERVAL,
+    MAX_CONNECTIONS,
+    HomeserverOptions,
+)
 from synapse_roomkeys.types import Requester
-from synapse_roomkeys.whoami import MAX_CONNECTIONS, HomeserverOptions, WhoamiAuth
+from synapse_roomkeys.whoami import MAX_USER_AGENT_BYTES, WhoamiAuth
 
 from ..homeserver import (
     FAULTS,
     VERSIONS,
     WHOAMI,
     FakeHomeserver,
+    TokenBucket,
     answering,
     client_request,
     stall,
@@ -129,7 +136,7 @@ def outcomes() -> dict[str, float]:
             "synapse_roomkeys_whoami_requests_total", {"outcome": outcome}
         )
         or 0
-        for outcome in ("answered", "refused", "failed", "cached")
+        for outcome in ("answered", "refused", "failed", "throttled", "cached")
     }
 
 
@@ -142,7 +149,7 @@ class WhoamiTests(SynchronousTestCase):
         self.network = MemoryNetwork(self.homeserver)
         self.auth = self.new_auth()
 
-    def new_auth(self, **options: int) -> WhoamiAuth:
+    def new_auth(self, **options: Any) -> WhoamiAuth:
         """One that remembers nothing yet."""
         return WhoamiAuth(
             self.network,
@@ -177,6 +184,12 @@ class WhoamiTests(SynchronousTestCase):
         """The tokens that the homeserver was asked about."""
         return [asked.token for asked in self.homeserver.asked]
 
+    def begin_and_wait(self, seconds: float) -> Deferred[Requester]:
+        """Authenticate a request, and have time pass."""
+        done = self.begin()
+        self.network.turn(seconds)
+        return done
+
     # Tokens
 
     def test_user_and_device(self) -> None:
@@ -198,10 +211,36 @@ class WhoamiTests(SynchronousTestCase):
         (asked,) = self.homeserver.asked
         self.assertEqual((asked.token, asked.query), (TOKEN, {}))
 
-    def test_the_header_goes_first(self) -> None:
-        """A token in the query takes nothing from the one in the header."""
-        self.assertEqual(self.user(TOKEN, access_token="other"), USER["user_id"])
-        self.assertEqual(self.tokens(), [TOKEN])
+    def test_two_tokens(self) -> None:
+        """A request with two tokens is refused, as Synapse does it: a proxy may have
+        checked the other one."""
+        two_headers = client_request(TOKEN)
+        two_headers.requestHeaders.addRawHeader(b"Authorization", b"Bearer other")
+        same_twice = client_request(TOKEN)
+        same_twice.requestHeaders.addRawHeader(
+            b"authorization", b"Bearer " + TOKEN.encode()
+        )
+        two_parameters = client_request(None, access_token=TOKEN)
+        two_parameters.args[b"access_token"].append(b"other")  # type: ignore[index]
+        both = client_request(TOKEN, access_token=TOKEN)
+        basic = client_request(None, f"Basic {TOKEN}")
+        for request, msg in (
+            (two_headers, "Too many Authorization headers"),
+            (same_twice, "Too many Authorization headers"),
+            (two_parameters, "Too many access_token parameters"),
+            (both, "Both an Authorization header and access_token"),
+            (basic, "Invalid Authorization header"),
+        ):
+            error = self.error(self.auth.get_user_by_req(request))
+            self.assertEqual(error["status"], 401)
+            self.assertEqual(error["errcode"], "M_MISSING_TOKEN")
+            self.assertEqual(error["error"], msg)
+        self.assertEqual(self.homeserver.asked, [])
+
+    def test_bearer_in_any_case(self) -> None:
+        """The name of an authentication scheme has no case (RFC 9110, 11.1)."""
+        for scheme in ("Bearer", "bearer", "BEARER", "bEARER "):
+            self.assertEqual(self.user(None, f"{scheme} {TOKEN}"), USER["user_id"])
 
     def test_no_token(self) -> None:
         """A request without a token that could be one isn't asked about."""
@@ -246,13 +285,89 @@ class WhoamiTests(SynchronousTestCase):
             self.assertEqual(error.get("soft_logout"), soft_logout)
 
     def test_guests(self) -> None:
-        """Guests are refused, at the second time too."""
-        self.homeserver.answers[TOKEN] = 200, {**USER, "is_guest": True}
-        for _ in range(2):
+        """Guests are refused; ``is_guest`` may be left out, null or a number."""
+        for is_guest in (True, 1):
+            self.homeserver.answers[TOKEN] = 200, {**USER, "is_guest": is_guest}
             self.assertEqual(self.refusal(), (403, "M_GUEST_ACCESS_FORBIDDEN"))
-        self.assertEqual(len(self.homeserver.asked), 1)
-        self.homeserver.answers["other"] = 200, {**USER, "is_guest": False}
-        self.assertEqual(self.user("other"), USER["user_id"])
+        for number, is_guest in enumerate((False, 0, None)):
+            answer = 200, {**USER, "is_guest": is_guest}
+            self.homeserver.answers[f"token{number}"] = answer
+            self.assertEqual(self.user(f"token{number}"), USER["user_id"])
+
+    def test_a_homeserver_without_guests(self) -> None:
+        """With `has_guests` off, a user whom the homeserver calls a guest is let in."""
+        self.homeserver.answers[TOKEN] = 200, {**USER, "is_guest": True}
+        self.auth = self.new_auth(has_guests=False)
+        self.assertEqual(self.user(), USER["user_id"])
+
+    def test_no_refusal_ends_a_backup(self) -> None:
+        """No client sees an errcode at which it turns its backup off."""
+        for code, errcode in (
+            (404, "M_NOT_FOUND"),
+            (400, "M_NOT_FOUND"),
+            (403, "M_WRONG_ROOM_KEYS_VERSION"),
+        ):
+            answer = code, {"errcode": errcode, "error": "User does not exist."}
+            self.homeserver.answers[TOKEN] = answer
+            for query in ({}, {"user_id": "@new:test.example"}):
+                self.homeserver.asked.clear()
+                self.assertEqual(self.refusal(**query), (403, "M_FORBIDDEN"))
+                self.assertEqual(len(self.homeserver.asked), 1)
+
+    # The client's address
+
+    def test_the_clients_address(self) -> None:
+        """The homeserver hears of the client's address and user agent."""
+        for peer, host in (
+            (IPv4Address("TCP", "192.0.2.7", 1), [b"192.0.2.7"]),
+            (IPv6Address("TCP", "2001:db8::7", 1), [b"2001:db8::7"]),
+            (IPv6Address("TCP", "::ffff:192.0.2.8", 1), [b"192.0.2.8"]),
+            (IPv6Address("TCP", "fe80::1%eth0", 1), [b"fe80::1"]),
+            (UNIXAddress("/run/roomkeys.sock"), []),
+        ):
+            request = client_request(TOKEN)
+            request.client = peer
+            request.requestHeaders.addRawHeader(b"User-Agent", b"Element/1.2 \xe2\x9c")
+            done = self.auth.get_user_by_req(request)
+            self.network.turn()
+            self.successResultOf(done)
+            asked = self.homeserver.asked[-1]
+            self.assertEqual(asked.forwarded_for, host)
+            self.assertEqual(asked.user_agent, [b"Element/1.2 \xe2\x9c"])
+
+    def test_user_agents(self) -> None:
+        """A user agent has a bounded length and no control characters."""
+        for sent, passed_on in (
+            ([], []),
+            ([b""], []),
+            ([b"\x00\t\x7f"], []),
+            ([b"a\x00b\tc\x1b[31md\xff"], [b"abc[31md\xff"]),
+            ([b"a" * 16000], [b"a" * MAX_USER_AGENT_BYTES]),
+            ([b"first", b"last"], [b"last"]),
+        ):
+            request = client_request("other")
+            request.requestHeaders.setRawHeaders(b"User-Agent", sent)
+            done = self.auth.get_user_by_req(request)
+            self.network.turn()
+            self.homeserver.answers["other"] = 200, USER
+            done.addErrback(lambda _: None)
+            self.assertEqual(self.homeserver.asked[-1].user_agent, passed_on)
+            self.auth = self.new_auth()
+
+    def test_each_address_is_asked_about(self) -> None:
+        """An answer is remembered, and a request shared, for one address only: the
+        homeserver hears of each address that a token is used from."""
+        done = []
+        for _ in range(2):
+            for host in ("192.0.2.7", "192.0.2.8", "192.0.2.7"):
+                request = client_request(TOKEN)
+                request.client = IPv4Address("TCP", host, 1)
+                done.append(self.auth.get_user_by_req(request))
+            self.network.turn()
+        for one in done:
+            self.successResultOf(one)
+        heard = [asked.forwarded_for for asked in self.homeserver.asked]
+        self.assertEqual(heard, [[b"192.0.2.7"], [b"192.0.2.8"]])
 
     # Application services
 
@@ -309,7 +424,8 @@ class WhoamiTests(SynchronousTestCase):
         self.assertEqual(self.refusal(), (401, "M_UNKNOWN_TOKEN"))
 
     def test_refusals_are_remembered_shorter(self) -> None:
-        """A token that wasn't known may be soon."""
+        """An unknown token may become known: the application service's is added, or a
+        replica of the homeserver's database is behind."""
         del self.homeserver.answers[TOKEN]
         self.assertEqual(self.refusal(), (401, "M_UNKNOWN_TOKEN"))
         self.homeserver.answers[TOKEN] = 200, USER
@@ -318,6 +434,31 @@ class WhoamiTests(SynchronousTestCase):
         self.assertEqual(len(self.homeserver.asked), 1)
         self.network.turn(0.2)
         self.assertEqual(self.user(), USER["user_id"])
+
+    def test_refusals_that_may_end(self) -> None:
+        """Only an unknown token is remembered, and not with a mask: who asked for a
+        user, a device or an unlocked account may get it and ask again at once."""
+        for code, errcode, query in (
+            (403, "M_FORBIDDEN", {"user_id": "@new:test.example"}),
+            (400, "ORG.MATRIX.MSC4326.M_UNKNOWN_DEVICE", {"device_id": "NEW"}),
+            (400, "M_UNKNOWN_DEVICE", {"device_id": "NEW"}),
+            (401, "M_UNKNOWN_TOKEN", {"user_id": "@new:test.example"}),
+            (404, "M_NOT_FOUND", {"user_id": "@new:test.example"}),
+            (401, "M_USER_LOCKED", {}),
+            (403, "M_USER_SUSPENDED", {}),
+            (403, "M_USER_DEACTIVATED", {}),
+            (403, "M_FORBIDDEN", {}),
+            (403, "M_EXCLUSIVE", {}),
+            (400, "M_UNKNOWN", {}),
+        ):
+            self.auth = self.new_auth()
+            body = {"errcode": errcode, "error": "No"}
+            self.homeserver.answers[TOKEN] = code, body
+            self.refusal(**query)
+            self.homeserver.answers[TOKEN] = 200, {**USER, "is_guest": True}
+            self.assertEqual(self.refusal(**query), (403, "M_GUEST_ACCESS_FORBIDDEN"))
+            self.homeserver.answers[TOKEN] = 200, USER
+            self.assertEqual(self.user(**query), USER["user_id"], errcode)
 
     def test_time_set_back(self) -> None:
         """What was remembered in the future is forgotten."""
@@ -525,6 +666,187 @@ class WhoamiTests(SynchronousTestCase):
             self.network.turn(10.1)
             self.failureResultOf(done, UnavailableError)
 
+    def test_what_is_wrong(self) -> None:
+        """The log names the homeserver's address, its response, and the option to
+        change."""
+        api = "https://matrix.example.org/_matrix/client"
+        html = {"Content_Type": "text/html; charset=utf-8"}
+        for fault, expected in (
+            (
+                answering(308, b"", Location=api + "/v3/account/whoami?user_id=@a:b"),
+                f"a redirect to {api}/v3/account/whoami, which isn't followed: set"
+                " homeserver.url to https://matrix.example.org",
+            ),
+            (
+                answering(301, b"", Location="https://a.example/b" + "c" * 10_000),
+                "set homeserver.url to https://a.example/bc",
+            ),
+            (
+                answering(404, {"errcode": "M_UNRECOGNIZED"}),
+                "status 404 (M_UNRECOGNIZED): homeserver.url has no client-server API",
+            ),
+            (
+                answering(200, b"<html>", **html),
+                "status 200 (text/html), no answer of a Matrix homeserver",
+            ),
+            (answering(401, b"<html>", **html), "status 401 (text/html), no answer of"),
+            (answering(401, b""), "status 401 (no Content-Type), no answer of"),
+            (answering(502, {"errcode": "M_UNKNOWN"}), "status 502 (M_UNKNOWN)"),
+            (
+                answering(200, {"errcode": "M_UNKNOWN_TOKEN"}),
+                "status 200 (M_UNKNOWN_TOKEN)",
+            ),
+        ):
+            self.homeserver.fault = fault
+            self.auth = self.new_auth(retry_seconds=1)
+            with self.assertLogs(level=logging.WARNING) as logs:
+                self.failureResultOf(self.begin_and_wait(2), UnavailableError)
+            for line in logs.output:
+                self.assertIn("http://hs.test.example", line)
+                self.assertIn(expected, line)
+                self.assertLess(len(line), 700)
+
+    def test_a_check_names_the_target_of_a_redirect(self) -> None:
+        """``check`` says how to set the homeserver's address."""
+        target = "https://matrix.example.org/_matrix/client/versions"
+        self.homeserver.fault = answering(301, b"", Location=target)
+        with self.assertLogs(level=logging.WARNING) as logs:
+            done = self.auth.check()
+            self.network.turn()
+            self.failureResultOf(done, UnavailableError)
+        (line,) = logs.output
+        self.assertIn("set homeserver.url to https://matrix.example.org", line)
+        self.assertNotIn("_matrix/client", line.rpartition("set homeserver.url")[2])
+
+    # A homeserver that throttles
+
+    def throttle(self, times: int, value: Any = b"", **headers: str) -> None:
+        """Have the homeserver answer 429 some times, and then as it knows."""
+        left = times
+
+        def answer(request: Request) -> int | bytes:
+            nonlocal left
+            left -= 1
+            if left < 0:
+                return answering(200, USER)(request)
+            return answering(429, value, **headers)(request)
+
+        self.homeserver.fault = answer
+
+    def throttled(self, done: Deferred[Requester]) -> int:
+        """How many seconds a client is told to wait."""
+        error = self.failureResultOf(done, LimitExceededError).value
+        seconds = int(error.headers()["Retry-After"])
+        body = {
+            "errcode": "M_LIMIT_EXCEEDED",
+            "error": "Too many requests to the homeserver",
+            "retry_after_ms": seconds * 1000,
+        }
+        self.assertEqual((error.code, error.error_dict()), (429, body))
+        return seconds
+
+    def test_a_pause_that_fits(self) -> None:
+        """A request waits as long as the 429 says, and is then answered."""
+        date = "Sun, 06 Nov 1994 08:49:37 GMT"
+        later = "Sun, 06 Nov 1994 08:49:40 GMT"
+        body = {"errcode": "M_LIMIT_EXCEEDED", "retry_after_ms": 2500}
+        for value, headers, seconds in (
+            (body, {}, 2.5),
+            (body, {"Retry_After": "4"}, 4),
+            (b"<html>", {"Retry_After": "2"}, 2),
+            (body, {"Retry_After": later, "Date": date}, 3),
+            (body, {"Retry_After": later, "Date": ""}, 2.5),
+            ({"retry_after_ms": None}, {"Retry_After": "\u0664"}, 1),
+            (body, {"Retry_After": "soon"}, 2.5),
+            (b"\xff", {"Retry_After": "-1"}, 1),
+            ({"retry_after_ms": -5}, {}, FIRST_INTERVAL),
+        ):
+            self.homeserver.asked.clear()
+            self.auth = self.new_auth()
+            self.throttle(1, value, **headers)
+            done = self.begin()
+            self.network.turn(seconds - 0.01)
+            self.assertEqual(len(self.homeserver.asked), 1)
+            self.assertNoResult(done)
+            self.network.turn(0.02)
+            self.assertEqual(self.successResultOf(done).user_id, USER["user_id"])
+            self.assertEqual(len(self.homeserver.asked), 2)
+
+    def test_a_pause_that_does_not_fit(self) -> None:
+        """A pause that ends after `retry_seconds` is a 429 at once, for everybody, and
+        one of `MAX_PAUSE` at most."""
+        for named, told in (("6", 6), ("60", 60), ("86400", 60), ("9" * 400, 60)):
+            self.homeserver.asked.clear()
+            self.auth = self.new_auth()
+            self.throttle(1, Retry_After=named)
+            self.assertEqual(self.throttled(self.begin()), told)
+            self.assertEqual(self.throttled(self.begin("other")), told)
+            self.network.turn(told - 5.5)
+            self.assertEqual(self.throttled(self.begin("third")), 6)
+            self.assertEqual(len(self.homeserver.asked), 1)
+            self.network.turn(5.6)
+            self.assertEqual(self.user(), USER["user_id"])
+
+    def test_one_question_each_throttled(self) -> None:
+        """Requests that share a request to the homeserver share its 429."""
+        self.throttle(1, Retry_After="9")
+        done = [self.auth.get_user_by_req(client_request(TOKEN)) for _ in range(3)]
+        self.network.turn()
+        self.assertEqual([self.throttled(one) for one in done], [9] * 3)
+
+    def test_a_throttling_homeserver_is_there(self) -> None:
+        """A check doesn't take a 429 for an outage, and sends nothing in a pause."""
+        self.throttle(1, Retry_After="9")
+        for _ in range(2):
+            done = self.auth.check()
+            self.network.turn()
+            self.assertIsNone(self.successResultOf(done))
+        self.assertEqual(len(self.homeserver.asked), 1)
+
+    def test_time_set_back_in_a_pause(self) -> None:
+        """A pause doesn't last longer because the reactor's time was set back."""
+        self.throttle(1, Retry_After="9")
+        self.throttled(self.begin())
+        self.network.rightNow -= 3600
+        self.assertEqual(self.user(), USER["user_id"])
+
+    def test_300_users_at_once(self) -> None:
+        """A homeserver that allows 20 requests a second serves at least 80 users in the
+        5 seconds of `retry_seconds`, and refuses two full sets of connections at most.
+        The other users are told to wait."""
+        self.homeserver.fault = bucket = TokenBucket(
+            self.network.seconds, 20, answering(200, USER), Retry_After="1"
+        )
+        done = [self.begin(f"token{number}") for number in range(300)]
+        self.network.turn(5.1)
+        served = 0
+        for one in done:
+            one.addErrback(lambda failure: failure.trap(LimitExceededError))
+            served += isinstance(self.successResultOf(one), Requester)
+        self.assertGreaterEqual(served, 80)
+        self.assertLessEqual(bucket.refused, 2 * MAX_CONNECTIONS)
+
+    def test_requests_leave_apart(self) -> None:
+        """After a pause the requests of many users leave one at a time."""
+        times: list[float] = []
+        knows = answering(200, USER)
+
+        def answer(request: Request) -> int | bytes:
+            times.append(self.network.seconds())
+            return knows(request)
+
+        self.throttle(1, Retry_After="1")
+        done = [self.begin()]
+        self.homeserver.fault = answer
+        done += [self.begin(f"token{number}") for number in range(9)]
+        self.network.turn(0.99)
+        self.assertEqual(times, [])
+        self.network.turn(1)
+        for one in done:
+            self.successResultOf(one)
+        gaps = [later - time for time, later in pairwise(times)]
+        self.assertGreaterEqual(min(gaps), FIRST_INTERVAL / 2)
+
     # What is told of it
 
     def test_counted(self) -> None:
@@ -540,9 +862,8 @@ class WhoamiTests(SynchronousTestCase):
         for one in done:
             self.failureResultOf(one)
         counted = {name: count - before[name] for name, count in outcomes().items()}
-        self.assertEqual(
-            counted, {"answered": 1, "refused": 2, "cached": 4, "failed": 7}
-        )
+        expected = {"answered": 1, "refused": 2, "cached": 4, "failed": 7}
+        self.assertEqual(counted, {**expected, "throttled": 0})
 
     def test_no_token_is_logged(self) -> None:
         """The log says why the homeserver is away, and holds no token."""
