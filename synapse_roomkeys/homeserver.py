@@ -3,14 +3,13 @@ it says so."""
 
 import logging
 import math
-from collections import deque
 from collections.abc import Generator, Mapping
 from typing import Any, NoReturn, cast
 
 import attrs
 import msgspec
 from treq.client import HTTPClient
-from twisted.internet.defer import Deferred, DeferredSemaphore, inlineCallbacks, succeed
+from twisted.internet.defer import Deferred, inlineCallbacks
 from twisted.internet.interfaces import IReactorTime, ITransport
 from twisted.internet.protocol import Protocol, connectionDone
 from twisted.python.failure import Failure
@@ -108,48 +107,57 @@ class ThrottledError(Exception):
         super().__init__(f"throttled for {self.retry_after} s")
 
 
-class Throttle:
-    """Delays requests after a 429: all pause for the time that it named, and then leave
-    one at a time.
+class RequestQueue:
+    """Admits requests to the homeserver in order: `MAX_CONNECTIONS` at once, and after
+    a 429 none during the pause that it named, and then one at a time.
 
     The interval between two requests doubles with each 429 and shrinks with each other
     response, so the rate settles a little below the homeserver's limit. Without a 429
-    nothing is delayed.
+    there is none.
     """
 
     def __init__(self, reactor: IReactorTime) -> None:
         self._reactor = reactor
+        self._under_way = 0
         #: Seconds between two requests.
         self._interval = 0.0
         #: The reactor's time at which the next request may leave, at which the last
         #: pause ends, at which the interval was doubled, and that was seen last.
         self._next = self._paused_until = self._slowed = self._latest = -math.inf
-        #: Deadlines of the requests that wait, the oldest first.
-        self._waiting: deque[tuple[float, Deferred[None]]] = deque()
+        #: Requests that wait, in order, and their deadlines.
+        self._waiting: dict[Deferred[None], float] = {}
         self._is_scheduled = False
 
     def is_paused(self) -> bool:
-        """Whether no request may leave now."""
+        """Whether no request is admitted now because of a 429."""
         return self._now() < self._paused_until
 
-    def wait(self, deadline: float) -> "Deferred[None]":
-        """Fire with None when a request may leave.
+    def enter(self, deadline: float) -> "Deferred[None]":
+        """Fire with None when a request may leave. It must be followed by `leave`.
 
         Args:
-            deadline: the reactor's time after which it shall not leave.
+            deadline: the reactor's time after which the request shall not leave.
 
         Raises:
-            ThrottledError: it would leave later. The Deferred fails at once.
+            ThrottledError: a pause ends later, then the Deferred fails at once; or too
+                many requests were before this one.
+            UnusableResponseError: no other request ended by then.
         """
-        now = self._now()
-        if not self._waiting and self._next <= now:
-            self._next = now + self._interval
-            return succeed(None)
-        waiter: Deferred[None] = Deferred()
-        self._waiting.append((deadline, waiter))
+        waiter: Deferred[None] = Deferred(self._forget)
+        self._waiting[waiter] = deadline
+        if len(self._waiting) == 1:
+            self._admit()
         self._refuse_late()
         self._schedule()
+        if not waiter.called:
+            seconds = max(0.0, deadline - self._now())
+            waiter.addTimeout(seconds, self._reactor, self._raise_late)
         return waiter
+
+    def leave(self) -> None:
+        """Note the end of a request that was admitted."""
+        self._under_way -= 1
+        self._schedule()
 
     def slow_down(self, asked: float, seconds: float) -> None:
         """Begin a pause after a 429.
@@ -188,34 +196,53 @@ class Throttle:
         self._latest = now
         return now
 
+    def _is_full(self) -> bool:
+        return self._under_way >= MAX_CONNECTIONS
+
     def _schedule(self) -> None:
-        """Have `_release` called when the oldest request may leave, if there is one."""
-        if self._waiting and not self._is_scheduled:
+        """Have requests admitted when the next one may leave. That is in the reactor's
+        next turn at the soonest, so that a long queue isn't a deep recursion."""
+        if self._waiting and not self._is_scheduled and not self._is_full():
             self._is_scheduled = True
             delay = max(0.0, self._next - self._now())
             self._reactor.callLater(delay, self._release)
 
     def _release(self) -> None:
-        """Let the oldest request leave, unless another pause began meanwhile."""
         self._is_scheduled = False
-        now = self._now()
-        while self._waiting and self._next <= now:
-            self._next = now + self._interval
-            _, waiter = self._waiting.popleft()
-            waiter.callback(None)
+        self._admit()
         self._schedule()
 
+    def _admit(self) -> None:
+        """Let the requests leave that may."""
+        now = self._now()
+        while self._waiting and self._next <= now and not self._is_full():
+            self._next = now + self._interval
+            self._under_way += 1
+            waiter = next(iter(self._waiting))
+            del self._waiting[waiter]
+            waiter.callback(None)
+
     def _refuse_late(self) -> None:
-        """Fail the requests that can't leave before their deadline."""
-        kept: deque[tuple[float, Deferred[None]]] = deque()
-        for deadline, waiter in self._waiting:
-            start = self._next + len(kept) * self._interval
-            if start <= deadline:
-                kept.append((deadline, waiter))
-            else:
-                error = ThrottledError(start - self._now())
-                self._reactor.callLater(0, waiter.errback, error)
-        self._waiting = kept
+        """Fail the requests whose deadline is before the end of the pause."""
+        for waiter, deadline in list(self._waiting.items()):
+            if deadline < self._paused_until:
+                del self._waiting[waiter]
+                waiter.errback(self._throttled())
+
+    def _throttled(self) -> ThrottledError:
+        """The error for a request that came too late. Of many that are refused
+        together, each is told another time to come back: that of its place in line."""
+        line = len(self._waiting) * self._interval
+        return ThrottledError(self._next - self._now() + line)
+
+    def _forget(self, waiter: "Deferred[None]") -> None:
+        del self._waiting[waiter]
+
+    def _raise_late(self, result: object, seconds: float) -> NoReturn:
+        if self._interval > 0 and not self._is_full():
+            raise self._throttled()
+        msg = f"none of {MAX_CONNECTIONS} requests ended in {seconds:.1f} seconds"
+        raise UnusableResponseError(msg)
 
 
 class HomeserverClient:
@@ -235,12 +262,11 @@ class HomeserverClient:
         self._pool = HTTPConnectionPool(reactor)
         self._pool.maxPersistentPerHost = MAX_CONNECTIONS
         self._agent = Agent(reactor, pool=self._pool)
-        self._connections = DeferredSemaphore(MAX_CONNECTIONS)
-        self._throttle = Throttle(reactor)
+        self._queue = RequestQueue(reactor)
 
     def is_paused(self) -> bool:
         """Whether the homeserver answered 429 and the time that it named isn't over."""
-        return self._throttle.is_paused()
+        return self._queue.is_paused()
 
     def close(self) -> "Deferred[None]":
         """Close the connections that are kept for another request."""
@@ -255,29 +281,33 @@ class HomeserverClient:
 
         Args:
             path: what follows ``/_matrix/client``.
-            deadline: the reactor's time after which a throttled request is given up.
+            deadline: the reactor's time after which the request isn't sent.
 
         Raises:
             ThrottledError: the homeserver's pause ends after the deadline.
-            UnusableResponseError: no response in ``timeout_seconds``, or a long one.
+            UnusableResponseError: no connection was free by the deadline, or there was
+                no response in ``timeout_seconds``, or a long one.
             Exception: the connection failed.
         """
         while True:
-            yield self._clock.wait(self._throttle.wait(deadline))
-            sent = self._connections.run(self._exchange, path, headers, params)
-            sent.addTimeout(self._timeout, self._reactor, _raise_timeout)
-            response: Response | None = yield self._clock.wait(sent)
-            if response is not None:
+            yield self._clock.wait(self._queue.enter(deadline))
+            asked = self._reactor.seconds()
+            try:
+                sent = self._exchange(path, headers, params)
+                sent.addTimeout(self._timeout, self._reactor, _raise_timeout)
+                response: Response = yield self._clock.wait(sent)
+            finally:
+                self._queue.leave()
+            if response.code != 429:
+                self._queue.speed_up()
                 return response
+            metrics.whoami_requests.labels("throttled").inc()
+            self._queue.slow_down(asked, pause_of(response))
 
     @inlineCallbacks
     def _exchange(
         self, path: str, headers: Headers, params: Mapping[str, str]
-    ) -> "Generator[Deferred[Any], Any, Response | None]":
-        """Send one request; None if it has to be sent again after a pause."""
-        if self._throttle.is_paused():  # It began while this waited for a connection.
-            return None
-        asked = self._reactor.seconds()
+    ) -> "Generator[Deferred[Any], Any, Response]":
         # A client of treq keeps cookies: one user's are not for the next.
         answer: IResponse = yield HTTPClient(self._agent).get(
             self._api + path,
@@ -289,13 +319,7 @@ class HomeserverClient:
         body = _Body()
         answer.deliverBody(body)
         content: bytes = yield body.done
-        response = Response(answer.code, answer.headers, content)
-        if response.code != 429:
-            self._throttle.speed_up()
-            return response
-        metrics.whoami_requests.labels("throttled").inc()
-        self._throttle.slow_down(asked, pause_of(response))
-        return None
+        return Response(answer.code, answer.headers, content)
 
 
 class _Body(Protocol):

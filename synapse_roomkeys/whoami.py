@@ -202,9 +202,9 @@ class WhoamiAuth:
         """
         if self._homeserver.is_paused():
             return
-        now = self._reactor.seconds()
+        deadline = self._reactor.seconds() + self._options.retry_seconds
         try:
-            sent = self._homeserver.get("/versions", Headers(), {}, now)
+            sent = self._homeserver.get("/versions", Headers(), {}, deadline)
             response: Response = yield self._clock.wait(sent)
             if response.code != 200:
                 raise UnusableResponseError(_describe(response, "/versions"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -33,8 +33,8 @@ class Asked:
     token: str | None
     query: Mapping[str, str]
     cookie: str | None
-    forwarded_for: list[bytes]
-    user_agent: list[bytes]
+    forwarded_for: Sequence[bytes]
+    user_agent: Sequence[bytes]
 
 
 class FakeHomeserver(Resource):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import time
 import urllib.error
 import urllib.request
@@ -40,7 +41,8 @@ from ..homeserver import (
 )
 from ..servers import Synapse, User
 from ..servers.accounts import fetch
-from ..servers.processes import free_port
+from ..servers.homeserver import Homeserver
+from ..servers.processes import HOST, free_port
 from ..servers.service import Service
 from .test_synapse import AS_TOKEN, DEADLINE, IN_NAMESPACE, SYNAPSE, registration
 
@@ -340,6 +342,21 @@ def test_registered_after_a_refusal(stock: Synapse, auth: WhoamiAuth) -> Steps:
     administer(stock, "PUT", path, {"locked": False})
     found = yield auth.get_user_by_req(client_request(user.access_token))
     assert found.user_id == user.user_id
+
+
+def test_two_authorization_headers(homeserver: Homeserver, tmp_path: Path) -> None:
+    """The service refuses a request with two, and takes none of them."""
+    headers = [f"Authorization: Bearer {homeserver.new_user().access_token}"] * 2
+    lines = ["GET /_matrix/client/v3/room_keys/version HTTP/1.1", "Host: a", *headers]
+    with (
+        Service(tmp_path, homeserver.url) as service,
+        socket.create_connection((HOST, service.port), timeout=DEADLINE) as client,
+    ):
+        client.sendall("\r\n".join([*lines, "Connection: close", "", ""]).encode())
+        answer = b"".join(iter(lambda: client.recv(65536), b""))
+    assert answer.startswith(b"HTTP/1.1 401 ")
+    assert b"M_MISSING_TOKEN" in answer
+    assert b"Too many Authorization headers" in answer
 
 
 def test_last_seen(stock: Synapse, tmp_path: Path) -> None:

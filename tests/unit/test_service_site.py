@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from ipaddress import ip_network
 from typing import Any, cast
 
-from twisted.internet.address import IPv4Address
+from twisted.internet.address import IPv4Address, UNIXAddress
 from twisted.internet.interfaces import IReactorTime
 from twisted.internet.task import Clock as FakeReactor
 from twisted.internet.testing import StringTransportWithDisconnection
@@ -169,6 +170,27 @@ class SiteTests(SynchronousTestCase):
         )
         (request,) = self.resource.requests
         self.assertEqual(request.args, {b"a": [b"1"]})
+
+    def test_the_clients_address(self) -> None:
+        """A request has the address of its client, as trusted proxies tell it."""
+        unix, near = UNIXAddress("/s"), IPv4Address("TCP", "192.0.2.1", 40000)
+        self.site.trusted_proxies = (ip_network("192.0.2.1"),)
+        for peer, header, host in (
+            (near, b"", "192.0.2.1"),
+            (near, b"X-Forwarded-For: 2001:db8::1\r\n", "2001:db8::1"),
+            (unix, b"X-Forwarded-For: 203.0.113.9\r\n", "203.0.113.9"),
+        ):
+            channel: Any = self.site.buildProtocol(peer)
+            transport = Transport(peerAddress=peer)
+            transport.protocol = channel
+            channel.makeConnection(transport)
+            channel.dataReceived(GET[:-2] + header + b"\r\n")
+            address: Any = self.resource.requests.pop().getClientAddress()
+            self.assertEqual(address.host, host)
+        channel = self.site.buildProtocol(unix)
+        channel.makeConnection(Transport(peerAddress=unix))
+        channel.dataReceived(GET)
+        self.assertEqual(self.resource.requests.pop().getClientAddress(), unix)
 
     def test_the_end(self) -> None:
         """It fires when the last connection is closed, idle ones a little later."""

@@ -16,6 +16,7 @@ from twisted.internet.interfaces import (
     IReactorPluggableNameResolver,
 )
 from twisted.internet.testing import MemoryReactorClock
+from twisted.python.failure import Failure
 from twisted.test import iosim
 from twisted.trial.unittest import SynchronousTestCase
 from twisted.web.http import Request
@@ -221,7 +222,7 @@ class WhoamiTests(SynchronousTestCase):
             b"authorization", b"Bearer " + TOKEN.encode()
         )
         two_parameters = client_request(None, access_token=TOKEN)
-        two_parameters.args[b"access_token"].append(b"other")  # type: ignore[index]
+        two_parameters.args[b"access_token"].append(b"other")
         both = client_request(TOKEN, access_token=TOKEN)
         basic = client_request(None, f"Basic {TOKEN}")
         for request, msg in (
@@ -289,8 +290,8 @@ class WhoamiTests(SynchronousTestCase):
         for is_guest in (True, 1):
             self.homeserver.answers[TOKEN] = 200, {**USER, "is_guest": is_guest}
             self.assertEqual(self.refusal(), (403, "M_GUEST_ACCESS_FORBIDDEN"))
-        for number, is_guest in enumerate((False, 0, None)):
-            answer = 200, {**USER, "is_guest": is_guest}
+        for number, no_guest in enumerate((False, 0, None)):
+            answer = 200, {**USER, "is_guest": no_guest}
             self.homeserver.answers[f"token{number}"] = answer
             self.assertEqual(self.user(f"token{number}"), USER["user_id"])
 
@@ -718,6 +719,19 @@ class WhoamiTests(SynchronousTestCase):
         self.assertIn("set homeserver.url to https://matrix.example.org", line)
         self.assertNotIn("_matrix/client", line.rpartition("set homeserver.url")[2])
 
+    def test_many_users_while_away(self) -> None:
+        """However many wait, each is told that the homeserver is away, in time."""
+        self.network.refusing = True
+        done = [
+            self.auth.get_user_by_req(client_request(f"token{number}"))
+            for number in range(300)
+        ]
+        self.network.turn(5.5)
+        for one in done:
+            self.failureResultOf(one, UnavailableError)
+        self.network.refusing = False
+        self.assertEqual(self.user(), USER["user_id"])
+
     # A homeserver that throttles
 
     def throttle(self, times: int, value: Any = b"", **headers: str) -> None:
@@ -817,14 +831,24 @@ class WhoamiTests(SynchronousTestCase):
         self.homeserver.fault = bucket = TokenBucket(
             self.network.seconds, 20, answering(200, USER), Retry_After="1"
         )
-        done = [self.begin(f"token{number}") for number in range(300)]
+        done = [
+            self.auth.get_user_by_req(client_request(f"token{number}"))
+            for number in range(300)
+        ]
         self.network.turn(5.1)
         served = 0
+        told: list[int] = []
+
+        def note(failure: Failure) -> None:
+            failure.trap(LimitExceededError)
+            told.append(failure.value.retry_after)
+
         for one in done:
-            one.addErrback(lambda failure: failure.trap(LimitExceededError))
+            one.addErrback(note)
             served += isinstance(self.successResultOf(one), Requester)
         self.assertGreaterEqual(served, 80)
         self.assertLessEqual(bucket.refused, 2 * MAX_CONNECTIONS)
+        self.assertGreaterEqual(len(set(told)), 3)
 
     def test_requests_leave_apart(self) -> None:
         """After a pause the requests of many users leave one at a time."""
