@@ -1,5 +1,5 @@
-"""HTTP requests to the homeserver: bounded in number, time and size, and throttled when
-it says so."""
+"""HTTP requests to the homeserver, with bounds of number, time and size, and with a
+pause after each 429."""
 
 import logging
 import math
@@ -23,28 +23,28 @@ from .clock import Clock
 
 logger = logging.getLogger(__name__)
 
-#: Number of requests under way at once. One takes the homeserver milliseconds, so this
-#: is far more than it answers in parallel.
+#: Number of requests under way at once. A request takes milliseconds, so 20 are far
+#: more than a homeserver answers in parallel.
 MAX_CONNECTIONS = 20
-#: Bytes of a response's body. A real one has some hundred, that of ``/versions`` some
-#: thousand.
+#: Limit of a response's body in bytes. Real bodies have some hundred bytes, the body
+#: of ``/versions`` some thousand.
 MAX_BODY_BYTES = 64 * 1024
-#: Seconds to pause after a 429 that names no time: the unit of ``Retry-After``.
+#: Seconds of the pause after a 429 without a time: the unit of ``Retry-After``.
 DEFAULT_PAUSE = 1.0
-#: Longest pause in seconds, whatever a 429 names. Longer ones are for a single client
-#: that misbehaves; here they would stop all users.
+#: Limit of a pause in seconds. Longer times in a 429 are a penalty for a single
+#: misbehaving client; here they would stop all users.
 MAX_PAUSE = 60.0
 #: Seconds between two requests after the first 429: the `MAX_CONNECTIONS` requests that
-#: may have met it together leave over one second.
+#: were under way together are sent again within one second.
 FIRST_INTERVAL = 1 / MAX_CONNECTIONS
-#: Longest seconds between two requests, however many 429s came: the rate of one a
-#: second is a user's answer in `HomeserverOptions.retry_seconds` at the least.
+#: Limit of the interval in seconds: with the default of `retry_seconds`, 5 users of a
+#: long queue are still served.
 MAX_INTERVAL = 1.0
-#: Factor of the interval after each response that isn't a 429. It takes 35 responses to
-#: double the rate: a homeserver that limits to 20 a second answers for some seconds
-#: before it refuses the next one.
+#: Factor of the interval after each response other than a 429. The rate doubles within
+#: 35 responses: a homeserver with a limit of 20 a second sends a 429 every few seconds
+#: at most.
 RECOVERY = 0.98
-#: An interval below this many seconds is none: one request alone takes about as long.
+#: Seconds below which the interval becomes 0: a single request takes about as long.
 MIN_INTERVAL = 0.001
 
 
@@ -53,14 +53,14 @@ class HomeserverOptions:
     """Options of the homeserver whose users have their backups here.
 
     Attributes:
-        url: address of its client-server API, without ``/_matrix``.
-        has_guests: whether ``is_guest`` in its answers is believed. Conduit and its
-            forks say it of each user without a password.
-        timeout_seconds: time that it has to answer one request.
-        retry_seconds: time for which a request is retried while it is away or
-            throttles.
-        cache_seconds: time for which an access token that it knew is accepted without
-            another request, so the longest time after it was revoked.
+        url: address of the client-server API, without ``/_matrix``.
+        has_guests: whether ``is_guest`` in a response is believed. Conduit and derived
+            servers set ``is_guest`` for each user without a password.
+        timeout_seconds: limit of the time of a single request.
+        retry_seconds: limit of the time in which a failed or throttled request is
+            repeated.
+        cache_seconds: time for which a known access token is accepted without another
+            request. A revoked token is accepted for as long.
         refused_cache_seconds: time for which an unknown access token is refused without
             another request.
         cache_entries: number of answers in memory.
@@ -77,7 +77,7 @@ class HomeserverOptions:
 
 @attrs.frozen
 class Response:
-    """Status, headers and body of a response that came whole."""
+    """Status, headers and body of a complete response."""
 
     code: int
     headers: Headers
@@ -90,30 +90,30 @@ class Response:
 
 
 class UnusableResponseError(Exception):
-    """The homeserver sent no response, or one that says nothing of the user. The text
-    names the response and, where it can, the option to change."""
+    """The homeserver sent no response, or a response from which no user can be read.
+    The text describes the response and, where possible, names the option to change."""
 
 
 class ThrottledError(Exception):
-    """The homeserver answers 429, and its pause ends after the request's deadline.
+    """A request was not sent by its deadline because of a 429.
 
     Attributes:
-        retry_after: whole seconds after which it can be asked, 1 at least.
+        retry_after: whole seconds after which a new request can be sent, 1 at least.
     """
 
     def __init__(self, seconds: float) -> None:
-        # Times are floats: a pause of 6 s isn't 7 s for a few microseconds.
+        # Rounding: 6 s must not become 7 s by the inexact sum of two floats.
         self.retry_after = max(1, math.ceil(round(seconds, 3)))
         super().__init__(f"throttled for {self.retry_after} s")
 
 
 class RequestQueue:
-    """Admits requests to the homeserver in order: `MAX_CONNECTIONS` at once, and after
-    a 429 none during the pause that it named, and then one at a time.
+    """Admits requests to the homeserver in order, `MAX_CONNECTIONS` at once. After a
+    429 all requests pause for the time in the 429, and are then admitted singly.
 
     The interval between two requests doubles with each 429 and shrinks with each other
-    response, so the rate settles a little below the homeserver's limit. Without a 429
-    there is none.
+    response: the rate settles a little below the homeserver's limit. Without a 429 the
+    interval is 0.
     """
 
     def __init__(self, reactor: IReactorTime) -> None:
@@ -121,27 +121,29 @@ class RequestQueue:
         self._under_way = 0
         #: Seconds between two requests.
         self._interval = 0.0
-        #: The reactor's time at which the next request may leave, at which the last
-        #: pause ends, at which the interval was doubled, and that was seen last.
+        #: Times of the reactor: of the next request, of the end of the last pause, of
+        #: the last doubling of the interval, and of the last call of `_now`.
         self._next = self._paused_until = self._slowed = self._latest = -math.inf
-        #: Requests that wait, in order, and their deadlines.
+        #: Deadlines of the waiting requests, in order.
         self._waiting: dict[Deferred[None], float] = {}
         self._is_scheduled = False
 
     def is_paused(self) -> bool:
-        """Whether no request is admitted now because of a 429."""
+        """Whether a pause after a 429 is under way."""
         return self._now() < self._paused_until
 
     def enter(self, deadline: float) -> "Deferred[None]":
-        """Fire with None when a request may leave. It must be followed by `leave`.
+        """Fire with None when a request may be sent. `leave` must be called after the
+        request.
 
         Args:
-            deadline: the reactor's time after which the request shall not leave.
+            deadline: the reactor's time after which the request isn't admitted.
 
         Raises:
-            ThrottledError: a pause ends later, then the Deferred fails at once; or too
-                many requests were before this one.
-            UnusableResponseError: no other request ended by then.
+            ThrottledError: a pause ends after the deadline (the Deferred fails at
+                once), or too many requests were first in the queue after a pause.
+            UnusableResponseError: `MAX_CONNECTIONS` other requests were under way until
+                the deadline.
         """
         waiter: Deferred[None] = Deferred(self._forget)
         self._waiting[waiter] = deadline
@@ -155,7 +157,7 @@ class RequestQueue:
         return waiter
 
     def leave(self) -> None:
-        """Note the end of a request that was admitted."""
+        """Note the end of an admitted request."""
         self._under_way -= 1
         self._schedule()
 
@@ -163,9 +165,9 @@ class RequestQueue:
         """Begin a pause after a 429.
 
         Args:
-            asked: the reactor's time at which the refused request left. The interval
-                doubles once for all requests that left before the last pause.
-            seconds: time that the 429 named.
+            asked: the reactor's time at which the refused request was sent. The
+                interval doubles once for all requests sent before the last pause.
+            seconds: the time in the 429.
         """
         now = self._now()
         if asked > self._slowed:
@@ -173,8 +175,8 @@ class RequestQueue:
             self._interval = min(doubled, MAX_INTERVAL)
             self._slowed = now
             logger.warning(
-                "The homeserver answers 429: all requests to it pause for %.3f s, then"
-                " leave %.3f s apart. Exempt this service from its rate limit.",
+                "The homeserver answers 429: all requests to it pause for %.3f s, and"
+                " are then sent %.3f s apart. Exempt this service from its rate limit.",
                 *(seconds, self._interval),
             )
         end = now + min(max(seconds, self._interval), MAX_PAUSE)
@@ -183,13 +185,13 @@ class RequestQueue:
         self._refuse_late()
 
     def speed_up(self) -> None:
-        """Shorten the interval after a response that isn't a 429."""
+        """Shorten the interval after a response other than a 429."""
         self._interval *= RECOVERY
         if self._interval < MIN_INTERVAL:
             self._interval = 0.0
 
     def _now(self) -> float:
-        """The reactor's time. If it was set back, all times in the future are void."""
+        """The reactor's time. If the system's time was set back, the pause ends."""
         now = self._reactor.seconds()
         if now < self._latest:
             self._paused_until = self._next = self._slowed = now
@@ -200,8 +202,8 @@ class RequestQueue:
         return self._under_way >= MAX_CONNECTIONS
 
     def _schedule(self) -> None:
-        """Have requests admitted when the next one may leave. That is in the reactor's
-        next turn at the soonest, so that a long queue isn't a deep recursion."""
+        """Call `_release` at the time of the next request: in the reactor's next turn
+        or later, because admitting a long queue from `leave` would recurse deeply."""
         if self._waiting and not self._is_scheduled and not self._is_full():
             self._is_scheduled = True
             delay = max(0.0, self._next - self._now())
@@ -213,7 +215,7 @@ class RequestQueue:
         self._schedule()
 
     def _admit(self) -> None:
-        """Let the requests leave that may."""
+        """Admit requests until the queue, the time or the connections are used up."""
         now = self._now()
         while self._waiting and self._next <= now and not self._is_full():
             self._next = now + self._interval
@@ -223,15 +225,15 @@ class RequestQueue:
             waiter.callback(None)
 
     def _refuse_late(self) -> None:
-        """Fail the requests whose deadline is before the end of the pause."""
+        """Fail the requests with a deadline before the end of the pause."""
         for waiter, deadline in list(self._waiting.items()):
             if deadline < self._paused_until:
                 del self._waiting[waiter]
                 waiter.errback(self._throttled())
 
     def _throttled(self) -> ThrottledError:
-        """The error for a request that came too late. Of many that are refused
-        together, each is told another time to come back: that of its place in line."""
+        """The error for a request at the end of the queue. Its time includes the rest
+        of the queue: requests that fail together are repeated at different times."""
         line = len(self._waiting) * self._interval
         return ThrottledError(self._next - self._now() + line)
 
@@ -253,7 +255,7 @@ class HomeserverClient:
     ) -> None:
         """
         Args:
-            reactor: what connections are made with.
+            reactor: makes the connections.
         """
         self._reactor = reactor
         self._clock = clock
@@ -265,11 +267,11 @@ class HomeserverClient:
         self._queue = RequestQueue(reactor)
 
     def is_paused(self) -> bool:
-        """Whether the homeserver answered 429 and the time that it named isn't over."""
+        """Whether a pause after a 429 is under way."""
         return self._queue.is_paused()
 
     def close(self) -> "Deferred[None]":
-        """Close the connections that are kept for another request."""
+        """Close idle connections."""
         closed: Deferred[None] = self._pool.closeCachedConnections()
         return closed
 
@@ -277,16 +279,18 @@ class HomeserverClient:
     def get(
         self, path: str, headers: Headers, params: Mapping[str, str], deadline: float
     ) -> "Generator[Deferred[Any], Any, Response]":
-        """Send a GET request, again after each 429, and fire with any other response.
+        """Send a GET request, repeat the request after each 429, and fire with the
+        first other response.
 
         Args:
-            path: what follows ``/_matrix/client``.
+            path: path below ``/_matrix/client``.
             deadline: the reactor's time after which the request isn't sent.
 
         Raises:
-            ThrottledError: the homeserver's pause ends after the deadline.
-            UnusableResponseError: no connection was free by the deadline, or there was
-                no response in ``timeout_seconds``, or a long one.
+            ThrottledError: the request wasn't sent by the deadline because of a 429.
+            UnusableResponseError: no connection was free by the deadline, or no
+                response came in ``timeout_seconds``, or its body is over
+                `MAX_BODY_BYTES`.
             Exception: the connection failed.
         """
         while True:
@@ -308,7 +312,7 @@ class HomeserverClient:
     def _exchange(
         self, path: str, headers: Headers, params: Mapping[str, str]
     ) -> "Generator[Deferred[Any], Any, Response]":
-        # A client of treq keeps cookies: one user's are not for the next.
+        # A new client each time: treq keeps cookies, and users must not share any.
         answer: IResponse = yield HTTPClient(self._agent).get(
             self._api + path,
             headers=headers,
@@ -326,8 +330,8 @@ class _Body(Protocol):
     """Gathers the body of a response.
 
     Attributes:
-        done: fires with the body, or fails when it is cut off or too long. Cancelled,
-            it closes the connection.
+        done: fires with the body, or fails when the body is cut off or too long.
+            Cancelling closes the connection.
     """
 
     def __init__(self) -> None:
@@ -347,7 +351,7 @@ class _Body(Protocol):
         """As `Protocol.connectionLost`."""
         if self.done.called:
             return
-        # A response without a length is cut off if it isn't JSON.
+        # A body without a Content-Length may be cut off: the decoder notices.
         if reason.check(ResponseDone, PotentialDataLoss):
             self.done.callback(self._content)
         else:
@@ -362,13 +366,14 @@ class _LimitBody(msgspec.Struct):
 
 
 def pause_of(response: Response) -> float:
-    """Seconds that a 429 names: those of ``Retry-After``, a number or a date (RFC 9110,
-    10.2.3), else ``retry_after_ms`` of the body, else `DEFAULT_PAUSE`."""
+    """Seconds of the pause after a 429: ``Retry-After`` as a number or a date (RFC
+    9110, 10.2.3). Without the header, ``retry_after_ms`` of the body. Without either,
+    `DEFAULT_PAUSE`."""
     text = response.header("Retry-After")
     if text.isascii() and text.isdigit():
         return float(text)
     try:
-        # Against the homeserver's own time, which may differ from ours.
+        # Relative to the homeserver's own time: our system's may differ.
         sent = stringToDatetime(response.header("Date").encode())
         return max(0.0, float(stringToDatetime(text.encode()) - sent))
     except (ValueError, IndexError):

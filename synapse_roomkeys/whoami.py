@@ -1,8 +1,8 @@
-"""Authentication by the homeserver: whose an access token is.
+"""Authentication by the homeserver: the user of an access token.
 
-It is asked with ``GET /account/whoami`` of the client-server API, "Account
-management", where "Identity assertion" of the application service API lets a service
-name the user, and the device, that it acts as.
+The request is ``GET /account/whoami`` of the client-server API ("Account management").
+The query may have a ``user_id`` and a ``device_id`` by which an application service
+masquerades as a user ("Identity assertion" in the application service API).
 """
 
 import hashlib
@@ -35,28 +35,31 @@ from .types import Requester
 logger = logging.getLogger(__name__)
 
 WHOAMI = "/v3/account/whoami"
-#: Seconds between the first two tries while the homeserver is away; then doubled.
+#: Seconds between the first two tries while the homeserver is away; doubled each time.
 FIRST_DELAY = 0.1
-#: Seconds that a client is told to wait when all tries have failed.
+#: Seconds for which a check waits for a connection or for the end of a pause. The
+#: callers of ``/ready`` have an answer within 5 seconds.
+CHECK_SECONDS = 2
+#: ``Retry-After`` of a 503 in seconds, after all tries have failed.
 RETRY_AFTER = 10
-#: The parameters with which an application service says whom it acts as.
+#: Query parameters by which an application service masquerades as a user.
 MASKS = ("user_id", "device_id")
-#: Bytes of ``User-Agent`` that are passed on. A browser's has some hundred and fifty.
+#: Limit of ``User-Agent`` in bytes. A browser sends about 150 bytes.
 MAX_USER_AGENT_BYTES = 500
 
-#: Statuses of a response that refuses the user, where its body is a Matrix error.
+#: Statuses of a refusal. Its body is a Matrix error.
 _REFUSALS = (400, 401, 403, 404)
-#: Errcodes at which a client turns its backup off, whatever the status.
+#: Errcodes at which a client turns its backup off, with any status.
 _FATAL_ERRCODES = ("M_NOT_FOUND", "M_WRONG_ROOM_KEYS_VERSION")
-#: A token goes out in a header: visible ASCII, as in RFC 6750 and somewhat more.
+#: Visible ASCII, a superset of RFC 6750: a token is sent on in a header.
 _TOKEN = re.compile("[!-~]+")
 _BEARER = re.compile("Bearer +([!-~]+)", re.IGNORECASE)
 _CONTROLS = bytes([*range(32), 127])
 
 
 class _WhoamiBody(msgspec.Struct):
-    """Body of a 200. ``is_guest`` came with version 1.2 of the specification: servers
-    leave it out, or send null or a number."""
+    """Body of a 200. ``is_guest`` is new in version 1.2 of the specification: servers
+    may omit the member, or send null or a number."""
 
     user_id: Annotated[str, msgspec.Meta(pattern="^@.*:.", max_length=255)]
     device_id: str | None = None
@@ -74,8 +77,8 @@ _decode_error = msgspec.json.Decoder(_ErrorBody).decode
 
 @attrs.frozen
 class _Refusal:
-    """Arguments of a `TokenError`. An exception in memory would hold the requests that
-    it was raised for, by its traceback."""
+    """Arguments of a `TokenError`. A remembered exception would keep requests alive by
+    its traceback."""
 
     code: int
     errcode: str
@@ -89,7 +92,7 @@ class _Refusal:
 
 @attrs.frozen
 class _Throttled:
-    """The homeserver's pause is longer than a request may take."""
+    """The request wasn't sent in time because of a 429."""
 
     retry_after: int
 
@@ -114,11 +117,11 @@ _Answer = Requester | _Failure
 
 @attrs.frozen
 class _Claim:
-    """What a request says of its user, and the homeserver is asked about.
+    """The parts of a client's request that are sent to the homeserver.
 
     Attributes:
-        masks: the user, and the device, that an application service acts as.
-        client_host: IP address of the client, or None if it isn't known.
+        masks: values of the query parameters in `MASKS`.
+        client_host: IP address of the client, or None if unknown.
         user_agent: value of the client's ``User-Agent``, or None.
     """
 
@@ -128,8 +131,8 @@ class _Claim:
     user_agent: bytes | None
 
     def key(self) -> bytes:
-        """Hash of all that the answer depends on. The address is in it, so that the
-        homeserver hears of each address that a token is used from."""
+        """Hash by which the answer is remembered. It includes the address: the
+        homeserver must see each address from which a token is used."""
         parts = (self.token, sorted(self.masks.items()), self.client_host)
         return hashlib.sha256(repr(parts).encode()).digest()
 
@@ -138,7 +141,7 @@ class _Claim:
         headers = Headers({"Authorization": [f"Bearer {self.token}"]})
         if self.client_host is not None:
             headers.addRawHeader("X-Forwarded-For", self.client_host)
-            # Synapse logs a warning where an address has none, and assumes this one.
+            # Without this header Synapse logs a warning for each request.
             headers.addRawHeader("X-Forwarded-Proto", "https")
         if self.user_agent is not None:
             headers.addRawHeader(b"User-Agent", self.user_agent)
@@ -147,7 +150,7 @@ class _Claim:
 
 @attrs.define
 class _Question:
-    """A request to the homeserver, and the others that wait for its answer."""
+    """A request to the homeserver, and the clients' requests that share the answer."""
 
     answer: _Answer = attrs.field(factory=_Away)
     waiting: "list[Deferred[None]]" = attrs.field(factory=list)
@@ -161,7 +164,7 @@ class WhoamiAuth:
     ) -> None:
         """
         Args:
-            reactor: what connections are made with.
+            reactor: makes the connections.
         """
         self._reactor = reactor
         self._clock = clock
@@ -195,14 +198,14 @@ class WhoamiAuth:
 
     @inlineCallbacks
     def check(self) -> "Generator[Deferred[Any], Any, None]":
-        """See whether the homeserver is there. One that throttles is.
+        """Check that the homeserver answers. A 429 is an answer, too.
 
         Raises:
-            UnavailableError: it isn't.
+            UnavailableError: the homeserver doesn't answer, or not with a 200.
         """
         if self._homeserver.is_paused():
             return
-        deadline = self._reactor.seconds() + self._options.retry_seconds
+        deadline = self._reactor.seconds() + CHECK_SECONDS
         try:
             sent = self._homeserver.get("/versions", Headers(), {}, deadline)
             response: Response = yield self._clock.wait(sent)
@@ -215,11 +218,11 @@ class WhoamiAuth:
             raise UnavailableError(RETRY_AFTER) from None
 
     def close(self) -> "Deferred[None]":
-        """Close the connections that are kept for another request."""
+        """Close idle connections."""
         return self._homeserver.close()
 
     def _remembered(self, key: bytes) -> _Answer | None:
-        """The homeserver's answer, if it isn't too old."""
+        """The remembered answer, or None if there is none or it is expired."""
         if key not in self._answers:
             return None
         asked, answer = self._answers[key]
@@ -230,7 +233,7 @@ class WhoamiAuth:
         return answer if 0 <= self._reactor.seconds() - asked < seconds else None
 
     def _remember(self, key: bytes, asked: float, answer: _Answer) -> None:
-        """Keep an answer. If there are too many, drop the oldest one."""
+        """Remember an answer, and drop the oldest over ``cache_entries``."""
         self._answers[key] = asked, answer
         self._answers.move_to_end(key)
         if len(self._answers) > self._options.cache_entries:
@@ -240,7 +243,7 @@ class WhoamiAuth:
     def _ask_once(
         self, key: bytes, claim: _Claim
     ) -> "Generator[Deferred[Any], Any, _Answer]":
-        """Ask the homeserver, or wait for the answer if it is being asked already."""
+        """Send a request, or wait for the answer to an equal request under way."""
         question = self._questions.get(key)
         if question is not None:
             metrics.whoami_requests.labels("cached").inc()
@@ -261,7 +264,8 @@ class WhoamiAuth:
     def _ask(
         self, key: bytes, claim: _Claim
     ) -> "Generator[Deferred[Any], Any, _Answer]":
-        """Ask the homeserver, again and again while it is away, and remember."""
+        """Send a request, retry while the homeserver is away, and remember the
+        answer."""
         deadline = self._reactor.seconds() + self._options.retry_seconds
         delay = FIRST_DELAY
         while True:
@@ -275,7 +279,7 @@ class WhoamiAuth:
                 break
             except ThrottledError as error:
                 return _Throttled(error.retry_after)
-            # Connecting fails in more ways than can be named here.
+            # Twisted has no common base class for the errors of connections.
             except Exception as error:
                 metrics.whoami_requests.labels("failed").inc()
                 left = deadline - self._reactor.seconds()
@@ -294,8 +298,8 @@ class WhoamiAuth:
         return answer
 
     def _log(self, level: int, msg: str, error: Exception) -> None:
-        """Log why the homeserver gives no answer, with its address. An exception's
-        first line holds no header of a request."""
+        """Log the homeserver's address and an error. Only the first line of the error
+        is logged: it holds no header of a request."""
         brief = (str(error).splitlines() or [""])[0]
         if not isinstance(error, UnusableResponseError):
             brief = f"{type(error).__name__}: {brief}"
@@ -303,10 +307,10 @@ class WhoamiAuth:
 
 
 def _claim_of(request: Request) -> _Claim:
-    """The claim of a request.
+    """Read the claim of a client's request.
 
     Raises:
-        TokenError: it has no access token, or more than one.
+        TokenError: the request has no access token, or two.
     """
     token = _access_token(request)
     values = {name: _parameters(request, name) for name in MASKS}
@@ -315,11 +319,13 @@ def _claim_of(request: Request) -> _Claim:
 
 
 def _access_token(request: Request) -> str:
-    """The token of the ``Authorization`` header, or of the query. A second one, in
-    either place, is refused as Synapse does it: a proxy may have looked at the other.
+    """Read the access token of the ``Authorization`` header or of the query.
+
+    A request with two tokens is refused, as in Synapse: a proxy may have checked the
+    other token.
 
     Raises:
-        TokenError: there is none, or more than one.
+        TokenError: the request has no token, or two.
     """
     headers = request.requestHeaders.getRawHeaders(b"Authorization") or []
     parameters = _parameters(request, "access_token")
@@ -350,7 +356,8 @@ def _parameters(request: Request, name: str) -> list[str]:
 
 
 def _client_host(request: Request) -> str | None:
-    """The client's IP address; one of IPv4 that came as IPv6's is written as IPv4's."""
+    """The client's IP address. A mapped address (``::ffff:192.0.2.1``) is returned as
+    IPv4."""
     host = getattr(request.getClientAddress(), "host", None)
     if host is None:
         return None
@@ -360,8 +367,8 @@ def _client_host(request: Request) -> str | None:
 
 
 def _user_agent(request: Request) -> bytes | None:
-    """The client's ``User-Agent``, the last where there are several, as Synapse has it:
-    without control characters, and no longer than `MAX_USER_AGENT_BYTES`."""
+    """The client's last ``User-Agent``, as in Synapse, without control characters and
+    cut at `MAX_USER_AGENT_BYTES`."""
     values = request.requestHeaders.getRawHeaders(b"User-Agent") or [b""]
     return values[-1].translate(None, _CONTROLS)[:MAX_USER_AGENT_BYTES] or None
 
@@ -369,10 +376,10 @@ def _user_agent(request: Request) -> bytes | None:
 def _read_answer(
     response: Response, options: HomeserverOptions
 ) -> Requester | _Refusal:
-    """Read whose the token is, or why it is refused.
+    """Read the user of the token, or the refusal.
 
     Raises:
-        UnusableResponseError: the response says neither.
+        UnusableResponseError: the response has neither.
     """
     try:
         if response.code == 200:
@@ -393,7 +400,7 @@ def _read_user(user: _WhoamiBody, options: HomeserverOptions) -> Requester | _Re
 
 
 def _read_refusal(code: int, error: _ErrorBody) -> _Refusal:
-    """Pass a refusal on, but for one that would have a client turn its backup off."""
+    """Pass a refusal on. Replace an errcode at which a client turns its backup off."""
     msg = "The homeserver refuses the access token"
     if error.errcode in _FATAL_ERRCODES:
         msg = "The homeserver knows no such user or device"
@@ -402,12 +409,11 @@ def _read_refusal(code: int, error: _ErrorBody) -> _Refusal:
 
 
 def _is_lasting(answer: Requester | _Refusal, claim: _Claim) -> bool:
-    """Whether an answer stays true for the seconds that it may be remembered.
+    """Whether an answer may be remembered (docs/service.rst has a table).
 
-    A refused token stays refused: tokens are never issued twice. All other refusals
-    (docs/service.rst has a table) end by an act of somebody who knows of them and tries
-    again at once: the user is registered, unlocked or gets a password, the device is
-    made.
+    An unknown token stays unknown: tokens are never issued twice. All other refusals
+    end by an action (register or unlock the user, create the device), and the same
+    request is repeated right after the action.
     """
     if isinstance(answer, Requester):
         return True
@@ -415,8 +421,8 @@ def _is_lasting(answer: Requester | _Refusal, claim: _Claim) -> bool:
 
 
 def _describe(response: Response, path: str) -> str:
-    """Describe a response that is of no use, and name the option to change where the
-    address looks wrong."""
+    """Describe an unusable response. If the address of the homeserver looks wrong, name
+    the option to change."""
     code = response.code
     kind = response.header("Content-Type").partition(";")[0] or "no Content-Type"
     target = response.header("Location").partition("?")[0]
@@ -435,5 +441,5 @@ def _describe(response: Response, path: str) -> str:
 
 
 def _base_of(target: str, path: str) -> str:
-    """The value of ``homeserver.url`` that leads to a redirect's target."""
+    """The value of ``homeserver.url`` for the target of a redirect."""
     return target.removesuffix("/").removesuffix("/_matrix/client" + path)

@@ -810,7 +810,7 @@ class WhoamiTests(SynchronousTestCase):
 
     def test_a_throttling_homeserver_is_there(self) -> None:
         """A check doesn't take a 429 for an outage, and sends nothing in a pause."""
-        self.throttle(1, Retry_After="9")
+        self.throttle(1, Retry_After="3")
         for _ in range(2):
             done = self.auth.check()
             self.network.turn()
@@ -841,7 +841,8 @@ class WhoamiTests(SynchronousTestCase):
 
         def note(failure: Failure) -> None:
             failure.trap(LimitExceededError)
-            told.append(failure.value.retry_after)
+            error: Any = failure.value
+            told.append(error.retry_after)
 
         for one in done:
             one.addErrback(note)
