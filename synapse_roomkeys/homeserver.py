@@ -116,8 +116,13 @@ class RequestQueue:
     interval is 0.
     """
 
-    def __init__(self, reactor: IReactorTime) -> None:
+    def __init__(self, reactor: IReactorTime, timeout: float) -> None:
+        """
+        Args:
+            timeout: seconds for which a request waits for another to end, at least.
+        """
         self._reactor = reactor
+        self._timeout = timeout
         self._under_way = 0
         #: Seconds between two requests.
         self._interval = 0.0
@@ -137,13 +142,13 @@ class RequestQueue:
         request.
 
         Args:
-            deadline: the reactor's time after which the request isn't admitted.
+            deadline: the reactor's time after which a throttled request fails.
 
         Raises:
             ThrottledError: a pause ends after the deadline (the Deferred fails at
                 once), or too many requests were first in the queue after a pause.
-            UnusableResponseError: `MAX_CONNECTIONS` other requests were under way until
-                the deadline.
+            UnusableResponseError: `MAX_CONNECTIONS` other requests were under way all
+                the time.
         """
         waiter: Deferred[None] = Deferred(self._forget)
         self._waiting[waiter] = deadline
@@ -152,7 +157,7 @@ class RequestQueue:
         self._refuse_late()
         self._schedule()
         if not waiter.called:
-            seconds = max(0.0, deadline - self._now())
+            seconds = max(self._timeout, deadline - self._now())
             waiter.addTimeout(seconds, self._reactor, self._raise_late)
         return waiter
 
@@ -216,6 +221,7 @@ class RequestQueue:
 
     def _admit(self) -> None:
         """Admit requests until the queue, the time or the connections are used up."""
+        self._refuse_late()
         now = self._now()
         while self._waiting and self._next <= now and not self._is_full():
             self._next = now + self._interval
@@ -225,9 +231,12 @@ class RequestQueue:
             waiter.callback(None)
 
     def _refuse_late(self) -> None:
-        """Fail the requests with a deadline before the end of the pause."""
+        """Fail the requests with a deadline in the past or before the end of the pause,
+        unless the homeserver is merely busy."""
+        now = self._now()
+        start = max(self._paused_until, now if self._interval else -math.inf)
         for waiter, deadline in list(self._waiting.items()):
-            if deadline < self._paused_until:
+            if deadline < start:
                 del self._waiting[waiter]
                 waiter.errback(self._throttled())
 
@@ -241,8 +250,6 @@ class RequestQueue:
         del self._waiting[waiter]
 
     def _raise_late(self, result: object, seconds: float) -> NoReturn:
-        if self._interval > 0 and not self._is_full():
-            raise self._throttled()
         msg = f"none of {MAX_CONNECTIONS} requests ended in {seconds:.1f} seconds"
         raise UnusableResponseError(msg)
 
@@ -264,7 +271,7 @@ class HomeserverClient:
         self._pool = HTTPConnectionPool(reactor)
         self._pool.maxPersistentPerHost = MAX_CONNECTIONS
         self._agent = Agent(reactor, pool=self._pool)
-        self._queue = RequestQueue(reactor)
+        self._queue = RequestQueue(reactor, options.timeout_seconds)
 
     def is_paused(self) -> bool:
         """Whether a pause after a 429 is under way."""
@@ -284,13 +291,12 @@ class HomeserverClient:
 
         Args:
             path: path below ``/_matrix/client``.
-            deadline: the reactor's time after which the request isn't sent.
+            deadline: the reactor's time after which a throttled request fails.
 
         Raises:
             ThrottledError: the request wasn't sent by the deadline because of a 429.
-            UnusableResponseError: no connection was free by the deadline, or no
-                response came in ``timeout_seconds``, or its body is over
-                `MAX_BODY_BYTES`.
+            UnusableResponseError: no connection was free or no response came in
+                ``timeout_seconds``, or the body is over `MAX_BODY_BYTES`.
             Exception: the connection failed.
         """
         while True:

@@ -22,6 +22,7 @@ from twisted.web.http_headers import Headers
 
 from . import metrics
 from .clock import Clock
+from .describe import error_line
 from .errors import LimitExceededError, RoomKeysError, TokenError, UnavailableError
 from .homeserver import (
     HomeserverClient,
@@ -37,8 +38,8 @@ logger = logging.getLogger(__name__)
 WHOAMI = "/v3/account/whoami"
 #: Seconds between the first two tries while the homeserver is away; doubled each time.
 FIRST_DELAY = 0.1
-#: Seconds for which a check waits for a connection or for the end of a pause. The
-#: callers of ``/ready`` have an answer within 5 seconds.
+#: Seconds for which a check waits for the end of a pause: less than the 5 seconds in
+#: which ``/ready`` answers.
 CHECK_SECONDS = 2
 #: ``Retry-After`` of a 503 in seconds, after all tries have failed.
 RETRY_AFTER = 10
@@ -300,7 +301,7 @@ class WhoamiAuth:
     def _log(self, level: int, msg: str, error: Exception) -> None:
         """Log the homeserver's address and an error. Only the first line of the error
         is logged: it holds no header of a request."""
-        brief = (str(error).splitlines() or [""])[0]
+        brief = error_line(error)
         if not isinstance(error, UnusableResponseError):
             brief = f"{type(error).__name__}: {brief}"
         logger.log(level, msg, self._options.url, brief)

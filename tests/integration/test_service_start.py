@@ -118,11 +118,12 @@ def test_a_database_of_a_later_version(homeserver: Homeserver, tmp_path: Path) -
 
 def test_a_homeserver_that_is_away(tmp_path: Path) -> None:
     """It starts all the same, and isn't ready."""
-    with Service(tmp_path, f"http://{HOST}:{free_port()}") as service:
+    away = f"http://{HOST}:{free_port()}"
+    with Service(tmp_path, away) as service:
         assert json.loads(fetch(f"{service.url}/health")) == {"status": "ok"}
         with pytest.raises(RuntimeError, match=r'503 .*"homeserver":"unavailable"'):
             fetch(f"{service.url}/ready")
-        assert "The homeserver is away" in service.log()
+        assert f"The homeserver at {away} is away" in service.log()
 
 
 def test_a_wrong_configuration(homeserver: Homeserver, tmp_path: Path) -> None:

@@ -719,19 +719,6 @@ class WhoamiTests(SynchronousTestCase):
         self.assertIn("set homeserver.url to https://matrix.example.org", line)
         self.assertNotIn("_matrix/client", line.rpartition("set homeserver.url")[2])
 
-    def test_many_users_while_away(self) -> None:
-        """However many wait, each is told that the homeserver is away, in time."""
-        self.network.refusing = True
-        done = [
-            self.auth.get_user_by_req(client_request(f"token{number}"))
-            for number in range(300)
-        ]
-        self.network.turn(5.5)
-        for one in done:
-            self.failureResultOf(one, UnavailableError)
-        self.network.refusing = False
-        self.assertEqual(self.user(), USER["user_id"])
-
     # A homeserver that throttles
 
     def throttle(self, times: int, value: Any = b"", **headers: str) -> None:
