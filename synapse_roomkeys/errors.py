@@ -196,4 +196,4 @@ class UnavailableError(RoomKeysError):
 
 
 class OutageError(UnavailableError):
-    """The database is away for everybody."""
+    """The database is away, or holds a lock that the user's other writes need too."""

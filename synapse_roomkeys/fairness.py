@@ -1,4 +1,4 @@
-"""One user's requests wait for each other, so that they can't starve others."""
+"""Queues: one user's requests wait for each other, and blocked writes for a lane."""
 
 import math
 import time
@@ -10,7 +10,7 @@ import attrs
 from twisted.internet.defer import Deferred, inlineCallbacks
 
 from . import metrics
-from .clock import Clock
+from .clock import Clock, DelayedCall
 from .errors import LimitExceededError, OutageError, UnavailableError
 
 T = TypeVar("T")
@@ -61,8 +61,9 @@ class UserQueues:
 
         Raises:
             LimitExceededError: too many calls of this user are waiting.
-            UnavailableError: this one has waited all the while in which another one
-                found an outage. Each would take some seconds to find it anew.
+            UnavailableError: another call of the user failed with `OutageError`, and
+                this one was waiting before that call began. A try of its own would
+                take some seconds and meet the same outage or lock.
         """
         came = time.monotonic()
         queue = self._queues.get(user_id)
@@ -94,3 +95,51 @@ class UserQueues:
             self._clock.fire(queue.waiting.popleft())
         else:
             del self._queues[user_id]
+
+
+class Lane:
+    """Limits how many transactions run at once; the others wait in order of arrival.
+
+    A transaction that waits holds neither a thread nor a connection.
+    """
+
+    def __init__(self, clock: Clock, width: int) -> None:
+        """
+        Args:
+            width: number of transactions that may run at once.
+        """
+        self._clock = clock
+        self._free = width
+        self._waiting: deque[tuple[Deferred[None], DelayedCall]] = deque()
+
+    def enter(self, seconds: float) -> "Deferred[None] | None":
+        """Take a place, which the caller gives back with `leave`.
+
+        Args:
+            seconds: longest wait for a place.
+
+        Returns:
+            None if a place was free. Else a Deferred that fires with None when the
+            caller has one, or fails with `UnavailableError` if none was free in time.
+        """
+        if self._free:
+            self._free -= 1
+            return None
+        turn: Deferred[None] = Deferred()
+        timer = self._clock.call_later(seconds, lambda: self._give_up(entry))
+        entry = turn, timer
+        self._waiting.append(entry)
+        return self._clock.wait(turn)
+
+    def leave(self) -> None:
+        """Give the place to the transaction that has waited longest, if any waits."""
+        if self._waiting:
+            turn, timer = self._waiting.popleft()
+            timer.cancel()
+            self._clock.fire(turn)
+        else:
+            self._free += 1
+
+    def _give_up(self, entry: tuple[Deferred[None], DelayedCall]) -> None:
+        self._waiting.remove(entry)
+        entry[0].errback(UnavailableError(RETRY_AFTER))

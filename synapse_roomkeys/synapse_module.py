@@ -72,7 +72,7 @@ class RoomKeysModule:
             hs.get_reactor(), make_deferred_yieldable, run_in_background
         )
         self._store = EndToEndRoomKeyStore(
-            RetryingDatabase(ModuleApiDatabase(api), engine, self._clock),
+            RetryingDatabase(ModuleApiDatabase(api, database), engine, self._clock),
             engine.dialect,
             time.time,
             config.limits,
@@ -155,9 +155,18 @@ class SynapseHost:
 
 
 class ModuleApiDatabase:
-    """Transactions on Synapse's own connections."""
+    """Transactions on Synapse's own connections.
 
-    def __init__(self, api: ModuleApi) -> None:
+    Attributes:
+        connections: how many Synapse has at most (``cp_max``), for all of its work.
+    """
+
+    def __init__(self, api: ModuleApi, database: Any) -> None:
+        """
+        Args:
+            database: Synapse's ``DatabasePool``.
+        """
+        self.connections: int = database._db_pool.max
         #: It hands on what names no parameter of the function to `runInteraction`.
         self._interact: Callable[..., Deferred[Any]] = api.run_db_interaction
 
@@ -229,6 +238,7 @@ def _internals(api: ModuleApi) -> tuple[Any, Any]:
         hs: Any = api._hs
         database: Any = hs.get_datastores().main.db_pool
         known = inspect.signature(database.runInteraction).parameters
+        _ = database._db_pool.max
     except AttributeError as error:
         raise _unexpected("ModuleApi._hs with its main database", str(error)) from None
     if "isolation_level" not in known:

@@ -36,7 +36,25 @@ class FakeReactor(FakeTime):
         callable(*args)
 
 
-class ImmediateDatabase:
+class TriesOnce:
+    """Gives a database that only has ``run`` the methods of `Transactions`."""
+
+    run: Any
+
+    def write(
+        self, desc: str, function: Callable[..., T], *args: Any, **kwargs: Any
+    ) -> Deferred[T]:
+        """As `Transactions.write`, without a retry."""
+        return self.run(desc, function, *args, **kwargs)  # type: ignore[no-any-return]
+
+    def attempt(
+        self, desc: str, function: Callable[..., object], *args: Any, **kwargs: Any
+    ) -> Deferred[None]:
+        """As `Transactions.attempt`, whose errors are raised."""
+        return self.run(desc, function, *args, **kwargs)  # type: ignore[no-any-return]
+
+
+class ImmediateDatabase(TriesOnce):
     """An SQLite database in memory that has done everything when it returns.
 
     Attributes:
@@ -50,6 +68,7 @@ class ImmediateDatabase:
         self.connection.set_trace_callback(self.statements.append)
         self.fault: Exception | None = None
         self.transactions = 0
+        self.connections = 1
         self.run("upgrade", upgrade_tables, SQLITE, True)
 
     def run(

@@ -4,7 +4,7 @@ import logging
 import math
 import sqlite3
 import time
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, Concatenate, NoReturn, ParamSpec, Protocol, TypeVar
 
 import attrs
@@ -14,7 +14,9 @@ from twisted.internet.defer import Deferred, DeferredSemaphore, inlineCallbacks
 from ..clock import Clock
 from ..describe import error_line
 from ..errors import OutageError, UnavailableError
+from ..fairness import Lane
 from . import sql
+from .faults import Fault, judge_sqlite, judge_sqlstate
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +39,28 @@ LIBPQ_DEFAULTS = {
     "keepalives_idle": 5,
     "keepalives_interval": 5,
 }
+
+#: TCP settings of the server's end of a connection, by which the server notices a
+#: client that vanished and rolls its transaction back: the same times as in
+#: `LIBPQ_DEFAULTS`. Linux would take 2 hours.
+_SERVER_DEFAULTS = """
+    SELECT set_config(name, value, false) FROM pg_settings JOIN (VALUES
+        ('tcp_user_timeout', '10000'), ('tcp_keepalives_idle', '5'),
+        ('tcp_keepalives_interval', '5'), ('tcp_keepalives_count', '2')
+    ) AS ours (name, value) USING (name)
+    WHERE source = 'default' AND pg_backend_pid() = %s"""
+#: Age in seconds below which a connection that turned out read-only says nothing of the
+#: others: a server that stays read-only would have all of them reconnect at each write.
+_YOUNG_SECONDS = 1.0
+
+#: Share of the connections that writes may hold at once, tries after a lock timeout
+#: apart. Reads have the others when every write waits for a lock.
+_WRITE_SHARE = 0.7
+#: How many transactions may run at once that are likely to wait for a lock.
+_LOCKED_WIDTH = 1
+#: Longest wait of `Transactions.attempt` for its turn, in seconds: the answer to a
+#: request doesn't depend on it.
+_ATTEMPT_WAIT = 0.5
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -71,7 +95,13 @@ class Transaction(Protocol):
 
 
 class Database(Protocol):
-    """Runs functions in transactions; the host brings one."""
+    """Runs functions in transactions; the host brings one.
+
+    Attributes:
+        connections: how many transactions may run at once.
+    """
+
+    connections: int
 
     def run(
         self,
@@ -94,31 +124,52 @@ class Database(Protocol):
         """
 
 
+class Transactions(Protocol):
+    """Runs transactions with retries: the port of the store to its database."""
+
+    def run(
+        self,
+        desc: str,
+        function: Callable[Concatenate[Transaction, P], T],
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> "Deferred[T]":
+        """As `RetryingDatabase.run`."""
+
+    def write(
+        self,
+        desc: str,
+        function: Callable[Concatenate[Transaction, P], T],
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> "Deferred[T]":
+        """As `RetryingDatabase.write`."""
+
+    def attempt(
+        self,
+        desc: str,
+        function: Callable[Concatenate[Transaction, P], object],
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> "Deferred[None]":
+        """As `RetryingDatabase.attempt`."""
+
+
 @attrs.frozen
 class Engine:
-    """A database engine: how it is spoken to and how it says that it is away.
+    """A database engine: its SQL, and the meaning of its driver's errors.
 
     Attributes:
-        error: what all of the driver's exceptions are.
-        transient: those after which trying again may help.
-        conflict: those that say that a row is there already.
-        is_outage: whether one of these says that any transaction would fail.
+        error: base class of the driver's exceptions.
+        judge: returns the kind of an exception, DEFECT for one that isn't the driver's.
     """
 
     dialect: sql.Dialect
     error: type[Exception]
-    transient: tuple[type[Exception], ...]
-    conflict: tuple[type[Exception], ...]
-    is_outage: Callable[[Exception], bool]
+    judge: Callable[[Exception], Fault]
 
 
-SQLITE = Engine(
-    sql.SQLITE,
-    sqlite3.Error,
-    (sqlite3.OperationalError,),
-    (),
-    lambda error: str(error).startswith("database is locked"),
-)
+SQLITE = Engine(sql.SQLITE, sqlite3.Error, judge_sqlite)
 
 
 def postgres() -> Engine:
@@ -127,66 +178,223 @@ def postgres() -> Engine:
     Raises:
         ImportError: psycopg2 isn't installed.
     """
-    import psycopg2.errors
+    import psycopg2
 
-    return Engine(
-        sql.POSTGRES,
-        psycopg2.Error,
-        (psycopg2.OperationalError, psycopg2.InterfaceError, adbapi.ConnectionLost),
-        (psycopg2.errors.UniqueViolation,),
-        # One that can't be reached says nothing; 57P is one that stops or starts.
-        lambda error: (getattr(error, "pgcode", None) or "57P").startswith("57P"),
+    # Errors without a SQLSTATE are libpq's, for a connection that failed or broke, or,
+    # of the latter classes, psycopg2's own, for a wrong call.
+    ours = (
+        psycopg2.DataError,
+        psycopg2.IntegrityError,
+        psycopg2.NotSupportedError,
+        psycopg2.ProgrammingError,
     )
+
+    def judge(error: Exception) -> Fault:
+        if isinstance(error, adbapi.ConnectionLost):
+            return Fault.OUTAGE
+        if not isinstance(error, psycopg2.Error):
+            return Fault.DEFECT
+        if error.pgcode:
+            return judge_sqlstate(error.pgcode)
+        return Fault.DEFECT if isinstance(error, ours) else Fault.OUTAGE
+
+    return Engine(sql.POSTGRES, psycopg2.Error, judge)
 
 
 class ConflictError(Exception):
     """A row is there already, which the transaction could not see when it began."""
 
 
-class RetryingDatabase:
-    """A database that is tried for some seconds before it is said to be away.
+class LockedError(Exception):
+    """A lock was not free within the lock timeout; the driver's error is the cause.
 
-    Every transaction of the plugin may run twice: writing the same again changes
-    nothing, and a version that was made twice leaves one that nobody was told of.
+    Synapse runs a transaction again, on the same connection, at each of psycopg2's
+    operational errors, of which a lock timeout is one. It passes on other exceptions.
+    """
+
+
+class _Limited:
+    """A transaction whose first statement brings the engine's limits in its message."""
+
+    def __init__(self, txn: Transaction, dialect: sql.Dialect) -> None:
+        self._txn = txn
+        self._dialect = dialect
+        self._is_new = True
+        self.fetchone = txn.fetchone
+        self.fetchall = txn.fetchall
+
+    @property
+    def rowcount(self) -> int:
+        """As `Transaction.rowcount`."""
+        return self._txn.rowcount
+
+    @property
+    def description(self) -> Any:
+        """As `Transaction.description`."""
+        return self._txn.description
+
+    def execute(self, statement: str, parameters: Any = ()) -> Any:
+        """As `Transaction.execute`."""
+        limits = self._dialect.limits if self._is_new else ""
+        self._is_new = False
+        return self._txn.execute(limits + statement, parameters)
+
+
+class RetryingDatabase:
+    """A database whose transactions are retried for some seconds before a 503.
+
+    Transactions must be safe to repeat. Merging is idempotent; repeating
+    create_version leaves an unused version.
+
+    On PostgreSQL, a transaction waits for a lock for a second at most
+    (`sql.LOCK_SECONDS`). To keep those that wait from taking every connection, writes
+    share some of the connections, and a try after a lock timeout has to take one narrow
+    lane. An SQLite file has one connection and one lock, so there are no lanes.
     """
 
     def __init__(self, database: Database, engine: Engine, clock: Clock) -> None:
         self._database = database
         self._engine = engine
         self._clock = clock
+        self._writes = self._locked = None
+        if database.connections > 1:
+            width = max(1, int(database.connections * _WRITE_SHARE))
+            self._writes = Lane(clock, width)
+            self._locked = Lane(clock, _LOCKED_WIDTH)
 
-    @inlineCallbacks
     def run(
         self,
         desc: str,
         function: Callable[Concatenate[Transaction, P], T],
         *args: P.args,
         **kwargs: P.kwargs,
-    ) -> "Generator[Deferred[Any], Any, T]":
-        """As `Database.run`.
+    ) -> "Deferred[T]":
+        """Run a transaction that takes no row lock, as `Database.run`.
 
         Raises:
-            UnavailableError: all tries have failed; its cause is what the last one met.
-            OutageError: others would fail as well.
+            UnavailableError: all tries have failed; the last one's error is the cause.
+            OutageError: the same, and the user's other requests would fail as well.
             ConflictError: a row is there already.
         """
+        return self._retry(None, _RETRY_DELAYS, desc, function, *args, **kwargs)
+
+    def write(
+        self,
+        desc: str,
+        function: Callable[Concatenate[Transaction, P], T],
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> "Deferred[T]":
+        """Run a transaction that may wait for a row lock.
+
+        Raises:
+            UnavailableError, OutageError, ConflictError: as `run`.
+        """
+        lane = self._writes
+        return self._retry(lane, _RETRY_DELAYS, desc, function, *args, **kwargs)
+
+    @inlineCallbacks
+    def attempt(
+        self,
+        desc: str,
+        function: Callable[Concatenate[Transaction, P], object],
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> "Generator[Deferred[Any], Any, None]":
+        """Run a transaction once, where the answer doesn't depend on its success.
+
+        A database that is locked, full, read-only or away is logged, not raised.
+        """
+        try:
+            yield self._retry(self._locked, (), desc, function, *args, **kwargs)
+        except UnavailableError:
+            # It is logged already.
+            return
+
+    @inlineCallbacks
+    def _retry(
+        self,
+        lane: Lane | None,
+        delays: Sequence[float],
+        desc: str,
+        function: Callable[Concatenate[Transaction, P], T],
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> "Generator[Deferred[Any], Any, T]":
+        """Try until a try succeeds, or its error isn't passing, or time is up.
+
+        Args:
+            lane: limits how many of these tries run at once.
+            delays: seconds between tries; after the last one there is one try more.
+        """
         end = time.monotonic() + _TRY_SECONDS
-        for delay in (*_RETRY_DELAYS, math.inf):
+        wait: float = _WAIT_SECONDS if delays else _ATTEMPT_WAIT
+        failure: Exception | None = None
+        fault = Fault.PASSING
+        for delay in (*delays, math.inf):
             try:
-                result: T = yield self._database.run(desc, function, *args, **kwargs)
-                return result
-            except self._engine.conflict as error:
-                raise ConflictError(desc) from error
-            except self._engine.transient as error:
-                failure = error
-            if time.monotonic() + delay > end:
+                turn = lane.enter(wait) if lane else None
+                if turn is not None:
+                    yield turn
+                try:
+                    result: T = yield self._database.run(
+                        desc, self._in_thread, function, *args, **kwargs
+                    )
+                    return result
+                finally:
+                    if lane is not None:
+                        lane.leave()
+            except UnavailableError:
+                # No place in the lane, or no connection, was free in time.
+                if failure is None:
+                    raise
+                break
+            except Exception as error:
+                failure, fault = self._judge(error)
+                if fault is Fault.DEFECT:
+                    raise
+                if fault is Fault.CONFLICT:
+                    raise ConflictError(desc) from failure
+            if fault is Fault.LOCKED and lane is not None:
+                lane = self._locked
+            wait = end - time.monotonic() - delay
+            if wait < 0:
                 break
             logger.warning("%s failed, trying again: %s", desc, _brief(failure))
             yield self._clock.sleep(delay)
-        logger.error("%s failed for good: %s", desc, _brief(failure))
-        is_outage = self._engine.is_outage(failure)
-        kind = OutageError if is_outage else UnavailableError
-        raise kind(RETRY_AFTER) from failure
+        assert failure is not None
+        raise _given_up(desc, failure, fault) from failure
+
+    def _in_thread(
+        self,
+        txn: Transaction,
+        function: Callable[Concatenate[Transaction, P], T],
+        /,
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> T:
+        """Call a function with a transaction that has the engine's limits."""
+        if self._engine.dialect.limits:
+            txn = _Limited(txn, self._engine.dialect)
+        try:
+            return function(txn, *args, **kwargs)
+        except self._engine.error as error:
+            if self._engine.judge(error) is Fault.LOCKED:
+                raise LockedError from error
+            raise
+
+    def _judge(self, error: Exception) -> tuple[Exception, Fault]:
+        """Return the driver's error behind an exception, and its kind."""
+        if isinstance(error, LockedError) and isinstance(error.__cause__, Exception):
+            error = error.__cause__
+        return error, self._engine.judge(error)
+
+
+def _given_up(desc: str, failure: Exception, fault: Fault) -> UnavailableError:
+    """Log that the last try of a transaction failed; return the error to raise."""
+    logger.error("%s failed for good: %s", desc, _brief(failure))
+    kind = UnavailableError if fault is Fault.PASSING else OutageError
+    return kind(RETRY_AFTER)
 
 
 def _brief(error: Exception) -> str:
@@ -199,14 +407,19 @@ class PoolDatabase:
 
     Transactions wait for a connection here, not for a thread there, so that they can
     give up.
+
+    Attributes:
+        connections: how many connections there are at most.
     """
 
-    def __init__(self, pool: adbapi.ConnectionPool) -> None:
+    def __init__(self, pool: adbapi.ConnectionPool, dialect: sql.Dialect) -> None:
         # As adbapi does: whoever only imports this has no reactor yet.
         from twisted.internet import reactor
 
         self._reactor = reactor
         self._pool = pool
+        self._dialect = dialect
+        self.connections = pool.max
         self._connections = DeferredSemaphore(pool.max)
 
     @property
@@ -242,8 +455,18 @@ class PoolDatabase:
             self._connections.release()
 
     def check(self) -> "Deferred[None]":
-        """Fires with None when the database answers, or fails with its error."""
-        return self.run("check", _ask_for_nothing)
+        """Fires with None when the database answers and takes writes.
+
+        Raises:
+            ReadOnlyError: it takes none.
+            Exception: whatever else the driver raises.
+        """
+        return self.run("check", self._check)
+
+    def _check(self, txn: Transaction) -> None:
+        txn.execute(self._dialect.find_read_only)
+        if txn.fetchall() != [(0,)]:
+            raise ReadOnlyError("the database is read-only")
 
     def close(self) -> None:
         """Close the connections and end the threads."""
@@ -255,8 +478,8 @@ def _give_up(result: object, seconds: float) -> NoReturn:
     raise UnavailableError(RETRY_AFTER)
 
 
-def _ask_for_nothing(txn: Transaction) -> None:
-    txn.execute("SELECT 1")
+class ReadOnlyError(Exception):
+    """The database refuses writes; `PoolDatabase.check` found it read-only."""
 
 
 class _PostgresTransaction(adbapi.Transaction):
@@ -268,18 +491,67 @@ class _PostgresTransaction(adbapi.Transaction):
 
 
 class _PostgresConnection(adbapi.Connection):
-    """A connection that is left without a word when it is lost.
-
-    The error that says so is on its way to whoever asked for the transaction.
-    """
+    """A connection that logs nothing when it is lost; the transaction's error does."""
 
     def rollback(self) -> None:
-        """Undo the transaction, or have the next one connect anew."""
+        """Undo the transaction, if the connection is still there."""
         connection: Any = self._connection
-        if connection.closed:
-            self._pool.disconnect(connection)
-        else:
+        if not connection.closed:
             super().rollback()  # type: ignore[no-untyped-call]
+
+
+class _PostgresPool(adbapi.ConnectionPool):
+    """A pool that replaces its connections when one was lost or is read-only.
+
+    After a restart of the server all connections are dead; after a failover behind one
+    address all lead to what is a standby now. Each thread replaces its own connection
+    before its next transaction.
+    """
+
+    connectionFactory = _PostgresConnection
+    transactionFactory = _PostgresTransaction
+
+    def __init__(self, *args: Any, **keywords: Any) -> None:
+        super().__init__(*args, **keywords)  # type: ignore[no-untyped-call]
+        self._judge = postgres().judge
+        self._thread: Callable[[], int] = self.threadID
+        self._drop: Callable[[Any], None] = self.disconnect
+        #: When each thread connected, in monotonic seconds.
+        self._connected: dict[int, float] = {}
+        #: Connections made before this time are replaced.
+        self._stale = -math.inf
+
+    def connect(self) -> Any:
+        """Return the thread's connection, a new one where there is none or a stale."""
+        thread = self._thread()
+        connection = self.connections.get(thread)
+        if connection is not None and self._connected[thread] < self._stale:
+            self._drop(connection)
+            connection = None
+        if connection is None:
+            self._connected[thread] = time.monotonic()
+        connect: Any = super().connect
+        return connect()
+
+    def _runInteraction(self, *args: Any, **keywords: Any) -> Any:
+        run: Any = super()._runInteraction
+        try:
+            return run(*args, **keywords)
+        except Exception as error:
+            connection = self.connections.get(self._thread())
+            if connection is not None:
+                is_read_only = isinstance(error, ReadOnlyError)
+                is_read_only |= self._judge(error) is Fault.READ_ONLY
+                if connection.closed or is_read_only:
+                    self._replace(connection)
+            raise
+
+    def _replace(self, connection: Any) -> None:
+        """Close the thread's connection, and have older ones replaced as well."""
+        self._drop(connection)
+        now = time.monotonic()
+        if self._connected[self._thread()] < now - _YOUNG_SECONDS:
+            self._stale = now
 
 
 def sqlite_database(path: str) -> PoolDatabase:
@@ -305,7 +577,7 @@ def sqlite_database(path: str) -> PoolDatabase:
         timeout=_LOCK_SECONDS,
         check_same_thread=False,
     )
-    return PoolDatabase(pool)
+    return PoolDatabase(pool, sql.SQLITE)
 
 
 def with_timeouts(arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -365,14 +637,21 @@ def postgres_database(arguments: Mapping[str, Any]) -> PoolDatabase:
 
     def prepare(connection: Any) -> None:
         connection.set_session(isolation_level="READ COMMITTED")
+        # PgBouncer makes up a pid of its own. Its connection to the server is shared
+        # with others, whose settings are none of ours.
+        with connection, connection.cursor() as cursor:
+            cursor.execute(_SERVER_DEFAULTS, (connection.info.backend_pid,))
 
-    defaults = {
-        "cp_min": 1,
-        "cp_max": 10,
-        "cp_reconnect": True,
-        "cp_openfun": prepare,
-    }
-    pool = adbapi.ConnectionPool("psycopg2", **{**defaults, **with_timeouts(arguments)})
-    pool.connectionFactory = _PostgresConnection
-    pool.transactionFactory = _PostgresTransaction
-    return PoolDatabase(pool)
+    pool = _PostgresPool(
+        "psycopg2",
+        **{
+            "cp_min": 1,
+            "cp_max": 10,
+            "cp_reconnect": True,
+            "cp_openfun": prepare,
+            **with_timeouts(arguments),
+            # Statements and keys are UTF-8, whatever the operator's environment says.
+            "client_encoding": "UTF8",
+        },
+    )
+    return PoolDatabase(pool, sql.POSTGRES)

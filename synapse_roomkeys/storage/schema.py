@@ -19,8 +19,12 @@ _SAVE_NUMBER = (
 )
 
 
+#: The encoding of a database that can hold every character of a client's JSON.
+_ENCODING = "UTF8"
+
+
 class SchemaError(Exception):
-    """The tables are those of a later version of the plugin."""
+    """The database can't be used: its tables are newer, or its encoding isn't UTF8."""
 
 
 def upgrade_tables(txn: Transaction, engine: Engine, homeserver_tables: bool) -> None:
@@ -35,11 +39,14 @@ def upgrade_tables(txn: Transaction, engine: Engine, homeserver_tables: bool) ->
             homeserver that does.
 
     Raises:
-        SchemaError: the tables are newer than this version of the plugin.
+        SchemaError: the tables are newer than this version of the plugin, or the
+            database's encoding isn't UTF8.
     """
     files = _read_files()
     newest = max(files)
-    if _find_number(txn, engine, newest) == newest:
+    found = _find_number(txn, engine, newest)
+    _check_encoding(txn, engine)
+    if found == newest:
         return
     txn.execute(engine.dialect.lock_schema)
     found = _find_number(txn, engine, newest)
@@ -72,6 +79,17 @@ def _find_number(txn: Transaction, engine: Engine, newest: int) -> int:
             " version that was here before, or a later one"
         )
     return found
+
+
+def _check_encoding(txn: Transaction, engine: Engine) -> None:
+    """Raise a SchemaError unless the database can hold every Unicode character."""
+    txn.execute(engine.dialect.find_encoding)
+    ((encoding,),) = txn.fetchall()
+    if encoding != _ENCODING:
+        raise SchemaError(
+            f"its encoding is {encoding}, but keys need {_ENCODING}: make a new"
+            " database with createdb -E UTF8 -T template0 NAME"
+        )
 
 
 def _read_files() -> dict[int, list[str]]:

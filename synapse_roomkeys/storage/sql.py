@@ -106,6 +106,20 @@ _COUNT_KEYS = f"""{_CACHE_COUNT} RETURNING etag, key_count, key_bytes""".format(
 #: Counts the keys of a version and caches that; its etag, its count, and NULL.
 #: Parameters: the time in Unix seconds, user, version, user, version.
 COUNT_KEYS = _COUNT_KEYS.format(size="CAST(NULL AS BIGINT)")
+#: Etag of a version and number of its keys, without a lock or a write. Parameters:
+#: user, version, user, version.
+FIND_COUNT = """
+    SELECT COALESCE(etag, 0),
+        (SELECT COUNT(*) FROM e2e_room_keys WHERE user_id = ? AND version = ?)
+    FROM e2e_room_keys_versions WHERE user_id = ? AND version = ? AND deleted = 0"""
+#: Caches a count that `FIND_COUNT` found, if the version still has that etag.
+#: Parameters: count, time in Unix seconds, user, version, etag.
+KEEP_COUNT = _CACHE_COUNT.format(
+    counted="""
+    SELECT user_id, version, COALESCE(etag, 0), ?, CAST(NULL AS BIGINT), ?
+    FROM e2e_room_keys_versions
+    WHERE user_id = ? AND version = ? AND deleted = 0 AND COALESCE(etag, 0) = ?"""
+)
 #: Moves a cached count with its version's etag, where it is of that etag. Parameters:
 #: the new etag, how many keys and bytes more, or NULL, user, version, the old etag.
 MOVE_COUNT = """
@@ -312,6 +326,11 @@ class Dialect:
     """What SQLite and PostgreSQL are told in different words.
 
     Attributes:
+        limits: settings of a transaction, sent in one message with its first statement:
+            how long it waits for a lock, and how long the server waits for its next
+            statement before it ends the session. Empty where an engine has none.
+        find_read_only: 1 if the session can't write, else 0.
+        find_encoding: the name of the database's encoding.
         begin_write: begins a transaction that reads and then writes, where the engine
             has to be told. Each of the statements of any transaction sees what others
             committed before it.
@@ -353,6 +372,9 @@ class Dialect:
             fields that rank them, and their data.
     """
 
+    limits: str
+    find_read_only: str
+    find_encoding: str
     begin_write: str | None
     find_own_tables: str
     lock_schema: str
@@ -386,6 +408,10 @@ _WRITE_ON_SQLITE = (
 #: A process has one connection to an SQLite file, for all its users: three pages take
 #: some 5 ms.
 SQLITE = Dialect(
+    limits="",
+    find_read_only="SELECT 0",
+    # The driver encodes and decodes whatever encoding the file has.
+    find_encoding="SELECT 'UTF8'",
     begin_write="BEGIN IMMEDIATE",
     find_own_tables=f"SELECT COUNT(*) FROM sqlite_master WHERE name IN {OWN_TABLES}",
     lock_schema="BEGIN IMMEDIATE",
@@ -414,6 +440,14 @@ SQLITE = Dialect(
     pack_ids=_pack_json,
     pack_keys=_pack_json,
 )
+
+#: Longest wait for a lock, in seconds. An upload holds its lock for milliseconds, and
+#: each wait keeps a connection from others. Tries go on for some seconds.
+LOCK_SECONDS = 1
+#: Longest pause between two statements of a transaction, in seconds. Then the server
+#: ends the session and frees its locks, as the process was stopped or its machine is
+#: gone: the work between two statements takes milliseconds.
+IDLE_SECONDS = 10
 
 _ON_DISK = "SET LOCAL synchronous_commit TO ON"
 _LOCK_ON_POSTGRES = f"{_ON_DISK}; {_LOCK_VERSION} FOR UPDATE"
@@ -446,6 +480,12 @@ _WRITE_ON_POSTGRES = Step(
 #: large backup would be worth compiling the query for. A download keeps one of several
 #: connections for some 50 ms.
 POSTGRES = Dialect(
+    limits=(
+        f"SET LOCAL lock_timeout TO {1000 * LOCK_SECONDS};"
+        f" SET LOCAL idle_in_transaction_session_timeout TO {1000 * IDLE_SECONDS}; "
+    ),
+    find_read_only="SELECT current_setting('transaction_read_only')::bool::int",
+    find_encoding="SELECT current_setting('server_encoding')",
     begin_write=None,
     find_own_tables=(
         "SET TRANSACTION ISOLATION LEVEL READ COMMITTED;"
@@ -453,8 +493,10 @@ POSTGRES = Dialect(
         f" WHERE tablename IN {OWN_TABLES} AND schemaname = ANY(current_schemas(FALSE))"
     ),
     lock_schema=(
-        "SELECT pg_advisory_xact_lock(hashtext('roomkeys schema'));"
-        " SET LOCAL lock_timeout TO '10s'; SET LOCAL synchronous_commit TO ON"
+        "SET LOCAL lock_timeout TO '10s';"
+        f" SET LOCAL idle_in_transaction_session_timeout TO {1000 * IDLE_SECONDS};"
+        " SET LOCAL synchronous_commit TO ON;"
+        " SELECT pg_advisory_xact_lock(hashtext('roomkeys schema'))"
     ),
     lock_version=_LOCK_ON_POSTGRES,
     insert_version=f"{_ON_DISK}; {_INSERT_VERSION}",

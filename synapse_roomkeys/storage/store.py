@@ -25,7 +25,7 @@ from ..types import (
     UploadResult,
 )
 from . import sql
-from .database import ConflictError, Database, Transaction
+from .database import ConflictError, Transaction, Transactions
 from .rows import (
     Found,
     chunks,
@@ -44,13 +44,13 @@ _SLOTS = 1 << 16
 class EndToEndRoomKeyStore:
     """What the homeserver's two tables, and the plugin's own, hold of the backups.
 
-    The methods return Deferreds, which may fail with whatever the `Database` fails
+    The methods return Deferreds, which may fail with whatever the `Transactions` fail
     with besides the errors that each method names.
     """
 
     def __init__(
         self,
-        database: Database,
+        database: Transactions,
         dialect: sql.Dialect,
         now: Callable[[], float],
         limits: Limits,
@@ -77,14 +77,14 @@ class EndToEndRoomKeyStore:
             RoomKeysVersionError: it isn't the current one.
             UserLimitError: the user's backups would get too large.
         """
-        run, upload = self._database.run, self._upload_txn
+        write, upload = self._database.write, self._upload_txn
         desc, arguments = "roomkeys_upload_keys", (user_id, version, keys)
         result: UploadResult
         try:
-            result = yield run(desc, upload, *arguments)
+            result = yield write(desc, upload, *arguments)
         except ConflictError:
             # Somebody who takes no lock has just added one of the keys.
-            result = yield run(desc, upload, *arguments, trusts_nothing=True)
+            result = yield write(desc, upload, *arguments, trusts_nothing=True)
         self._met_old[_slot(user_id)] = bool(result.kept or result.replaced)
         return result
 
@@ -152,7 +152,7 @@ class EndToEndRoomKeyStore:
         Raises:
             NotFoundError: there is no such version.
         """
-        return self._database.run(
+        return self._database.write(
             "roomkeys_delete_keys",
             self._delete_keys_txn,
             *(user_id, version, room_id, session_id),
@@ -167,7 +167,7 @@ class EndToEndRoomKeyStore:
         so it is new even when the user's older versions have been forgotten, once the
         clock has passed their numbers.
         """
-        return self._database.run(
+        return self._database.write(
             "roomkeys_create_version",
             self._create_version_txn,
             *(user_id, algorithm, auth_data),
@@ -177,30 +177,17 @@ class EndToEndRoomKeyStore:
     def get_info(
         self, user_id: str, version: int | None
     ) -> "Generator[Deferred[Any], Any, BackupInfo | None]":
-        """A version, or the current one; None when there is none.
-
-        Raises:
-            NotFoundError: the version was deleted meanwhile.
-        """
-        row = yield self._database.run(
+        """A version, or the current one; None when there is none."""
+        info: BackupInfo | None
+        info, is_cached = yield self._database.run(
             "roomkeys_get_info", self._info_txn, user_id, version
         )
-        if row is None:
-            return None
-        number, algorithm, auth_data, etag, count = row
-        if count is None:
-            try:
-                state: BackupState = yield self._database.run(
-                    "roomkeys_count_keys", self._count_txn, user_id, number
-                )
-            except NotFoundError:
-                if version is not None:
-                    raise
-                # It was deleted meanwhile: an older one is the current one now, if any.
-                info: BackupInfo | None = yield self.get_info(user_id, None)
-                return info
-            etag, count = state.etag, state.count
-        return BackupInfo(number, algorithm, auth_data, etag, count)
+        if info is not None and not is_cached:
+            # A database that is full, read-only or locked still answers.
+            yield self._database.attempt(
+                "roomkeys_keep_count", self._keep_count_txn, user_id, info
+            )
+        return info
 
     def update_version(
         self, user_id: str, version: int, algorithm: str, auth_data: str
@@ -211,7 +198,7 @@ class EndToEndRoomKeyStore:
             NotFoundError: there is no such version.
             InvalidParamError: it has another algorithm.
         """
-        return self._database.run(
+        return self._database.write(
             "roomkeys_update_version",
             self._update_version_txn,
             *(user_id, version, algorithm, auth_data),
@@ -226,13 +213,13 @@ class EndToEndRoomKeyStore:
         Raises:
             NotFoundError: there never was such a version.
         """
-        return self._database.run(
+        return self._database.write(
             "roomkeys_delete_version", self._delete_version_txn, user_id, version
         )
 
     def forget_user(self, user_id: str) -> "Deferred[None]":
         """Drop what the plugin's own tables hold of a user."""
-        return self._database.run(
+        return self._database.write(
             "roomkeys_forget_user", self._forget_user_txn, user_id
         )
 
@@ -575,19 +562,36 @@ class EndToEndRoomKeyStore:
             txn.execute(self._dialect.lock_version, (user_id, current))
             locked = current
 
-    def _info_txn(self, txn: Transaction, user_id: str, version: int | None) -> Any:
-        """A version's row: the fields of a `BackupInfo`, the count None where no
-        count is cached."""
-        parameters = (user_id, *self._count_times(), user_id)
-        if version is None:
-            txn.execute(sql.CURRENT_INFO, parameters)
-        else:
-            txn.execute(sql.VERSION_INFO, (*parameters, version))
-        return txn.fetchone()
+    def _info_txn(
+        self, txn: Transaction, user_id: str, version: int | None
+    ) -> tuple[BackupInfo | None, bool]:
+        """Find a version or the current one, and count its keys if no count is cached.
 
-    def _count_txn(self, txn: Transaction, user_id: str, version: int) -> BackupState:
-        self._begin(txn)
-        return self._count_anew(txn, user_id, version)[0]
+        Returns:
+            The version, None when there is none, and whether its count was cached.
+        """
+        parameters = (user_id, *self._count_times(), user_id)
+        while True:
+            if version is None:
+                txn.execute(sql.CURRENT_INFO, parameters)
+            else:
+                txn.execute(sql.VERSION_INFO, (*parameters, version))
+            row = txn.fetchone()
+            if row is None:
+                return None, True
+            number, algorithm, auth_data, *_, count = row
+            if count is not None:
+                return BackupInfo(*row), True
+            txn.execute(sql.FIND_COUNT, (user_id, number, user_id, number))
+            counted = txn.fetchone()
+            if counted is not None:
+                return BackupInfo(number, algorithm, auth_data, *counted), False
+            # The version was deleted between the two statements.
+
+    def _keep_count_txn(self, txn: Transaction, user_id: str, info: BackupInfo) -> None:
+        """Cache a count that was found without a lock, if the etag hasn't moved."""
+        backup = user_id, info.version
+        txn.execute(sql.KEEP_COUNT, (info.count, int(self._now()), *backup, info.etag))
 
     def _update_version_txn(
         self,

@@ -328,3 +328,22 @@ def test_an_upload_waits_for_a_count_that_is_being_kept(
     other.commit()
     assert (yield upload) == (2, 2)
     assert (yield client.tally(version)) == (2, 2)
+
+
+@inlineCallbacks
+def test_a_count_that_is_locked(site: OwnSite, other: Any) -> Steps:
+    """A version is shown with the count of its keys, though another process doesn't let
+    go of the row where the count would be cached."""
+    client = Client(site.host, site.host.new_user())
+    version: str = yield client.create_version()
+    yield client.upload(version, {"!room": {"1": key()}})
+    other.cursor().execute(
+        "UPDATE roomkeys_counts SET counted_ts = 0 WHERE user_id = %s",
+        (client.user.user_id,),
+    )
+    other.commit()
+    other.cursor().execute(
+        "SELECT 1 FROM roomkeys_counts WHERE user_id = %s FOR UPDATE",
+        (client.user.user_id,),
+    )
+    assert (yield client.tally(version)) == (1, 1)

@@ -24,6 +24,7 @@ from synapse_roomkeys.storage import (
 )
 from synapse_roomkeys.types import KeyMetadata, KeyPage, Limits, RoomKey
 
+from ..memory import TriesOnce
 from ..servers import PostgresServer
 from ..sites import Backend
 from . import test_contract
@@ -169,7 +170,7 @@ class Explained:
 
 
 @attrs.frozen
-class ExplainedDatabase:
+class ExplainedDatabase(TriesOnce):
     """A database that keeps what is sent to it."""
 
     database: PoolDatabase
@@ -257,6 +258,7 @@ def do_everything(store: EndToEndRoomKeyStore, user: str) -> Steps:
     yield store.forget_user(user)
     yield store.get_info(user, version)
     yield store.update_version(user, version, "algorithm", '{"a": 1}')
+    yield store.forget_user(user)
     for room_id, session_id in (("!room", "7"), ("!room", None), (None, None)):
         _, deleted = yield store.delete_keys(user, version, room_id, session_id)
         assert deleted

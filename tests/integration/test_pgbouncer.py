@@ -23,7 +23,16 @@ Steps = Generator[Deferred[Any], Any, None]
 Sites = tuple[OwnSite, OwnSite]
 ROOM = "!room"
 #: What the plugin sets in its transactions.
-SETTINGS = ("enable_sort", "enable_incremental_sort", "synchronous_commit")
+SETTINGS = (
+    "enable_sort",
+    "enable_incremental_sort",
+    "synchronous_commit",
+    "lock_timeout",
+    "idle_in_transaction_session_timeout",
+    # Set at connect where there is no pooler.
+    "tcp_user_timeout",
+    "tcp_keepalives_idle",
+)
 
 # The races of two servers on one database, once more, on the backend below.
 sites = test_storage.sites

@@ -75,6 +75,25 @@ def test_a_port_in_use(homeserver: Homeserver, tmp_path: Path) -> None:
         failure(service, 1, f"listeners: tcp:{service.port}:", "already in use")
 
 
+@pytest.mark.parametrize("command", ["serve", "migrate"])
+def test_a_database_of_another_encoding(
+    homeserver: Homeserver, tmp_path: Path, postgres: PostgresServer, command: str
+) -> None:
+    """It is refused before the first key, with what to do about it."""
+    database = postgres.create_database(encoding="LATIN1")
+    service = Service(tmp_path, homeserver.url, database=database)
+    if command == "migrate":
+        source = {"name": "sqlite3", "args": {"database": str(tmp_path / "hs.db")}}
+        file = tmp_path / "homeserver.yaml"
+        file.write_text(json.dumps({"database": source}))
+        with closing(sqlite3.connect(tmp_path / "hs.db")) as connection:
+            upgrade_tables(connection.cursor(), SQLITE, True)
+            connection.commit()
+        config = ("--config", "roomkeys.yaml")
+        service.arguments = ("migrate", "--from", str(file), *config)
+    failure(service, 1, "its encoding is LATIN1", "createdb -E UTF8 -T template0")
+
+
 def test_a_database_that_is_away(homeserver: Homeserver, tmp_path: Path) -> None:
     """It is tried for some seconds, then it ends; the password isn't told."""
     args = {"host": HOST, "port": free_port(), "user": "a", "password": SECRET}

@@ -33,7 +33,7 @@ from synapse_roomkeys.types import (
 from synapse_roomkeys.wire import encode_key
 
 from ..contract.base import ALGORITHM, NO_VERSION, same
-from ..memory import ImmediateDatabase
+from ..memory import ImmediateDatabase, TriesOnce
 from .model import COUNT_LIFETIME, Backup, Ids, Key, Keys, User, Version
 
 T = TypeVar("T")
@@ -70,7 +70,7 @@ algorithms = st.sampled_from((ALGORITHM, ALGORITHM, "another"))
 UNKNOWN_VERSION = (404, {"errcode": "M_NOT_FOUND", "error": NO_VERSION})
 
 
-class BlockingPostgres:
+class BlockingPostgres(TriesOnce):
     """A PostgreSQL database that has done everything when it returns."""
 
     def __init__(self, arguments: Mapping[str, Any]) -> None:

@@ -4,9 +4,10 @@ and that all is well afterwards."""
 from __future__ import annotations
 
 import resource
+import sqlite3
 import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 import attrs
@@ -108,6 +109,26 @@ def test_a_file_that_may_not_grow(serve: Serve, tmp_path: Path) -> Steps:
         lambda: limit(resource.RLIM_INFINITY),
     )
     assert "failed for good: OperationalError: disk I/O error" in served.service.log()
+
+
+@inlineCallbacks
+def test_a_count_that_cannot_be_cached(serve: Serve, tmp_path: Path) -> Steps:
+    """A version whose cached count has expired is shown with the count of its keys,
+    though SQLite can't write a byte more."""
+    served = serve()
+    [backup] = yield served.new_backups(1)
+    path = tmp_path / "service" / "roomkeys.db"
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute("UPDATE roomkeys_counts SET counted_ts = 0")
+        connection.commit()
+        log = path.with_name("roomkeys.db-wal")
+        limits = (log.stat().st_size, resource.RLIM_INFINITY)
+        resource.prlimit(served.service.pid, resource.RLIMIT_FSIZE, limits)
+        yield backup.check()
+        found = connection.execute("SELECT counted_ts FROM roomkeys_counts").fetchall()
+        assert found == [(0,)]
+    given_up = "roomkeys_keep_count failed for good: OperationalError: disk I/O error"
+    assert given_up in served.service.log()
 
 
 @pytest.fixture

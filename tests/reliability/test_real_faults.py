@@ -125,7 +125,8 @@ def test_a_deadlock(postgres: PostgresServer, serve: Serve) -> Steps:
     """Another session takes a key and its version in the opposite order; PostgreSQL
     ends the upload, which is then tried again."""
     database = postgres.create_database()
-    served = serve(database)
+    # Sooner than our lock timeout, which ends the upload as well.
+    served = serve({**database, "options": "-c deadlock_timeout=200"})
     backups: list[Backup] = yield served.new_backups(1)
     [backup] = backups
     [room_id] = backup.rooms
@@ -149,22 +150,39 @@ def test_a_deadlock(postgres: PostgresServer, serve: Serve) -> Steps:
 
 @inlineCallbacks
 def test_a_pool_that_is_taken(postgres: PostgresServer, serve: Serve) -> Steps:
-    """The only connection waits for another session's lock: who waits for it is told
-    so in time, and the one who has it is served in the end."""
+    """The only connection waits for another session's lock, but only until the lock
+    timeout: others are served between the tries."""
     database = postgres.create_database()
     served = serve({**database, "cp_max": 1})
     backups: list[Backup] = yield served.new_backups(USERS)
     victim, *others = backups
     with transaction(database) as cursor:
         cursor.execute(LOCK_ROW, (victim.client.user.user_id,))
-        upload = victim.upload()
+        refused = victim.refuse()
         yield until_waiting(database)
         yield together(
-            [b.refuse("GET" if n % 2 else "PUT") for n, b in enumerate(others)]
+            [b.check() if n % 2 else b.upload() for n, b in enumerate(others)]
         )
-    yield upload
-    yield together([backup.upload() for backup in others])
+        yield refused
+    yield together([backup.upload() for backup in backups])
     yield together([backup.check() for backup in backups])
+
+
+@inlineCallbacks
+def test_a_server_that_was_restarted(tmp_path: Path, serve: Serve) -> Steps:
+    """A request that comes alone after a restart doesn't meet the dead connections one
+    by one: the first that is found dead has all of them replaced."""
+    with PostgresServer(tmp_path / "own") as server:
+        served = serve(server.create_database())
+        backups: list[Backup] = yield served.new_backups(USERS)
+        yield together([backup.check() for backup in backups])
+        yield later(SHORT, lambda: None)
+        server.restart()
+        start = time.monotonic()
+        yield backups[0].check()
+        assert time.monotonic() - start < SHORT
+        assert served.service.log().count("trying again") == 1
+        served.service.stop()
 
 
 @inlineCallbacks

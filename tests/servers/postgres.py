@@ -104,11 +104,11 @@ class PostgresServer(Server):
             remove_directory(self._home)
             self._home = None
 
-    def create_database(self) -> dict[str, Any]:
+    def create_database(self, encoding: str = "UTF8") -> dict[str, Any]:
         """Create a database as Synapse wants it; return how to connect to it."""
         name = f"synapse_{secrets.token_hex(6)}"
         target = ["--host", HOST, "--port", str(self.port), "--username", _SUPERUSER]
-        shape = ["--template", "template0", "--encoding", "UTF8", "--locale", "C"]
+        shape = ["--template", "template0", "--encoding", encoding, "--locale", "C"]
         self._run("createdb", *target, *shape, name)
         return {
             "host": HOST,

@@ -9,7 +9,7 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from synapse_roomkeys.clock import MAX_PAUSE, PRICE, SLICE, Clock
 from synapse_roomkeys.errors import LimitExceededError, OutageError, UnavailableError
-from synapse_roomkeys.fairness import UserQueues
+from synapse_roomkeys.fairness import Lane, UserQueues
 
 from ..memory import FakeReactor
 
@@ -109,6 +109,45 @@ class UserQueuesTests(SynchronousTestCase):
             self.reactor.advance(0)
         self.assertEqual([self.successResultOf(d) for d in done], list("123"))
         self.assertEqual(self.queues._queues, {})
+
+
+class LaneTests(SynchronousTestCase):
+    """`Lane` with two places."""
+
+    def setUp(self) -> None:
+        self.reactor = FakeReactor()
+        self.lane = Lane(Clock(self.reactor), width=2)
+
+    def wait(self, seconds: float) -> Deferred[None]:
+        """Wait for a place, none of which is free."""
+        turn = self.lane.enter(seconds)
+        assert turn is not None
+        return turn
+
+    def test_places_are_given_in_order(self) -> None:
+        """A place that is given back goes to the transaction that waited longest."""
+        self.assertEqual([self.lane.enter(10), self.lane.enter(10)], [None, None])
+        first, second = self.wait(10), self.wait(10)
+        self.lane.leave()
+        self.reactor.advance(0)
+        self.successResultOf(first)
+        self.assertNoResult(second)
+        self.lane.leave()
+        self.reactor.advance(0)
+        self.successResultOf(second)
+        self.assertFalse(self.reactor.getDelayedCalls())
+
+    def test_no_wait_is_longer_than_asked_for(self) -> None:
+        """A transaction without a place in time is a 503; its place isn't lost."""
+        self.assertEqual([self.lane.enter(10), self.lane.enter(10)], [None, None])
+        late, patient = self.wait(1), self.wait(3)
+        self.reactor.advance(2)
+        self.failureResultOf(late, UnavailableError)
+        self.lane.leave()
+        self.reactor.advance(0)
+        self.successResultOf(patient)
+        self.lane.leave()
+        self.assertIsNone(self.lane.enter(1))
 
 
 class ForEachTests(SynchronousTestCase):

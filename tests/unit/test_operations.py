@@ -3,22 +3,14 @@
 import logging
 import sqlite3
 from typing import Any
-from unittest import mock
 
-import psycopg2
-from twisted.enterprise import adbapi
 from twisted.internet.defer import Deferred, fail
 from twisted.trial.unittest import SynchronousTestCase
 
 from synapse_roomkeys.clock import Clock
 from synapse_roomkeys.errors import NotFoundError, OutageError, UnavailableError
 from synapse_roomkeys.service.logs import MAX_LINE, JsonFormatter, TextFormatter
-from synapse_roomkeys.storage import (
-    PAGE_KEYS,
-    SQLITE,
-    RetryingDatabase,
-    postgres,
-)
+from synapse_roomkeys.storage import PAGE_KEYS, SQLITE, RetryingDatabase, sql
 from synapse_roomkeys.types import KeyMetadata, KeyPage, RoomKey
 from synapse_roomkeys.wire import VersionInfo, shown
 
@@ -353,27 +345,44 @@ class LogTests(Operations):
         self.assertNotIn("DATA", logged.output[0])
 
 
+class Interrupted:
+    """A transaction in which a version is deleted just before its keys are counted."""
+
+    def __init__(self, txn: Any, version: str) -> None:
+        self._txn = txn
+        self._version = version
+
+    def execute(self, statement: str, parameters: Any = ()) -> None:
+        """Run a statement, after the deletion where it counts."""
+        if statement == sql.FIND_COUNT:
+            delete = "UPDATE e2e_room_keys_versions SET deleted = 1 WHERE version = ?"
+            self._txn.execute(delete, (int(self._version),))
+        self._txn.execute(statement, parameters)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._txn, name)
+
+
 class RaceTests(Operations):
     """What happens between two transactions of a request."""
 
     def test_the_current_version_is_deleted_while_it_is_counted(self) -> None:
-        """An older one is the current one then; there is one all the while."""
+        """An older version is current then, if there is one: the answer is about it."""
         newer = self.successResultOf(self.client.create_version())
-        self.run_sql("DELETE FROM roomkeys_counts")
         run = self.host.database.run
+        doomed = newer
 
-        def interrupted(desc: str, *args: Any) -> Any:
-            if desc == "roomkeys_count_keys":
-                delete = (
-                    "UPDATE e2e_room_keys_versions SET deleted = 1 WHERE version = ?"
-                )
-                self.run_sql(delete, int(newer))
-            return run(desc, *args)
+        def interrupted(desc: str, function: Any, *args: Any) -> Any:
+            def delete_first(txn: Any, *args: Any) -> Any:
+                return function(Interrupted(txn, doomed), *args)
+
+            return run(desc, delete_first, *args)
 
         self.patch(self.host.database, "run", interrupted)
+        self.run_sql("DELETE FROM roomkeys_counts")
         self.assertEqual(self.info()["version"], self.version)
         self.run_sql("DELETE FROM roomkeys_counts")
-        newer = self.version
+        doomed = self.version
         answer = self.successResultOf(self.client.get("/version"))
         self.assertEqual(answer.status, 404)
         self.assertEqual(answer.json["error"], "No backup found")
@@ -402,6 +411,7 @@ class Away:
     """A database that is away for a number of tries."""
 
     def __init__(self, tries: int, error: str) -> None:
+        self.connections = 1
         self.tries = tries
         self.error = sqlite3.OperationalError(f"{error}\nwith secrets")
         self.database = ImmediateDatabase()
@@ -451,18 +461,20 @@ class RetryTests(SynchronousTestCase):
         error = self.failureResultOf(done, UnavailableError).value
         self.assertNotIsInstance(error, OutageError)
 
-    def test_what_postgresql_calls_an_outage(self) -> None:
-        """It can't be reached, or stops; not what befalls a single transaction."""
-        engine = postgres()
-        away = [
-            psycopg2.OperationalError("connection refused"),
-            psycopg2.InterfaceError("connection already closed"),
-            adbapi.ConnectionLost(),
-        ]
-        self.assertTrue(all(engine.is_outage(error) for error in away))
-        for code, outage in (("57P01", True), ("57014", False), ("40P01", False)):
-            error = mock.Mock(pgcode=code)
-            self.assertEqual(engine.is_outage(error), outage, code)
+    def test_an_attempt_is_made_once(self) -> None:
+        """An answer that doesn't need its write doesn't wait for it, nor fail."""
+        reactor = FakeReactor()
+        with self.assertLogs("synapse_roomkeys", "WARNING") as logged:
+            away = Away(1, "attempt to write a readonly database")
+            database = RetryingDatabase(away, SQLITE, Clock(reactor))
+            self.assertIsNone(
+                self.successResultOf(database.attempt("keep", lambda txn: 7))
+            )
+        self.assertIn(
+            "keep failed for good: OperationalError: attempt", logged.output[0]
+        )
+        defect = database.attempt("keep", lambda txn: 1 // 0)
+        self.failureResultOf(defect, ZeroDivisionError)
 
     def test_a_defect_is_not_tried_again(self) -> None:
         """What trying again can't help fails at once."""

@@ -1,0 +1,68 @@
+"""The connections of a pool of the service's own to PostgreSQL."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from twisted.internet.defer import Deferred, inlineCallbacks
+
+from synapse_roomkeys.storage import Transaction, postgres_database
+
+from ..contract import Client
+from ..contract.base import Rooms, key
+from ..servers import PostgresServer
+from ..sites import Backend, OwnSite
+
+Steps = Generator[Deferred[Any], Any, None]
+
+
+@pytest.fixture(scope="module")
+def database(postgres: PostgresServer) -> Mapping[str, Any]:
+    """How to reach a database."""
+    return postgres.create_database()
+
+
+def show(txn: Transaction) -> tuple[str, ...]:
+    """The server's settings of its end of the connection."""
+    names = ("tcp_user_timeout", "tcp_keepalives_idle", "tcp_keepalives_interval")
+    found = []
+    for name in names:
+        txn.execute("SELECT current_setting(?)", (name,))
+        found.append(txn.fetchone()[0])
+    return tuple(found)
+
+
+@inlineCallbacks
+def test_the_server_notices_a_client_that_vanished(
+    database: Mapping[str, Any],
+) -> Steps:
+    """Each connection tells the server to probe it, where the operator has not set that
+    otherwise."""
+    for options, expected in (
+        ({}, ("10000", "5", "5")),
+        ({"options": "-c tcp_keepalives_idle=77"}, ("10000", "77", "5")),
+    ):
+        pool = postgres_database({**database, **options})
+        assert (yield pool.run("show", show)) == expected
+        pool.close()
+
+
+@inlineCallbacks
+def test_the_client_encoding_is_ours(
+    database: Mapping[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> Steps:
+    """Every character of a key comes back, whatever encoding the operator's environment
+    or arguments name."""
+    monkeypatch.setenv("PGCLIENTENCODING", "LATIN1")
+    arguments = {**database, "client_encoding": "LATIN1"}
+    site = OwnSite(Backend("postgres", arguments, Path()))
+    yield site.start()
+    client = Client(site.host, site.host.new_user())
+    version: str = yield client.create_version()
+    rooms: Rooms = {"!\u00e9": {"\u20ac": key(data="\U0001f511")}}
+    yield client.upload(version, rooms)
+    assert (yield client.download(version)) == rooms
+    yield site.stop()

@@ -1,0 +1,83 @@
+"""A PostgreSQL that takes no writes: reads are served, writes and readiness are 503."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from twisted.internet.defer import inlineCallbacks
+
+from ..contract import Client
+from ..contract.base import new_backup
+from ..integration.conftest import host_of
+from ..servers import PostgresServer, Synapse
+from ..servers.accounts import fetch
+from .faults import Backup, Serve, Served, Steps, connected, together
+
+END_OTHERS = (
+    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+    " WHERE datname = current_database() AND pid <> pg_backend_pid()"
+)
+
+
+def set_read_only(cursor: Any, database: Mapping[str, Any], value: str) -> None:
+    """Have the sessions that begin from now on be read-only, or read-write."""
+    cursor.execute(
+        f"ALTER DATABASE {database['dbname']}"
+        f" SET default_transaction_read_only = {value}"
+    )
+
+
+def is_ready(served: Served) -> bool:
+    """Whether the service says that it is ready."""
+    try:
+        fetch(f"{served.service.url}/ready")
+    except RuntimeError:
+        return False
+    return True
+
+
+@inlineCallbacks
+def test_the_service(postgres: PostgresServer, serve: Serve) -> Steps:
+    """Writes are refused for the moment, a version is shown though its count can't be
+    cached, `/ready` is 503. The service replaces its connections by itself: they are
+    read-write as soon as new sessions are."""
+    database = postgres.create_database()
+    served = serve(database)
+    backups: list[Backup] = yield served.new_backups(2)
+    assert is_ready(served)
+    with connected(database) as cursor:
+        set_read_only(cursor, database, "on")
+        cursor.execute("DELETE FROM roomkeys_counts")
+        cursor.execute(END_OTHERS)
+        yield together([backup.refuse() for backup in backups])
+        yield together([backup.check() for backup in backups])
+        assert not is_ready(served)
+        cursor.execute("SET default_transaction_read_only = off")
+        set_read_only(cursor, database, "off")
+    yield together([backup.upload() for backup in backups])
+    yield together([backup.check() for backup in backups])
+    assert is_ready(served)
+    log = served.service.log()
+    assert "failed for good: ReadOnlySqlTransaction" in log
+    assert "roomkeys_keep_count failed for good: ReadOnlySqlTransaction" in log
+
+
+@inlineCallbacks
+def test_synapse(postgres: PostgresServer, tmp_path: Path) -> Steps:
+    """Synapse's connections are its own; the answers are the same."""
+    database = postgres.create_database()
+    with Synapse(tmp_path, database=database) as synapse:
+        host = host_of(synapse)
+        client: Client
+        client, version = yield new_backup(host)
+        backup = Backup(client, version)
+        yield backup.upload()
+        with connected(database) as cursor:
+            set_read_only(cursor, database, "on")
+            cursor.execute("DELETE FROM roomkeys_counts")
+            cursor.execute(END_OTHERS)
+            yield backup.refuse()
+            yield backup.check()
+        yield host.close()

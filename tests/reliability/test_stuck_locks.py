@@ -1,0 +1,219 @@
+"""Row locks that nobody releases: their users are refused, all others are served."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import psycopg2
+import pytest
+from pytest_twisted import blockon
+from twisted.internet import reactor
+from twisted.internet.defer import Deferred, gatherResults, inlineCallbacks
+
+from ..client import HttpHost
+from ..contract import Answer, Client, Host
+from ..contract.base import (
+    PREFIX,
+    encoded,
+    key,
+    keys_path,
+    new_backup,
+    refused,
+    wrapped,
+)
+from ..integration.conftest import host_of
+from ..servers import PostgresServer, Synapse
+from ..servers.homeserver import Homeserver
+from ..servers.service import Service
+from .faults import Steps, connected, later
+
+#: Number of users whose rows are locked: as many as the pool has connections.
+USERS = 10
+#: For how long those users upload in a loop, in seconds: two rounds of their tries.
+SECONDS = 6.0
+#: Longest answer to a user whose rows are free, in seconds: a few lock timeouts.
+PROMPT = 4.0
+#: Longest answer to a user whose row is locked, in seconds.
+REFUSED_WITHIN = 15.0
+LOCK = "SELECT 1 FROM e2e_room_keys_versions WHERE user_id = ANY(%s) FOR UPDATE"
+ROOM = {"!room": {"s": key()}}
+
+
+@pytest.fixture(scope="module", params=["service", "synapse"])
+def served(
+    request: pytest.FixtureRequest,
+    postgres: PostgresServer,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[tuple[HttpHost, Mapping[str, Any]]]:
+    """Each host, with ten connections to the database, and the database."""
+    database = postgres.create_database()
+    directory = tmp_path_factory.mktemp("stuck")
+    server: Service | Synapse
+    if request.param == "synapse":
+        with Synapse(directory, database={**database, "cp_max": USERS}) as server:
+            host = host_of(server)
+            yield host, database
+            blockon(host.close())
+            log = server.log()
+    else:
+        homeserver: Homeserver = request.getfixturevalue("homeserver")
+        with Service(directory, homeserver.url, database=database) as server:
+            host = HttpHost(server.url, homeserver.new_user, homeserver.new_guest)
+            yield host, database
+            blockon(host.close())
+            log = server.log()
+    assert "Traceback" not in log
+
+
+@contextmanager
+def locking(database: Mapping[str, Any], clients: list[Client]) -> Iterator[None]:
+    """A forgotten transaction of an operator's, which has locked users' versions."""
+    with closing(psycopg2.connect(**database)) as connection:
+        connection.cursor().execute(LOCK, ([c.user.user_id for c in clients],))
+        yield
+
+
+def put(client: Client, version: str, rooms: Any) -> Deferred[Answer]:
+    """Upload keys; the answer, which may be a refusal."""
+    return client.host.request(
+        "PUT",
+        PREFIX + keys_path(version),
+        token=client.user.access_token,
+        body=encoded(wrapped(rooms)),
+    )
+
+
+@inlineCallbacks
+def upload_in_a_loop(client: Client, version: str, end: float) -> Steps:
+    """Upload until a time; each upload is refused for the moment."""
+    while time.monotonic() < end:
+        start = time.monotonic()
+        answer: Answer = yield put(client, version, ROOM)
+        refused(answer, 503, "M_UNKNOWN")
+        assert time.monotonic() - start < REFUSED_WITHIN
+
+
+@inlineCallbacks
+def stranger(host: Host, end: float) -> Steps:
+    """Read and write until a time, in a backup that nobody has locked."""
+    client, version = yield new_backup(host)
+    number = 0
+    slowest = 0.0
+    while time.monotonic() < end:
+        start = time.monotonic()
+        answer: Answer = yield client.get("/version")
+        assert answer.status == 200, answer
+        read = time.monotonic()
+        number += 1
+        answer = yield put(client, version, {"!room": {f"{number}": key()}})
+        assert answer.status == 200, answer
+        assert read - start < PROMPT / 2
+        slowest = max(slowest, time.monotonic() - start)
+        yield later(0.05, lambda: None)
+    print(f"{number} rounds, the slowest took {slowest:.2f} s")
+    assert slowest < PROMPT
+
+
+@inlineCallbacks
+def test_strangers_are_served(served: tuple[HttpHost, Mapping[str, Any]]) -> Steps:
+    """As many users as there are connections wait for locks that nobody releases:
+    others read and write as ever, also when those users have given up, and the users
+    themselves go on as soon as their rows are free."""
+    host, database = served
+    backups: list[tuple[Client, str]] = []
+    for _ in range(USERS):
+        backups.append((yield new_backup(host)))
+    with locking(database, [client for client, _ in backups]):
+        end = time.monotonic() + SECONDS
+        locked = [upload_in_a_loop(*backup, end) for backup in backups]
+        yield gatherResults([*locked, *(stranger(host, end) for _ in range(3))])
+        yield stranger(host, time.monotonic() + 0.5)
+    answers: list[Answer] = yield gatherResults([put(*b, ROOM) for b in backups])
+    assert {answer.status for answer in answers} == {200}
+
+
+@inlineCallbacks
+def test_those_who_wait_behind_a_lock(
+    served: tuple[HttpHost, Mapping[str, Any]],
+) -> Steps:
+    """Writes of one user that waited while another write met a lock are refused with
+    it, not one after the other; the user's reads are served."""
+    host, database = served
+    client, version = yield new_backup(host)
+    with locking(database, [client]):
+        start = time.monotonic()
+        writes = [put(client, version, ROOM) for _ in range(12)]
+        answer: Answer = yield client.get("/version")
+        assert answer.status == 200
+        for answer in (yield gatherResults(writes)):
+            refused(answer, 503, "M_UNKNOWN")
+        assert time.monotonic() - start < REFUSED_WITHIN
+
+
+@inlineCallbacks
+def until(database: Mapping[str, Any], condition: str) -> Steps:
+    """Wait until a session of the database is in a state."""
+    statement = (
+        "SELECT 1 FROM pg_stat_activity WHERE datname = current_database()"
+        f" AND pid <> pg_backend_pid() AND {condition}"
+    )
+    end = time.monotonic() + PROMPT
+    with connected(database) as cursor:
+        while True:
+            cursor.execute(statement)
+            if cursor.fetchone():
+                return
+            assert time.monotonic() < end, condition
+            yield later(0.01, lambda: None)
+
+
+@inlineCallbacks
+def test_a_process_that_stops_in_mid_upload(
+    postgres: PostgresServer, homeserver: Homeserver, tmp_path: Path
+) -> Steps:
+    """PostgreSQL ends the transaction of a process that was stopped (SIGSTOP) with the
+    user's version locked. Until then another process answers that user 503 in time;
+    afterwards it serves them."""
+    database = postgres.create_database()
+    first = Service(tmp_path / "first", homeserver.url, database=database)
+    second = Service(tmp_path / "second", homeserver.url, database=database)
+    with first, second, closing(psycopg2.connect(**database)) as other:
+        hosts = [
+            HttpHost(s.url, homeserver.new_user, homeserver.new_guest)
+            for s in (first, second)
+        ]
+        client, version = yield new_backup(hosts[0])
+        # An upload of the same key waits for this row with its version locked.
+        other.cursor().execute(
+            "INSERT INTO e2e_room_keys VALUES (%s, '!room', 's', %s, 0, 0, false, '1')",
+            (client.user.user_id, version),
+        )
+        abandoned = put(client, version, ROOM)
+        yield until(database, "wait_event_type = 'Lock'")
+        first.send(signal.SIGSTOP)
+        other.rollback()
+        yield until(database, "state LIKE 'idle in transaction%'")
+        begin = time.monotonic()
+        same_user = Client(hosts[1], client.user)
+        statuses: list[int] = []
+        while 200 not in statuses:
+            start = time.monotonic()
+            answer: Answer = yield put(same_user, version, {"!room": {"t": key()}})
+            assert time.monotonic() - start < REFUSED_WITHIN
+            statuses.append(answer.status)
+            assert time.monotonic() - begin < 2 * REFUSED_WITHIN
+        print(f"{statuses} in {time.monotonic() - begin:.1f} s")
+        assert set(statuses[:-1]) == {503}
+        first.send(signal.SIGCONT)
+        # Its time for tries was over when it went on.
+        answer = yield abandoned.addTimeout(REFUSED_WITHIN, reactor)
+        refused(answer, 503, "M_UNKNOWN")
+        answer = yield put(client, version, ROOM)
+        assert answer.json == {"etag": "2", "count": 2}
+        for host in hosts:
+            yield host.close()
