@@ -157,6 +157,22 @@ class UserLimitError(RoomKeysError):
         return {**super().error_dict(), "info_uri": self.info_uri}
 
 
+class DamagedVersionError(RoomKeysError):
+    """The database holds an ``auth_data`` that isn't JSON.
+
+    A 404 would have clients turn their backup off, and a 503 would promise that it
+    passes. Clients leave the backup alone at a 500, and ask again at their next start.
+    """
+
+    code = 500
+
+    def __init__(self) -> None:
+        super().__init__(
+            "The auth_data of this backup version is damaged on the server: delete the"
+            " version and make another one, or ask the server's administrator"
+        )
+
+
 class LimitExceededError(RoomKeysError):
     """Too many requests are waiting already, here or at the homeserver."""
 

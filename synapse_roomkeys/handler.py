@@ -8,7 +8,12 @@ from twisted.internet.defer import Deferred, inlineCallbacks
 
 from . import metrics, wire
 from .clock import Clock
-from .errors import InvalidParamError, NotFoundError, unknown_version
+from .errors import (
+    DamagedVersionError,
+    InvalidParamError,
+    NotFoundError,
+    unknown_version,
+)
 from .fairness import UserQueues
 from .pages import KeyPages
 from .storage import EndToEndRoomKeyStore
@@ -29,6 +34,9 @@ logger = logging.getLogger(__name__)
 #: What a line says of replaced keys, where it is of more than one, in characters of
 #: ASCII and the backslashes that JSON adds: the service cuts what is longer.
 _MESSAGE_SIZE = 1792
+#: Seconds between two transactions of one deletion. A process that waits for the lock of
+#: an SQLite file tries every 0.1 s: the pause lets it in.
+_DELETION_PAUSE = 0.1
 _REPLACED = "Replaced keys (first_message_index/forwarded_count/is_verified): %s%s"
 
 
@@ -155,7 +163,7 @@ class E2eRoomKeysHandler:
         number = wire.parse_version(version)
         state, deleted = yield self._writes.run(
             user_id,
-            self._store.delete_keys,
+            self._delete_keys,
             *(user_id, number, room_id, session_id),
         )
         logger.info(
@@ -164,6 +172,22 @@ class E2eRoomKeysHandler:
             *(wire.shown(room_id), wire.shown(session_id), deleted),
         )
         return state  # type: ignore[no-any-return]
+
+    @inlineCallbacks
+    def _delete_keys(
+        self, user_id: str, version: int, room_id: str | None, session_id: str | None
+    ) -> "Generator[Deferred[Any], Any, tuple[BackupState, int]]":
+        """Delete keys, in several transactions where one may not delete all; the state
+        afterwards, and how many were deleted."""
+        total = 0
+        while True:
+            state, deleted, is_complete = yield self._store.delete_keys(
+                user_id, version, room_id, session_id
+            )
+            total += deleted
+            if is_complete:
+                return state, total
+            yield self._clock.sleep(_DELETION_PAUSE)
 
     @inlineCallbacks
     def create_version(
@@ -191,14 +215,25 @@ class E2eRoomKeysHandler:
 
         Raises:
             NotFoundError: there is none.
+            DamagedVersionError: its ``auth_data`` isn't JSON.
         """
         number = None if version is None else wire.parse_version(version)
         info: BackupInfo | None = yield self._reads.run(
             user_id, self._store.get_info, user_id, number
         )
-        if info is not None:
-            return info
-        raise NotFoundError("No backup found") if number is None else unknown_version()
+        if info is None:
+            raise (
+                NotFoundError("No backup found")
+                if number is None
+                else unknown_version()
+            )
+        if not wire.is_json(info.auth_data):
+            logger.error(
+                "Damaged version: its auth_data isn't JSON: user=%s version=%s",
+                *(user_id, info.version),
+            )
+            raise DamagedVersionError
+        return info
 
     @inlineCallbacks
     def update_version(
@@ -230,14 +265,26 @@ class E2eRoomKeysHandler:
             NotFoundError: there never was such a version.
         """
         number = wire.parse_version(version)
-        deleted: bool = yield self._writes.run(
-            user_id, self._store.delete_version, user_id, number
+        yield self._writes.run(
+            user_id, self._delete_version, user_id, number, device_id
         )
-        if deleted:
-            logger.info(
-                "Deleted version: user=%s device=%s version=%s",
-                *(user_id, device_id, number),
-            )
+
+    @inlineCallbacks
+    def _delete_version(
+        self, user_id: str, version: int, device_id: str | None
+    ) -> "Generator[Deferred[Any], Any, None]":
+        """Delete a version, then its keys, in several transactions where one may not
+        delete all. A repeated call deletes the keys that an interrupted one left."""
+        while True:
+            is_first, is_complete = yield self._store.delete_version(user_id, version)
+            if is_first:
+                logger.info(
+                    "Deleted version: user=%s device=%s version=%s",
+                    *(user_id, device_id, version),
+                )
+            if is_complete:
+                return
+            yield self._clock.sleep(_DELETION_PAUSE)
 
 
 def _shown(replaced: Iterable[Replacement], most: int) -> Iterator[str]:

@@ -18,6 +18,10 @@ download_bytes = Counter(
 broken_downloads = Counter(
     "synapse_roomkeys_broken_downloads", "Downloads broken off", ["reason"]
 )
+#: Stored keys that were left out of an answer because session_data isn't JSON.
+broken_rows = Counter(
+    "synapse_roomkeys_broken_rows", "Stored keys left out, as they aren't JSON"
+)
 #: Access tokens looked up, by outcome. The homeserver answered, refused the token,
 #: failed, or throttled (429); or the answer to another request was used (cached).
 whoami_requests = Counter(

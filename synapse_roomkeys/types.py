@@ -156,8 +156,11 @@ class Limits:
         max_waiting_requests: of one user in one process, before the next is
             answered 429.
         max_user_keys: in all of a user's backups together; None for any number.
-        max_user_bytes: of ``session_data`` in all of a user's backups together; None
-            for any number.
+        max_user_bytes: of ``session_data`` and ``auth_data`` in all of a user's backups
+            together; None for any number.
+        max_user_versions: of a user's that aren't deleted. A client deletes the old
+            version when it makes another one, so few users ever have two; 100 leaves
+            room for clients that forget to.
     """
 
     max_body_bytes: int = 10 * 1024 * 1024
@@ -165,3 +168,4 @@ class Limits:
     max_waiting_requests: int = 5000
     max_user_keys: int | None = None
     max_user_bytes: int | None = None
+    max_user_versions: int = 100

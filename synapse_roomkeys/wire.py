@@ -136,6 +136,19 @@ def parse_version(version: str) -> int:
     return int(version)
 
 
+def is_json(text: str) -> bool:
+    """Whether a text is one JSON value, be it one that an upload may not hold: a lone
+    surrogate, or a number that no double holds. A text that is nested too deeply for
+    Python's decoder, by some 1,000 levels, counts as JSON."""
+    try:
+        json.loads(text, parse_int=_clipped, parse_constant=_no_constant)
+    except RecursionError:
+        return True
+    except ValueError:
+        return False
+    return True
+
+
 def parse_upload(
     body: bytes, room_id: str | None, session_id: str | None, limits: Limits
 ) -> Iterator[RoomKey]:
@@ -212,7 +225,10 @@ def encode_key(key: RoomKey) -> bytes:
 
 
 def encode_backup_info(info: BackupInfo) -> bytes:
-    """One version of a backup, with ``etag`` and ``version`` as strings."""
+    """One version of a backup, with ``etag`` and ``version`` as strings.
+
+    Its ``auth_data`` must be JSON.
+    """
     return b'{"algorithm":%b,"auth_data":%b,"count":%d,"etag":"%d","version":"%d"}' % (
         _encode_string(info.algorithm),
         info.auth_data.encode(),

@@ -7,6 +7,7 @@ from typing import Any
 import attrs
 
 from ..types import KeyMetadata, KeyPage, Position, RoomKey, StoredKey
+from ..wire import is_json
 from . import sql
 
 #: How many keys are read at once for a download: about 0.4 MB of real ones.
@@ -28,6 +29,8 @@ _MAX_SAFE = 2**53 - 1
 
 
 _decoder = json.JSONDecoder()
+#: What stands before the data of a key in a row of a download.
+_DATA_MARK = ',"session_data":'
 
 
 @attrs.frozen
@@ -46,19 +49,44 @@ class Found:
     stored: dict[int, StoredKey]
 
 
-def found_of(rows: list[tuple[Any, ...]]) -> Found:
-    """What the rows of ``find_sessions`` say; there is at least one."""
+def found_of(rows: list[tuple[Any, ...]], with_data: bool) -> Found:
+    """The rows of ``find_sessions``, at least one, as a value.
+
+    Args:
+        with_data: the rows are those of ``find_sessions_with_data``.
+    """
     etag, current, count = rows[0][:3]
     stored = {
-        place: StoredKey(metadata(fields), bool(has_session_data), size)
-        for _, _, _, place, *fields, has_session_data, size in rows
+        place: StoredKey(metadata(fields), _is_whole(data) if with_data else data, size)
+        for _, _, _, place, *fields, data, size in rows
         if place is not None
     }
     return Found(etag, current, count, stored)
 
 
+def _is_whole(session_data: str) -> bool:
+    """Whether the data of a stored key can be given to clients."""
+    return session_data != "null" and is_json(session_data)
+
+
+def broken_sessions(page: KeyPage) -> dict[tuple[str, str], str]:
+    """The keys of a page whose ``session_data`` isn't JSON, by their rows, with their
+    session ids.
+
+    """
+    broken = {}
+    for row in page.rows:
+        member = row[1]
+        session_id, end = _decoder.raw_decode(member)
+        begin = member.index(_DATA_MARK, end) + len(_DATA_MARK)
+        if not is_json(member[begin:-1]):
+            broken[row] = session_id
+    return broken
+
+
 def page_statement(
     dialect: sql.Dialect,
+    pages: sql.Pages,
     backup: tuple[str, int],
     room_id: str | None,
     after: Position | None,
@@ -67,6 +95,7 @@ def page_statement(
     """The statement that reads keys of a download, and its parameters.
 
     Args:
+        pages: those of the dialect's downloads to take.
         backup: a user and a version.
         by_cursor: whether the transaction has a cursor that goes on after the keys
             before them.
@@ -74,7 +103,6 @@ def page_statement(
     asked = keys_after(after)
     if by_cursor and dialect.next_page is not None:
         return dialect.next_page, (asked,)
-    pages = dialect.pages
     common = (*backup, *backup)
     numbers = (PAGE_KEYS * dialect.pages_at_once, asked)
     if room_id is None:

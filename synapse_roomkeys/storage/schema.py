@@ -1,6 +1,7 @@
 """The tables: made and brought up to date when a process starts, and checked."""
 
 from importlib import resources
+from itertools import chain
 
 from ..describe import error_line
 from ..version import __version__
@@ -9,6 +10,9 @@ from .database import Engine, Transaction
 
 #: The file that makes the homeserver's tables; the others make the plugin's own.
 _HOMESERVERS_FILE = 1
+#: The files that make each of the plugin's own tables. They run again for a table that
+#: an operator has dropped.
+_FILES_OF = {"roomkeys_counts": (2, 3), "roomkeys_numbers": (4,)}
 
 _FIND_NUMBER = "SELECT number FROM roomkeys_schema"
 #: The statements that make a number the only one.
@@ -43,42 +47,40 @@ def upgrade_tables(txn: Transaction, engine: Engine, homeserver_tables: bool) ->
             database's encoding isn't UTF8.
     """
     files = _read_files()
-    newest = max(files)
-    found = _find_number(txn, engine, newest)
+    missing = _find_missing(txn, engine, max(files))
     _check_encoding(txn, engine)
-    if found == newest:
+    if not missing:
         return
     txn.execute(engine.dialect.lock_schema)
-    found = _find_number(txn, engine, newest)
-    for number in range(found + 1, newest + 1):
+    for number in _find_missing(txn, engine, max(files)):
         if number != _HOMESERVERS_FILE or homeserver_tables:
             for statement in files[number]:
                 txn.execute(statement)
     for statement in _SAVE_NUMBER:
-        txn.execute(statement.format(number=newest))
+        txn.execute(statement.format(number=max(files)))
 
 
-def _find_number(txn: Transaction, engine: Engine, newest: int) -> int:
-    """The number of the last file that was applied: 0 for none, or before there were
-    numbers.
+def _find_missing(txn: Transaction, engine: Engine, newest: int) -> list[int]:
+    """The numbers of the files that have to be applied: those above the last one that
+    was, and those of tables that were dropped.
 
     Raises:
-        SchemaError: it is above the newest.
+        SchemaError: the last number is above the newest.
     """
     txn.execute(engine.dialect.find_own_tables)
-    ((tables,),) = txn.fetchall()
-    if tables < len(sql.OWN_TABLES):
-        return 0
-    txn.execute(_FIND_NUMBER)
-    ((number,),) = txn.fetchall()
-    found: int = number
-    if found > newest:
+    tables = {name for (name,) in txn.fetchall()}
+    last = 0
+    if "roomkeys_schema" in tables:
+        txn.execute(_FIND_NUMBER)
+        ((last,),) = txn.fetchall()
+    if last > newest:
         raise SchemaError(
-            f"its roomkeys tables have number {found}, but this is synapse-roomkeys"
+            f"its roomkeys tables have number {last}, but this is synapse-roomkeys"
             f" {__version__}, which knows them up to number {newest}: install the"
             " version that was here before, or a later one"
         )
-    return found
+    dropped = [_FILES_OF[table] for table in _FILES_OF if table not in tables]
+    return sorted({*range(last + 1, newest + 1), *chain.from_iterable(dropped)})
 
 
 def _check_encoding(txn: Transaction, engine: Engine) -> None:

@@ -1,12 +1,15 @@
 """The backups in the database: one transaction for each operation."""
 
-from collections.abc import Callable, Generator, Sequence
+import logging
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
 import attrs
 from twisted.internet.defer import Deferred, inlineCallbacks
 
+from .. import metrics
 from ..errors import (
     InvalidParamError,
     NotFoundError,
@@ -24,10 +27,12 @@ from ..types import (
     RoomKey,
     UploadResult,
 )
+from ..wire import is_json, shown
 from . import sql
 from .database import ConflictError, Transaction, Transactions
 from .rows import (
     Found,
+    broken_sessions,
     chunks,
     found_of,
     ids_of,
@@ -37,8 +42,17 @@ from .rows import (
     page_statement,
 )
 
+logger = logging.getLogger(__name__)
+
 #: How many users are told apart by what their last upload met, at most.
 _SLOTS = 1 << 16
+#: How many of a user's deleted versions keep their row, the newest ones: so that each
+#: POST and DELETE of a version doesn't leave a row for ever.
+_DELETED_VERSIONS = 100
+
+
+class _NotJsonError(Exception):
+    """The database has met the data of a key that aren't JSON."""
 
 
 class EndToEndRoomKeyStore:
@@ -82,8 +96,9 @@ class EndToEndRoomKeyStore:
         result: UploadResult
         try:
             result = yield write(desc, upload, *arguments)
-        except ConflictError:
-            # Somebody who takes no lock has just added one of the keys.
+        except (ConflictError, _NotJsonError):
+            # Somebody who takes no lock has just added one of the keys, or the data of
+            # a stored one aren't JSON.
             result = yield write(desc, upload, *arguments, trusts_nothing=True)
         self._met_old[_slot(user_id)] = bool(result.kept or result.replaced)
         return result
@@ -100,6 +115,7 @@ class EndToEndRoomKeyStore:
             "roomkeys_get_key", self._key_txn, user_id, version, room_id, session_id
         )
 
+    @inlineCallbacks
     def get_pages(
         self,
         user_id: str,
@@ -107,8 +123,12 @@ class EndToEndRoomKeyStore:
         room_id: str | None,
         after: Position | None,
         take: Callable[[KeyPage], bool],
-    ) -> "Deferred[None]":
+    ) -> "Generator[Deferred[Any], Any, None]":
         """Give keys of a version or of a room, ordered by id.
+
+        A key whose ``session_data`` isn't JSON is left out, logged and counted. The
+        database notices one at little cost, but gives no page with it: the pages from
+        there on are read again, and each key of them is looked at.
 
         Args:
             after: where the first page begins.
@@ -122,19 +142,23 @@ class EndToEndRoomKeyStore:
         backup = user_id, version
         is_wanted = True
 
-        def read(txn: Transaction) -> None:
+        def read(txn: Transaction, pages: sql.Pages) -> None:
             # It may be run again, and takes up where it was.
             nonlocal after, is_wanted
             left = self._dialect.pages_at_once
             has_cursor = False
             while is_wanted and left > 0:
                 after, is_wanted, given = self._give_pages(
-                    *(txn, backup, room_id, after, has_cursor, left, take)
+                    *(txn, pages, backup, room_id, after, has_cursor, left, take)
                 )
                 left -= given
                 has_cursor = self._dialect.next_page is not None
 
-        return self._database.run("roomkeys_get_pages", read)
+        run, dialect = self._database.run, self._dialect
+        try:
+            yield run("roomkeys_get_pages", read, dialect.pages)
+        except _NotJsonError:
+            yield run("roomkeys_get_pages", read, dialect.pages_with_any_data)
 
     def delete_keys(
         self,
@@ -142,12 +166,13 @@ class EndToEndRoomKeyStore:
         version: int,
         room_id: str | None,
         session_id: str | None,
-    ) -> "Deferred[tuple[BackupState, int]]":
-        """Delete the keys of a version, of a room, or of a session.
+    ) -> "Deferred[tuple[BackupState, int, bool]]":
+        """Delete keys of a version, of a room, or of a session, as many as one
+        transaction may.
 
         Returns:
-            A Deferred that fires with the backup's state afterwards, and how many keys
-            were deleted.
+            A Deferred that fires with the backup's state afterwards, how many keys were
+            deleted, and whether these were all. If not, the call has to be repeated.
 
         Raises:
             NotFoundError: there is no such version.
@@ -161,11 +186,13 @@ class EndToEndRoomKeyStore:
     def create_version(
         self, user_id: str, algorithm: str, auth_data: str
     ) -> "Deferred[int]":
-        """Make a version and fire with its number, one that no other ever had.
+        """Make a version and fire with its number, which the user never had before.
 
-        It is the Unix time, or one more than the last number where that is larger:
-        so it is new even when the user's older versions have been forgotten, once the
-        clock has passed their numbers.
+        The number is the Unix time in seconds, or the user's last number plus one where
+        that is larger. The last number is kept when the user's versions are erased.
+
+        Raises:
+            UserLimitError: the user would have too many versions, or too many bytes.
         """
         return self._database.write(
             "roomkeys_create_version",
@@ -197,6 +224,7 @@ class EndToEndRoomKeyStore:
         Raises:
             NotFoundError: there is no such version.
             InvalidParamError: it has another algorithm.
+            UserLimitError: the user's backups would get too large.
         """
         return self._database.write(
             "roomkeys_update_version",
@@ -204,11 +232,17 @@ class EndToEndRoomKeyStore:
             *(user_id, version, algorithm, auth_data),
         )
 
-    def delete_version(self, user_id: str, version: int) -> "Deferred[bool]":
-        """Delete a version and its keys.
+    def delete_version(
+        self, user_id: str, version: int
+    ) -> "Deferred[tuple[bool, bool]]":
+        """Delete a version, and as many of its keys as one transaction may.
+
+        From the first call on the version and its keys are gone for every client.
 
         Returns:
-            A Deferred that fires with False when it was deleted before.
+            A Deferred that fires with whether this call deleted the version (False: it
+            was deleted before), and whether none of its keys is left. If some are, the
+            call has to be repeated.
 
         Raises:
             NotFoundError: there never was such a version.
@@ -218,7 +252,8 @@ class EndToEndRoomKeyStore:
         )
 
     def forget_user(self, user_id: str) -> "Deferred[None]":
-        """Drop what the plugin's own tables hold of a user."""
+        """Drop all that the plugin's own tables hold of a user, but the last number of
+        a version."""
         return self._database.write(
             "roomkeys_forget_user", self._forget_user_txn, user_id
         )
@@ -237,7 +272,7 @@ class EndToEndRoomKeyStore:
         upload looks again. It has the lock by then, so that is the last time.
 
         Args:
-            trusts_nothing: look first, and count anew.
+            trusts_nothing: look first, also at the data of stored keys, and count anew.
         """
         self._begin(txn)
         has_lock = False
@@ -248,7 +283,7 @@ class EndToEndRoomKeyStore:
                 return UploadResult(state, len(keys), (), 0)
             has_lock = True
         while True:
-            found = self._find(txn, user_id, version, keys)
+            found = self._find(txn, user_id, version, keys, trusts_nothing)
             if found.current != version:
                 raise RoomKeysVersionError(str(found.current))
             if trusts_nothing:
@@ -328,21 +363,46 @@ class EndToEndRoomKeyStore:
         return algorithm
 
     def _find(
-        self, txn: Transaction, user_id: str, version: int, keys: Sequence[RoomKey]
+        self,
+        txn: Transaction,
+        user_id: str,
+        version: int,
+        keys: Sequence[RoomKey],
+        with_data: bool = False,
     ) -> Found:
         """What a version holds of some sessions, and what it is like.
 
+        Args:
+            with_data: read the data of the sessions, and see whether they are JSON.
+
         Raises:
             NotFoundError: there is no such version.
+            _NotJsonError: the data of a session aren't JSON.
         """
         parameters = [user_id, user_id, *self._count_times(), user_id, version]
         parameters += self._dialect.pack_ids([ids_of(key) for key in keys])
         parameters += [user_id, version]
-        txn.execute(self._dialect.find_sessions, parameters)
-        rows = txn.fetchall()
+        dialect = self._dialect
+        with self._noticing_data():
+            if with_data:
+                txn.execute(dialect.find_sessions_with_data, parameters)
+            else:
+                txn.execute(dialect.find_sessions, parameters)
+            rows = txn.fetchall()
         if not rows:
             raise unknown_version()
-        return found_of(rows)
+        return found_of(rows, with_data)
+
+    @contextmanager
+    def _noticing_data(self) -> Iterator[None]:
+        """Turn the driver's error for data that aren't JSON, which shows them, into
+        `_NotJsonError`."""
+        try:
+            yield
+        except Exception as error:
+            if self._dialect.is_not_json(error):
+                raise _NotJsonError from None
+            raise
 
     def _write(
         self,
@@ -428,17 +488,17 @@ class EndToEndRoomKeyStore:
         return BackupState(etag, count), size
 
     def _check_user(self, txn: Transaction, user_id: str) -> None:
-        """See whether a user's backups are within the limits, if there are any.
+        """Count and measure a user's backups where the operator limits them.
 
         Raises:
-            UserLimitError: they aren't.
+            UserLimitError: they are over a limit.
         """
         max_keys, max_bytes = self._limits.max_user_keys, self._limits.max_user_bytes
         if max_keys is None and max_bytes is None:
             return
-        txn.execute(sql.USER_COUNTS, (user_id, *self._count_times(), user_id))
+        txn.execute(self._dialect.user_sizes, (user_id, *self._count_times(), user_id))
         keys = size = 0
-        for version, its_keys, its_size in txn.fetchall():
+        for version, auth_data_size, its_keys, its_size in txn.fetchall():
             if its_keys is None or (its_size is None and max_bytes is not None):
                 try:
                     state, its_size = self._count_anew(txn, user_id, version)
@@ -447,7 +507,7 @@ class EndToEndRoomKeyStore:
                     continue
                 its_keys = state.count
             keys += its_keys
-            size += its_size or 0
+            size += (its_size or 0) + auth_data_size
         if max_keys is not None and keys > max_keys:
             raise UserLimitError(f"A user may back up {max_keys} keys at most")
         if max_bytes is not None and size > max_bytes:
@@ -461,6 +521,7 @@ class EndToEndRoomKeyStore:
     def _give_pages(
         self,
         txn: Transaction,
+        pages: sql.Pages,
         backup: tuple[str, int],
         room_id: str | None,
         after: Position | None,
@@ -471,6 +532,7 @@ class EndToEndRoomKeyStore:
         """Read some keys and give them away, with nothing left of them here.
 
         Args:
+            pages: those of the dialect's downloads to take.
             by_cursor: whether the transaction has a cursor that goes on after the keys
                 before them. It has no more rows at the end; without one, the version
                 has been deleted where there are none.
@@ -480,16 +542,19 @@ class EndToEndRoomKeyStore:
             Where the next page begins, whether it is wanted, and how many were given.
         """
         statement, parameters = page_statement(
-            self._dialect, backup, room_id, after, by_cursor
+            self._dialect, pages, backup, room_id, after, by_cursor
         )
-        txn.execute(statement, parameters)
-        found = txn.fetchall()
+        with self._noticing_data():
+            txn.execute(statement, parameters)
+            found = txn.fetchall()
         if not (found or by_cursor):
             raise unknown_version()
         given = 0
         is_wanted = True
         for page in islice(key_pages(found, keys_after(after)), most):
             given += 1
+            if pages is self._dialect.pages_with_any_data:
+                page = _without_broken(backup, page)
             after, is_wanted = page.last, take(page)
             if not is_wanted:
                 break
@@ -511,6 +576,9 @@ class EndToEndRoomKeyStore:
         *fields, session_data = row
         if session_data is None:
             return None
+        if not is_json(session_data):
+            _report_broken(backup, room_id, session_id)
+            return None
         return RoomKey(room_id, session_id, metadata(fields), session_data)
 
     def _delete_keys_txn(
@@ -520,23 +588,37 @@ class EndToEndRoomKeyStore:
         version: int,
         room_id: str | None,
         session_id: str | None,
-    ) -> tuple[BackupState, int]:
+    ) -> tuple[BackupState, int, bool]:
         self._begin(txn)
         self._lock(txn, user_id, version)
         found = self._find(txn, user_id, version, ())
-        if room_id is None:
-            txn.execute(sql.DELETE_KEYS, (user_id, version))
-        elif session_id is None:
-            txn.execute(sql.DELETE_ROOM_KEYS, (user_id, version, room_id))
+        if session_id is None:
+            deleted, is_complete = self._delete_some(txn, user_id, version, room_id)
         else:
             txn.execute(sql.DELETE_ROOM_KEY, (user_id, version, room_id, session_id))
-        deleted = txn.rowcount
+            deleted, is_complete = txn.rowcount, True
         if deleted:
             seen, moved = found.etag, found.etag + 1
             txn.execute(sql.CLAIM, (moved, user_id, version, seen))
             txn.execute(sql.MOVE_COUNT, (moved, -deleted, None, user_id, version, seen))
         state = self._state(txn, user_id, version, found, bool(deleted), -deleted)
-        return state, deleted
+        return state, deleted, is_complete
+
+    def _delete_some(
+        self, txn: Transaction, user_id: str, version: int, room_id: str | None
+    ) -> tuple[int, bool]:
+        """Delete keys of a version or of a room, as many as a transaction may: how many
+        that was, and whether none is left."""
+        dialect = self._dialect
+        most = dialect.deleted_at_once
+        where: tuple[Any, ...] = (user_id, version)
+        if most is not None:
+            where = (user_id, *where)
+        if room_id is None:
+            txn.execute(dialect.delete_keys, where)
+        else:
+            txn.execute(dialect.delete_room_keys, (*where, room_id))
+        return txn.rowcount, most is None or txn.rowcount < most
 
     def _create_version_txn(
         self, txn: Transaction, user_id: str, algorithm: str, auth_data: str
@@ -544,15 +626,27 @@ class EndToEndRoomKeyStore:
         self._begin(txn)
         self._lock_current(txn, user_id)
         while True:
-            txn.execute(sql.LAST_VERSION, (user_id,))
-            version = max((txn.fetchone()[0] or 0) + 1, int(self._now()))
+            txn.execute(sql.VERSION_NUMBERS, (user_id, user_id))
+            kept, highest, versions, deleted = txn.fetchone()
+            if versions - deleted >= self._limits.max_user_versions:
+                most = self._limits.max_user_versions
+                raise UserLimitError(
+                    f"A user may have {most} versions at most: delete one first"
+                )
+            version = max((kept or 0) + 1, (highest or 0) + 1, int(self._now()))
             txn.execute(
                 self._dialect.insert_version, (user_id, version, algorithm, auth_data)
             )
             if txn.rowcount:
-                count = user_id, version, 0, 0, 0, int(self._now())
-                txn.execute(sql.SAVE_COUNT, count)
-                return version
+                break
+        txn.execute(sql.SAVE_NUMBER, (user_id, version))
+        txn.execute(sql.SAVE_COUNT, (user_id, version, 0, 0, 0, int(self._now())))
+        if deleted > _DELETED_VERSIONS:
+            parameters = (user_id, user_id, _DELETED_VERSIONS, user_id)
+            txn.execute(sql.DROP_DELETED_VERSIONS, parameters)
+        if self._limits.max_user_bytes is not None:
+            self._check_user(txn, user_id)
+        return version
 
     def _lock_current(self, txn: Transaction, user_id: str) -> None:
         """Lock the version that is current, so that no upload to it is under way when
@@ -604,23 +698,52 @@ class EndToEndRoomKeyStore:
         self._begin(txn)
         if self._lock(txn, user_id, version) != algorithm:
             raise InvalidParamError("The algorithm of a version can't be changed")
+        before: str | None = None
+        if self._limits.max_user_bytes is not None:
+            txn.execute(sql.AUTH_DATA, (user_id, version))
+            (before,) = txn.fetchone()
         txn.execute(sql.SET_AUTH_DATA, (auth_data, user_id, version))
+        if before is not None and size(auth_data) > size(before):
+            self._check_user(txn, user_id)
 
-    def _delete_version_txn(self, txn: Transaction, user_id: str, version: int) -> bool:
+    def _delete_version_txn(
+        self, txn: Transaction, user_id: str, version: int
+    ) -> tuple[bool, bool]:
         self._begin(txn)
         txn.execute(self._dialect.lock_version, (user_id, version))
         row = txn.fetchone()
         if row is None:
             raise unknown_version()
-        if row[1]:
-            return False
-        txn.execute(sql.DELETE_KEYS, (user_id, version))
-        txn.execute(sql.MARK_DELETED, (user_id, version))
-        txn.execute(sql.FORGET_COUNT, (user_id, version))
-        return True
+        is_first = not row[1]
+        if is_first:
+            # Synapse's own endpoints may have made the version.
+            txn.execute(sql.SAVE_NUMBER, (user_id, version))
+            txn.execute(sql.MARK_DELETED, (user_id, version))
+            txn.execute(sql.FORGET_COUNT, (user_id, version))
+        _, is_complete = self._delete_some(txn, user_id, version, None)
+        return is_first, is_complete
 
     def _forget_user_txn(self, txn: Transaction, user_id: str) -> None:
+        txn.execute(sql.SAVE_LAST_NUMBER, (user_id, user_id))
         txn.execute(sql.FORGET_USER, (user_id,))
+
+
+def _without_broken(backup: tuple[str, int], page: KeyPage) -> KeyPage:
+    """A page without the keys whose data aren't JSON, which are reported."""
+    broken = broken_sessions(page)
+    for (room_id, _), session_id in broken.items():
+        _report_broken(backup, room_id, session_id)
+    return attrs.evolve(page, rows=[row for row in page.rows if row not in broken])
+
+
+def _report_broken(backup: tuple[str, int], room_id: str, session_id: str) -> None:
+    """Log and count a stored key that can't be given to a client."""
+    metrics.broken_rows.inc()
+    logger.error(
+        "Left out a key: its session_data isn't JSON:"
+        " user=%s version=%s room=%s session=%s",
+        *(*backup, shown(room_id), shown(session_id)),
+    )
 
 
 def _slot(user_id: str) -> int:

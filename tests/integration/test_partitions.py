@@ -8,6 +8,7 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any, TypeVar
+from unittest import mock
 
 import attrs
 import psycopg2
@@ -22,6 +23,7 @@ from synapse_roomkeys.storage import (
     sql,
     upgrade_tables,
 )
+from synapse_roomkeys.storage import store as stores
 from synapse_roomkeys.types import KeyMetadata, KeyPage, Limits, RoomKey
 
 from ..memory import TriesOnce
@@ -33,7 +35,10 @@ Steps = Generator[Deferred[Any], Any, None]
 T = TypeVar("T")
 
 PARTITIONS = 16
-TABLES = ("e2e_room_keys", "e2e_room_keys_versions", "roomkeys_counts")
+TABLES = (
+    *("e2e_room_keys", "e2e_room_keys_versions"),
+    *("roomkeys_counts", "roomkeys_numbers"),
+)
 #: As the plugin makes them, index by index, but partitioned.
 PARTITIONED = """
     CREATE TABLE e2e_room_keys (
@@ -53,6 +58,9 @@ PARTITIONED = """
         user_id TEXT NOT NULL, version BIGINT NOT NULL, etag BIGINT NOT NULL,
         key_count BIGINT NOT NULL, counted_ts BIGINT NOT NULL,
         PRIMARY KEY (user_id, version)
+    ) PARTITION BY HASH (user_id);
+    CREATE TABLE roomkeys_numbers (
+        user_id TEXT PRIMARY KEY, last_version BIGINT NOT NULL
     ) PARTITION BY HASH (user_id)"""
 PARTITION = """
     CREATE TABLE {table}_{number} PARTITION OF {table}
@@ -218,9 +226,10 @@ def all_statements() -> set[str]:
     }
     own = sql.POSTGRES
     others = {own.lock_version, own.insert_version, own.find_sessions, own.measure_keys}
-    others.add(own.add_keys)
+    others |= {own.find_sessions_with_data, own.user_sizes, own.add_keys}
     others |= {step.statement for step in own.write_keys + own.write_more_keys}
-    return (everywhere - {sql.COLUMNS}) | others | set(attrs.astuple(own.pages))
+    pages = {*attrs.astuple(own.pages), *attrs.astuple(own.pages_with_any_data)}
+    return (everywhere - {sql.COLUMNS}) | others | pages
 
 
 def keys(index: int, count: int, room_id: str = "!room") -> list[RoomKey]:
@@ -250,9 +259,35 @@ def upload_and_download(store: EndToEndRoomKeyStore, user: str, version: int) ->
 
 
 @inlineCallbacks
+def meet_broken_rows(store: EndToEndRoomKeyStore, user: str, version: int) -> Steps:
+    """Each kind of download of keys whose data aren't JSON, and good ones instead."""
+    broken = [broken_key(key) for key in keys(5, 600, "!broken")]
+    yield store.upload_keys(user, version, broken)
+    for of_room in (None, "!broken"):
+        pages: list[KeyPage] = []
+
+        def take_one(page: KeyPage, pages: list[KeyPage] = pages) -> bool:
+            pages.append(page)
+            return False
+
+        yield store.get_pages(user, version, of_room, None, take_one)
+        yield store.get_pages(user, version, of_room, pages[0].last, take_one)
+        assert [page.rows for page in pages] == [[], []]
+    result = yield store.upload_keys(user, version, keys(9, 600, "!broken"))
+    assert len(result.replaced) == 600
+
+
+def broken_key(key: RoomKey) -> RoomKey:
+    """The key with data that aren't JSON."""
+    return RoomKey(key.room_id, key.session_id, key.metadata, "not json")
+
+
+@inlineCallbacks
 def do_everything(store: EndToEndRoomKeyStore, user: str) -> Steps:
     """Every operation there is, with whatever it depends on this way and that."""
     version: int = yield store.create_version(user, "algorithm", "{}")
+    yield meet_broken_rows(store, user, version)
+    yield store.delete_keys(user, version, None, None)
     yield upload_and_download(store, user, version)
     # Nothing is cached then, so that keys are counted.
     yield store.forget_user(user)
@@ -260,12 +295,14 @@ def do_everything(store: EndToEndRoomKeyStore, user: str) -> Steps:
     yield store.update_version(user, version, "algorithm", '{"a": 1}')
     yield store.forget_user(user)
     for room_id, session_id in (("!room", "7"), ("!room", None), (None, None)):
-        _, deleted = yield store.delete_keys(user, version, room_id, session_id)
+        _, deleted, _ = yield store.delete_keys(user, version, room_id, session_id)
         assert deleted
     newer: int = yield store.create_version(user, "algorithm", "{}")
     assert newer > version
     yield store.get_info(user, None)
-    assert (yield store.delete_version(user, newer))
+    assert (yield store.delete_version(user, newer)) == (True, True)
+    with mock.patch.object(stores, "_DELETED_VERSIONS", 0):
+        yield store.create_version(user, "algorithm", "{}")
     yield store.forget_user(user)
 
 

@@ -25,7 +25,7 @@ NEWEST = max(int(file.name[:3]) for file in SCHEMA.iterdir())
 COUNT = "INSERT INTO roomkeys_counts VALUES ('@user:test.example', 1, 2, 3, 4)"
 #: Seconds that processes may take to start, and to be done.
 DEADLINE = 60.0
-OWN_TABLES = {"roomkeys_counts", "roomkeys_schema"}
+OWN_TABLES = {"roomkeys_counts", "roomkeys_numbers", "roomkeys_schema"}
 HOMESERVERS_TABLES = {"e2e_room_keys", "e2e_room_keys_versions"}
 #: Every column that there is, and every index, with the table it belongs to.
 SHAPE = {
@@ -118,13 +118,17 @@ def tables(backend: Backend) -> set[str]:
     return {table for table, _ in shape(backend)}
 
 
+def apply(backend: Backend, *names: str) -> None:
+    """Run some of the plugin's files."""
+    for name in names:
+        lines = (SCHEMA / name).read_text().splitlines()
+        code = "\n".join(line for line in lines if not line.startswith("--"))
+        run(backend, code.strip().rstrip(";"))
+
+
 def make_old(backend: Backend) -> None:
     """Make the tables as the version before the numbers did."""
-    for file in SCHEMA.iterdir():
-        if file.name in ("001_backups.sql", "002_counts.sql"):
-            lines = file.read_text().splitlines()
-            code = "\n".join(line for line in lines if not line.startswith("--"))
-            run(backend, code.strip().rstrip(";"))
+    apply(backend, "001_backups.sql", "002_counts.sql")
 
 
 def start_together(backends: list[Backend], barrier: Barrier) -> None:
@@ -145,8 +149,30 @@ def test_new_tables(fresh: Backend) -> None:
 
 def test_beside_a_homeserver(fresh: Backend) -> None:
     """Where a homeserver makes its own tables, only the plugin's are made."""
+    homeservers = "CREATE TABLE e2e_room_keys_versions (user_id TEXT, version BIGINT)"
+    run(fresh, homeservers)
     upgrade(fresh, homeserver_tables=False)
-    assert tables(fresh) == OWN_TABLES
+    assert tables(fresh) == OWN_TABLES | {"e2e_room_keys_versions"}
+
+
+def test_numbers_of_before_their_table(fresh: Backend) -> None:
+    """A start on the tables of the version before writes down each user's last number,
+    once; the numbers stand when the versions are gone."""
+    apply(fresh, "001_backups.sql", "002_counts.sql", "003_sizes.sql")
+    run(fresh, "CREATE TABLE roomkeys_schema (number BIGINT PRIMARY KEY)")
+    run(fresh, "INSERT INTO roomkeys_schema VALUES (3)")
+    for user, version in (("a", 7), ("a", 9), ("b", 1)):
+        run(
+            fresh,
+            "INSERT INTO e2e_room_keys_versions (user_id, version, algorithm,"
+            f" auth_data, deleted) VALUES ('{user}', {version}, 'm', '{{}}', 1)",
+        )
+    statements = upgrade(fresh)
+    assert not any("ALTER" in statement for statement in statements)
+    run(fresh, "DELETE FROM e2e_room_keys_versions")
+    upgrade(fresh)
+    numbers = "SELECT user_id, last_version FROM roomkeys_numbers ORDER BY user_id"
+    assert run(fresh, numbers) == [("a", 9), ("b", 1)]
 
 
 @pytest.mark.parametrize("homeserver_tables", [True, False])
@@ -169,7 +195,7 @@ def test_a_dropped_cache_is_made_again(fresh: Backend) -> None:
     """The plugin's tables may be dropped, the cache alone too."""
     upgrade(fresh)
     before = shape(fresh)
-    for dropped in (["roomkeys_counts"], sorted(OWN_TABLES)):
+    for dropped in (["roomkeys_counts"], ["roomkeys_numbers"], sorted(OWN_TABLES)):
         run(fresh, ";".join(f"DROP TABLE {table}" for table in dropped))
         upgrade(fresh)
         assert shape(fresh) == before

@@ -17,7 +17,7 @@ COUNT_LIFETIME = 3600
 
 @attrs.frozen
 class Key:
-    """A key; the fields of old rows may be None, or their data JSON null.
+    """A key; the fields of old rows may be None, or their data null or no JSON.
 
     Attributes:
         data: JSON text, the ``session_data``.
@@ -34,8 +34,15 @@ class Key:
         return (
             self.verified is None
             or any(number is None or number < 0 for number in numbers)
-            or self.data == "null"
+            or not self.is_shown()
         )
+
+    def is_shown(self) -> bool:
+        """Whether clients are given it: its data are JSON and not null."""
+        try:
+            return json.loads(self.data) is not None
+        except ValueError:
+            return False
 
     def beats(self, old: Key) -> bool:
         """Whether this one, a good one, takes the old one's place."""

@@ -150,9 +150,14 @@ def statements() -> dict[str, str]:
         for name, value in vars(sql).items()
         if name.isupper() and not name.startswith("_") and isinstance(value, str)
     }
-    names = ("lock_version", "insert_version", "find_sessions", "measure_keys")
+    names = (
+        *("lock_version", "insert_version", "find_sessions", "find_sessions_with_data"),
+        *("measure_keys", "user_sizes", "delete_keys", "delete_room_keys"),
+    )
     for dialect in (sql.SQLITE, sql.POSTGRES):
         own = {**attrs.asdict(dialect.pages), **{n: getattr(dialect, n) for n in names}}
+        for name, page in attrs.asdict(dialect.pages_with_any_data).items():
+            own[f"{name} with any data"] = page
         for i, step in enumerate(dialect.write_keys + dialect.write_more_keys):
             own[f"write_keys {i}"] = step.statement
         if dialect.add_keys:
@@ -180,7 +185,7 @@ class StatementTests(SynchronousTestCase):
         """A conflict is looked for among the user's own rows."""
         for name, statement in statements().items():
             for target in re.findall(r"ON CONFLICT \((.*?)\)", statement):
-                self.assertTrue(target.startswith("user_id, "), name)
+                self.assertEqual(target.split(", ")[0], "user_id", name)
 
     def test_marks_are_parameters(self) -> None:
         """No mark stands in a literal, and nothing looks like psycopg2's marks."""

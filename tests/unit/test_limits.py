@@ -12,7 +12,9 @@ from ..memory import MemoryHost
 
 KEYS = "/_matrix/client/v3/room_keys/keys"
 VERSION = "/_matrix/client/v3/room_keys/version"
-AUTH_DATA = {"algorithm": "m.megolm_backup.v1.curve25519-aes-sha2", "auth_data": {}}
+ALGORITHM = "m.megolm_backup.v1.curve25519-aes-sha2"
+#: The bytes that ``auth_data`` of each version has.
+AUTH_DATA_SIZE = 2
 
 
 class Device:
@@ -35,8 +37,18 @@ class Device:
 
     def new_version(self) -> str:
         """Make a version that becomes the current one."""
-        self.version = self.send("POST", VERSION, AUTH_DATA).json["version"]
+        self.version = self.create().json["version"]
         return self.version
+
+    def create(self, size: int = AUTH_DATA_SIZE) -> Answer:
+        """Make a version whose ``auth_data`` has so many bytes as JSON."""
+        body = {"algorithm": ALGORITHM, "auth_data": "x" * (size - 2)}
+        return self.send("POST", VERSION, body)
+
+    def update(self, size: int) -> Answer:
+        """Change the ``auth_data`` of the version."""
+        body = {"algorithm": ALGORITHM, "auth_data": "x" * (size - 2)}
+        return self.send("PUT", f"{VERSION}/{self.version}", body)
 
     def upload(self, *sessions: str, size: int = 10, index: int = 5) -> Answer:
         """Upload keys whose data has so many bytes as JSON."""
@@ -55,7 +67,7 @@ class Device:
 
 
 class UserLimitTests(SynchronousTestCase):
-    """``max_user_keys`` and ``max_user_bytes``."""
+    """``max_user_keys``, ``max_user_bytes`` and ``max_user_versions``."""
 
     def assert_refused(self, answer: Answer) -> None:
         """The answer says that the user's limit is exceeded."""
@@ -85,7 +97,9 @@ class UserLimitTests(SynchronousTestCase):
 
     def test_who_is_at_the_limit_may_still_better_and_delete_keys(self) -> None:
         """What makes a backup no larger isn't refused."""
-        device = Device(MemoryHost(Limits(max_user_keys=2, max_user_bytes=20)))
+        device = Device(
+            MemoryHost(Limits(max_user_keys=2, max_user_bytes=20 + AUTH_DATA_SIZE))
+        )
         self.assert_taken(device.upload("a", "b"), 2)
         self.assert_taken(device.upload("a", "b"), 2)
         self.assert_taken(device.upload("a", "b", index=4), 2)
@@ -95,7 +109,7 @@ class UserLimitTests(SynchronousTestCase):
 
     def test_bytes_are_limited(self) -> None:
         """The limit is of the data of the keys, new and replaced ones."""
-        device = Device(MemoryHost(Limits(max_user_bytes=100)))
+        device = Device(MemoryHost(Limits(max_user_bytes=100 + AUTH_DATA_SIZE)))
         self.assert_taken(device.upload("a", size=60), 1)
         self.assert_refused(device.upload("b", size=41))
         self.assert_taken(device.upload("b", size=40), 2)
@@ -106,7 +120,7 @@ class UserLimitTests(SynchronousTestCase):
 
     def test_bytes_are_those_of_utf8(self) -> None:
         """A character may have several bytes."""
-        device = Device(MemoryHost(Limits(max_user_bytes=10)))
+        device = Device(MemoryHost(Limits(max_user_bytes=10 + AUTH_DATA_SIZE)))
         key = {"first_message_index": 0, "forwarded_count": 0, "is_verified": True}
         path = f"{KEYS}/!room/s?version={device.version}"
         for data, status in (("\u00e4" * 5, 403), ("\u00e4" * 4, 200)):
@@ -115,7 +129,7 @@ class UserLimitTests(SynchronousTestCase):
 
     def test_a_deleted_key_frees_its_bytes(self) -> None:
         """What a key held is counted anew after a deletion."""
-        device = Device(MemoryHost(Limits(max_user_bytes=100)))
+        device = Device(MemoryHost(Limits(max_user_bytes=100 + AUTH_DATA_SIZE)))
         self.assert_taken(device.upload("a", size=60), 1)
         self.assert_taken(device.delete("a"), 0)
         self.assert_taken(device.upload("b", size=100), 1)
@@ -123,7 +137,9 @@ class UserLimitTests(SynchronousTestCase):
 
     def test_all_versions_count_together(self) -> None:
         """Making another version doesn't get round the limit; deleting one does."""
-        device = Device(MemoryHost(Limits(max_user_keys=3, max_user_bytes=30)))
+        device = Device(
+            MemoryHost(Limits(max_user_keys=3, max_user_bytes=30 + 2 * AUTH_DATA_SIZE))
+        )
         old = device.version
         self.assert_taken(device.upload("a", "b"), 2)
         device.new_version()
@@ -142,7 +158,7 @@ class UserLimitTests(SynchronousTestCase):
 
     def test_what_was_there_before_the_limit_counts(self) -> None:
         """A backup whose size isn't cached is measured."""
-        host = MemoryHost(Limits(max_user_bytes=100))
+        host = MemoryHost(Limits(max_user_bytes=100 + AUTH_DATA_SIZE))
         device = Device(host)
         self.assert_taken(device.upload("a", size=60), 1)
         for forget in (
@@ -179,6 +195,82 @@ class UserLimitTests(SynchronousTestCase):
 
         self.patch(store, "_count_anew", interrupted)
         self.assert_taken(device.upload("a"), 1)
+
+    def test_auth_data_counts(self) -> None:
+        """``auth_data`` takes of ``max_user_bytes``, in POST, PUT and uploads; one that
+        gets no longer is taken, and a deleted version frees its bytes."""
+        device = Device(MemoryHost(Limits(max_user_bytes=100)))
+        old = device.version
+        self.assertEqual(device.create(90).status, 200)
+        self.assert_refused(device.create(9))
+        device.version = device.send("GET", VERSION).json["version"]
+        self.assert_refused(device.update(99))
+        self.assertEqual(device.update(98).status, 200)
+        self.assert_refused(device.upload("a", size=3))
+        self.assertEqual(device.update(98).status, 200)
+        self.assertEqual(device.update(97).status, 200)
+        self.assertEqual(device.send("GET", VERSION).json["auth_data"], "x" * 95)
+        self.assertEqual(device.send("DELETE", f"{VERSION}/{old}").status, 200)
+        self.assert_taken(device.upload("a", size=3), 1)
+
+    def test_posts_under_a_limit_take_no_more_room(self) -> None:
+        """However often a client makes a version of 60 KB, the limit holds."""
+        device = Device(MemoryHost(Limits(max_user_bytes=1000)))
+        for _ in range(20):
+            self.assert_refused(device.create(60_000))
+        self.assertEqual(device.send("GET", VERSION).json["version"], device.version)
+
+    def test_versions_are_limited(self) -> None:
+        """A version over the limit is refused, and one may follow a deleted one."""
+        device = Device(MemoryHost(Limits(max_user_versions=2)))
+        device.new_version()
+        answer = device.create()
+        self.assert_refused(answer)
+        self.assertEqual(
+            answer.json["error"], "A user may have 2 versions at most: delete one first"
+        )
+        self.assertEqual(device.send("GET", VERSION).json["version"], device.version)
+        device.send("DELETE", f"{VERSION}/{device.version}")
+        self.assertEqual(device.create().status, 200)
+
+    def test_a_user_has_a_hundred_versions_by_default(self) -> None:
+        """The number is limited without any option, as each has its ``auth_data``."""
+        device = Device(MemoryHost())
+        for _ in range(99):
+            device.new_version()
+        self.assert_refused(device.create())
+
+    def test_deleted_versions_take_little_room(self) -> None:
+        """A deleted version has no ``auth_data``, and the newest hundred have a row: a
+        loop of POST and DELETE fills nothing."""
+        host = MemoryHost()
+        device = Device(host)
+        for _ in range(105):
+            device.create(60_000)
+            device.version = device.send("GET", VERSION).json["version"]
+            device.send("DELETE", f"{VERSION}/{device.version}")
+        rows = host.database.connection.execute(
+            "SELECT deleted, auth_data FROM e2e_room_keys_versions"
+        ).fetchall()
+        self.assertEqual(sum(deleted for deleted, _ in rows), 101)
+        self.assertEqual({data for deleted, data in rows if deleted}, {"{}"})
+
+    def test_a_deleted_version_with_keys_keeps_its_row(self) -> None:
+        """The row is there as long as keys are, so that the keys can be deleted."""
+        host = MemoryHost()
+        device = Device(host)
+        self.assert_taken(device.upload("a"), 1)
+        first = device.version
+        connection = host.database.connection
+        connection.execute("UPDATE e2e_room_keys_versions SET deleted = 1")
+        connection.commit()
+        for _ in range(105):
+            device.new_version()
+            device.send("DELETE", f"{VERSION}/{device.version}")
+        answer = device.send("DELETE", f"{VERSION}/{first}")
+        self.assertEqual(answer.status, 200)
+        rows = connection.execute("SELECT * FROM e2e_room_keys").fetchall()
+        self.assertEqual(rows, [])
 
     def test_it_costs_one_statement(self) -> None:
         """An upload within the limit takes one statement more, however many keys."""

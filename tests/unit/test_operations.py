@@ -4,18 +4,28 @@ import logging
 import sqlite3
 from typing import Any
 
+import attrs
+
 from twisted.internet.defer import Deferred, fail
 from twisted.trial.unittest import SynchronousTestCase
 
+from synapse_roomkeys import metrics
 from synapse_roomkeys.clock import Clock
 from synapse_roomkeys.errors import NotFoundError, OutageError, UnavailableError
 from synapse_roomkeys.service.logs import MAX_LINE, JsonFormatter, TextFormatter
-from synapse_roomkeys.storage import PAGE_KEYS, SQLITE, RetryingDatabase, sql
-from synapse_roomkeys.types import KeyMetadata, KeyPage, RoomKey
+from synapse_roomkeys.storage import (
+    FIRST_KEYS,
+    PAGE_KEYS,
+    SQLITE,
+    RetryingDatabase,
+    sql,
+)
+from synapse_roomkeys.storage.sql import DELETED_AT_ONCE
+from synapse_roomkeys.types import BackupState, KeyMetadata, KeyPage, RoomKey
 from synapse_roomkeys.wire import VersionInfo, shown
 
 from ..contract import Client
-from ..contract.base import Rooms, key, keys_path
+from ..contract.base import ALGORITHM, Rooms, key, keys_path
 from ..memory import FakeReactor, ImmediateDatabase, MemoryHost
 
 COUNT = "SELECT COUNT(*)"
@@ -222,6 +232,85 @@ class OldRowTests(Operations):
             self.upload({"!a": {session: key(9, 9, False, "new")}})
             self.assertEqual(self.download()["!a"][session]["session_data"], "new")
 
+    def assert_left_out(self, broken: dict[str, str]) -> None:
+        """Rows with such data are in no download, each is logged once a download, and
+        a good key takes their place."""
+        self.upload({"!a": {"good": key()}})
+        for session, data in broken.items():
+            self.put_row(session, (0, 0, True), data)
+        said = [
+            "ERROR:synapse_roomkeys.storage.store:Left out a key: its session_data isn't"
+            f" JSON: user={self.client.user.user_id} version={self.version}"
+            f' room="!a" session="{session}"'
+            for session in sorted(broken)
+        ]
+        before = metrics.broken_rows._value.get()
+        for ids in ((), ("!a",)):
+            with self.assertLogs("synapse_roomkeys", "ERROR") as logged:
+                path = keys_path(self.version, *ids)
+                answer = self.successResultOf(self.client.get(path))
+            self.assertEqual(logged.output, said)
+            sessions = (answer.json if ids else answer.json["rooms"]["!a"])["sessions"]
+            self.assertEqual(sessions, {"good": key()})
+        for session in broken:
+            with self.assertLogs("synapse_roomkeys", "ERROR"):
+                path = keys_path(self.version, "!a", session)
+                answer = self.successResultOf(self.client.get(path))
+            self.assertEqual(answer.json["error"], "No room_keys found")
+        after = metrics.broken_rows._value.get()
+        self.assertEqual(after - before, 3 * len(broken))
+        self.upload({"!a": {session: key(9, 9, False) for session in broken}})
+        self.assertEqual(len(self.download()["!a"]), 1 + len(broken))
+
+    def test_a_row_that_is_not_json_is_left_out(self) -> None:
+        """Whatever it looks like, the backup stays readable for clients."""
+        self.assert_left_out(
+            {"a": "not json", "b": '{"cut": "o', "c": "", "z": 'SECRET"}}'}
+        )
+
+    def test_rows_that_are_json_only_together_are_left_out(self) -> None:
+        """Data that would add a session, or that others' data make whole."""
+        self.assert_left_out(
+            {"a": '1},"x":{"y":2', "b": '"begun', "c": 'ended"', "d": "1,2"}
+        )
+
+    def test_a_broken_row_on_each_page(self) -> None:
+        """Pages end where they did, and nothing else is missing."""
+        self.upload({"!a": {f"{i:04}": key() for i in range(3 * PAGE_KEYS)}})
+        broken = [f"{i:04}" for i in (0, FIRST_KEYS - 1, FIRST_KEYS, 3 * PAGE_KEYS - 1)]
+        for session in broken:
+            self.run_sql(
+                "UPDATE e2e_room_keys SET session_data = '{' WHERE session_id = ?",
+                session,
+            )
+        with self.assertLogs("synapse_roomkeys", "ERROR") as logged:
+            sessions = self.download()["!a"]
+        self.assertEqual(len(logged.output), len(broken))
+        self.assertEqual(len(sessions), 3 * PAGE_KEYS - len(broken))
+
+    def test_a_version_that_is_not_json(self) -> None:
+        """``auth_data`` that isn't JSON is a 500 with a line that names the version: at
+        a 404 clients turn the backup off. It can be written anew, and deleted."""
+        self.run_sql("UPDATE e2e_room_keys_versions SET auth_data = 'SECRET'")
+        for path in ("/version", f"/version/{self.version}"):
+            with self.assertLogs("synapse_roomkeys", "ERROR") as logged:
+                asked = self.host.request(
+                    *("GET", f"/_matrix/client/v3/room_keys{path}"),
+                    token=self.client.user.access_token,
+                )
+                answer = self.successResultOf(asked)
+            self.assertEqual(
+                (answer.status, answer.json["errcode"]), (500, "M_UNKNOWN")
+            )
+            who = f"user={self.client.user.user_id} version={self.version}"
+            self.assertIn(who, logged.output[0])
+            self.assertNotIn("SECRET", "".join(logged.output) + str(answer.body))
+        self.assertEqual(self.upload({"!a": {"s": key()}}), (1, 1))
+        body = {"algorithm": ALGORITHM, "auth_data": {}}
+        path = f"/version/{self.version}"
+        self.assertEqual(self.successResultOf(self.client.put(path, body)).status, 200)
+        self.assertEqual(self.info()["auth_data"], {})
+
     def test_an_etag_of_null_is_0(self) -> None:
         """A version that nothing was uploaded to yet has one all the same."""
         self.run_sql("UPDATE e2e_room_keys_versions SET etag = NULL")
@@ -248,6 +337,132 @@ class DownloadTests(Operations):
         read = self.host.store.get_pages(user_id, version, None, None, take)
         self.failureResultOf(read, NotFoundError)
         self.assertEqual(len(pages), 1)
+
+
+class DeletionTests(Operations):
+    """Deletions on SQLite, which are done in several transactions."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        rooms = {room: {f"{i}": key() for i in range(10)} for room in ("!a", "!b")}
+        self.upload(rooms)
+        dialect = attrs.evolve(
+            SQLITE.dialect,
+            **{
+                name: getattr(SQLITE.dialect, name).replace("LIMIT 2000", "LIMIT 4")
+                for name in ("delete_keys", "delete_room_keys")
+            },
+            deleted_at_once=4,
+        )
+        self.patch(self.host.store, "_dialect", dialect)
+
+    def keys(self) -> int:
+        """How many keys the database holds."""
+        connection = self.host.database.connection
+        ((count,),) = connection.execute(f"{COUNT} FROM e2e_room_keys")
+        number: int = count
+        return number
+
+    def test_no_transaction_deletes_more_than_its_share(self) -> None:
+        """The statements have a bound that a second is far above."""
+        self.assertEqual(DELETED_AT_ONCE, SQLITE.dialect.deleted_at_once)
+        self.assertLessEqual(DELETED_AT_ONCE, 2000)
+        for statement in (SQLITE.dialect.delete_keys, SQLITE.dialect.delete_room_keys):
+            self.assertIn(f"LIMIT {DELETED_AT_ONCE})", statement)
+
+    def test_a_version_is_gone_before_its_keys_are(self) -> None:
+        """Clients see nothing of it from the first transaction on, and others have
+        their turn between two of them."""
+        other = Client(self.host, self.host.new_user())
+        self.successResultOf(other.create_version())
+        user_id = self.client.user.user_id
+        deleted = self.host.handler.delete_version(user_id, self.version)
+        left = [self.keys()]
+        while not deleted.called:
+            answer = self.successResultOf(self.client.get(keys_path(self.version)))
+            self.assertEqual(answer.status, 404)
+            self.successResultOf(other.info())
+            self.host.reactor.advance(0.1)
+            left.append(self.keys())
+        self.assertEqual(left, [16, 12, 8, 4, 0, 0])
+        self.successResultOf(deleted)
+
+    def test_a_second_deletion_ends_a_first_one(self) -> None:
+        """What a process left that was killed in between."""
+        user_id, version = self.client.user.user_id, int(self.version)
+        first = self.host.store.delete_version(user_id, version)
+        self.assertEqual(self.successResultOf(first), (True, False))
+        again = self.host.handler.delete_version(user_id, self.version)
+        self.host.reactor.pump([0.1] * 10)
+        self.successResultOf(again)
+        self.assertEqual(self.keys(), 0)
+
+    def test_a_room_is_deleted_in_parts(self) -> None:
+        """Etag and count are right after each transaction."""
+        user_id = self.client.user.user_id
+        deleted = self.host.handler.delete_room_keys(user_id, self.version, "!a")
+        told = [self.info()]
+        while not deleted.called:
+            self.host.reactor.advance(0.1)
+            told.append(self.info())
+        tallies = [(info["etag"], info["count"]) for info in told]
+        self.assertEqual(tallies, [("2", 16), ("3", 12), ("4", 10)])
+        self.assertEqual(self.successResultOf(deleted), BackupState(4, 10))
+
+
+class NumberTests(Operations):
+    """The numbers of versions, which never come twice for a user."""
+
+    def erase(self, *tables: str) -> None:
+        """Delete a user's rows as a homeserver or an operator does."""
+        for table in tables:
+            self.run_sql(
+                f"DELETE FROM {table} WHERE user_id = ?", self.client.user.user_id
+            )
+
+    def create(self) -> int:
+        """The number of a new version."""
+        return int(self.successResultOf(self.client.create_version()))
+
+    def test_numbers_ahead_of_the_clock(self) -> None:
+        """A user who makes 300 versions in a second and is erased gets a new one."""
+        for _ in range(300):
+            number = self.create()
+            self.successResultOf(self.client.delete(f"/version/{number}"))
+        self.erase("e2e_room_keys", "e2e_room_keys_versions", "roomkeys_counts")
+        self.assertEqual(self.create(), number + 1)
+
+    def test_a_number_of_stock(self) -> None:
+        """A version that Synapse's own endpoints made counts, also when Synapse deletes
+        it before it tells the plugin that the user is deactivated."""
+        number = int(self.version) + 1000
+        self.run_sql(
+            "INSERT INTO e2e_room_keys_versions VALUES (?, ?, 'm', '{}', 0, NULL)",
+            *(self.client.user.user_id, number),
+        )
+        self.assertEqual(self.info()["version"], str(number))
+        self.erase("e2e_room_keys_versions")
+        forgotten = self.host.store.forget_user(self.client.user.user_id)
+        self.successResultOf(forgotten)
+        self.assertEqual(self.create(), number + 1)
+
+    def test_what_is_left_of_a_user(self) -> None:
+        """The user id and one number, and nothing else."""
+        self.upload({"!a": {"s": key()}})
+        self.erase("e2e_room_keys", "e2e_room_keys_versions")
+        user_id = self.client.user.user_id
+        self.successResultOf(self.host.store.forget_user(user_id))
+        connection = self.host.database.connection
+        tables = connection.execute(
+            "SELECT name FROM sqlite_master WHERE type = 'table'"
+        ).fetchall()
+        rows = {
+            table: connection.execute(f"SELECT * FROM {table}").fetchall()
+            for (table,) in tables
+            if table != "roomkeys_schema"
+        }
+        kept = {table: found for table, found in rows.items() if found}
+        self.assertEqual(kept, {"roomkeys_numbers": [(user_id, int(self.version))]})
 
 
 class LogTests(Operations):
