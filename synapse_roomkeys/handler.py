@@ -34,8 +34,8 @@ logger = logging.getLogger(__name__)
 #: What a line says of replaced keys, where it is of more than one, in characters of
 #: ASCII and the backslashes that JSON adds: the service cuts what is longer.
 _MESSAGE_SIZE = 1792
-#: Seconds between two transactions of one deletion. A process that waits for the lock of
-#: an SQLite file tries every 0.1 s: the pause lets it in.
+#: Seconds between two transactions of one deletion. A process that waits for the lock
+#: of an SQLite file tries every 0.1 s: the pause lets it in.
 _DELETION_PAUSE = 0.1
 _REPLACED = "Replaced keys (first_message_index/forwarded_count/is_verified): %s%s"
 

@@ -552,7 +552,8 @@ _PACKED_KEYS = f"""unnest(?::text[], ?::text[], ?::int[], ?::int[], ?::boolean[]
 
 _FIND_ON_POSTGRES = _FIND_SESSIONS.format(
     lookup=f"""
-        SELECT u.position - 1, {_FOUND.format(size=_POSTGRES_SIZE.format("session_data"))}
+        SELECT u.position - 1,
+            {_FOUND.format(size=_POSTGRES_SIZE.format("session_data"))}
         FROM {_PACKED_IDS} {_LOOKUP_ON_POSTGRES}"""
 )
 #: invalid_text_representation, and statement_too_complex for what is nested too deeply.

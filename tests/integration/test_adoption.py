@@ -109,7 +109,9 @@ def check_log(server: Synapse) -> None:
     """Nothing went wrong in a server."""
     lines = server.log().splitlines()
     marks = ("Traceback", " ERROR ", " CRITICAL ", "context")
-    assert [line for line in lines if any(mark in line for mark in marks)] == []
+    said = "Left out a key: its session_data isn't JSON"
+    found = [line for line in lines if any(mark in line for mark in marks)]
+    assert [line for line in found if said not in line] == []
 
 
 def client(server: Synapse, user: User) -> Api:
@@ -175,6 +177,10 @@ BAD_ROWS = {
     "nothing": BadRow(key(None, None), key(), "is_verified = NULL"),
     "no_data": BadRow(key(0, 0, True, None), None),
     "no_data_nor_index": BadRow(key(None, None, True, None), None),
+    "no_json": BadRow(key(0, 0, True), None, "session_data = 'not json'"),
+    "no_json_alone": BadRow(
+        key(0, 0, True), None, """session_data = '1},"x":{"y":2'"""
+    ),
 }
 SQLITE_BAD_ROWS = {
     "text": BadRow(key("abc"), key(0)),
@@ -346,7 +352,8 @@ def sound(adopted: Adopted, owner: Owner) -> Rooms:
 
 
 def test_bad_rows_are_served(adopted: Adopted) -> None:
-    """A NULL reads as 0 or false, whole, by the room and alone; a null is hidden."""
+    """A NULL reads as 0 or false, whole, by the room and alone; a null is hidden. So is
+    data that isn't JSON, with a line in the log for each download."""
     owner = next(adopted.victims)
     api = adopted.api(owner)
     want = sound(adopted, owner)
@@ -360,6 +367,12 @@ def test_bad_rows_are_served(adopted: Adopted) -> None:
             same(accepted(answer), want[ROOM][name], name)
         else:
             refused(answer, 404, "M_NOT_FOUND", error=NO_KEY, row=name)
+    for name in ("no_json", "no_json_alone"):
+        line = (
+            f"Left out a key: its session_data isn't JSON: user={owner.user.user_id}"
+            f' version={owner.version} room="{ROOM}" session="{name}"'
+        )
+        assert adopted.server.log().count(line) == 3
     adopted.check_count(owner)
 
 

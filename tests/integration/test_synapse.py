@@ -155,15 +155,19 @@ def administer(pair: Pair, method: str, path: str, body: object = None) -> None:
 
 @inlineCallbacks
 def test_deactivation(synapse: Synapse, synapse_host: HttpHost) -> Steps:
-    """A user who is deactivated leaves nothing behind, others keep what is theirs."""
+    """A user who is deactivated leaves nothing behind but the last version number,
+    others keep what is theirs."""
     users = [synapse.register(f"deactivated{n}") for n in range(2)]
+    versions: list[str] = []
     for user in users:
         client = Client(synapse_host, User(user.user_id, user.access_token))
-        version = yield client.create_version()
-        yield client.upload(version, ROOMS)
+        versions.append((yield client.create_version()))
+        yield client.upload(versions[-1], ROOMS)
         assert [rows(synapse, table, user.user_id) for table in TABLES] == [2, 1, 1]
     synapse.deactivate(users[0])
     assert [rows(synapse, table, users[0].user_id) for table in TABLES] == [0, 0, 0]
+    numbers = "SELECT last_version FROM roomkeys_numbers WHERE user_id = ?"
+    assert query(synapse, numbers, users[0].user_id) == [(int(versions[0]),)]
     assert [rows(synapse, table, users[1].user_id) for table in TABLES] == [2, 1, 1]
 
 

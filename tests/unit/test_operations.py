@@ -2,6 +2,7 @@
 
 import logging
 import sqlite3
+from pathlib import Path
 from typing import Any
 
 import attrs
@@ -29,6 +30,7 @@ from ..contract.base import ALGORITHM, Rooms, key, keys_path
 from ..memory import FakeReactor, ImmediateDatabase, MemoryHost
 
 COUNT = "SELECT COUNT(*)"
+DOCUMENTS = Path(__file__).parents[2] / "docs"
 
 
 class Operations(SynchronousTestCase):
@@ -239,8 +241,8 @@ class OldRowTests(Operations):
         for session, data in broken.items():
             self.put_row(session, (0, 0, True), data)
         said = [
-            "ERROR:synapse_roomkeys.storage.store:Left out a key: its session_data isn't"
-            f" JSON: user={self.client.user.user_id} version={self.version}"
+            "ERROR:synapse_roomkeys.storage.store:Left out a key: its session_data"
+            f" isn't JSON: user={self.client.user.user_id} version={self.version}"
             f' room="!a" session="{session}"'
             for session in sorted(broken)
         ]
@@ -446,12 +448,29 @@ class NumberTests(Operations):
         self.successResultOf(forgotten)
         self.assertEqual(self.create(), number + 1)
 
+    def test_an_erasure_as_documented(self) -> None:
+        """The commands of the documents leave the user id and one number."""
+        self.upload({"!a": {"s": key()}})
+        text = (DOCUMENTS / "service.rst").read_text(encoding="utf-8")
+        commands = text.partition("To erase a user, run in one transaction::\n\n")[2]
+        commands = commands.partition("\n\n")[0]
+        user_id = self.client.user.user_id
+        self.run_sql("DELETE FROM roomkeys_numbers")
+        for command in commands.replace("@user:example.org", user_id).split(";"):
+            self.run_sql(command)
+        self.assert_only_a_number_is_left()
+
     def test_what_is_left_of_a_user(self) -> None:
         """The user id and one number, and nothing else."""
         self.upload({"!a": {"s": key()}})
         self.erase("e2e_room_keys", "e2e_room_keys_versions")
         user_id = self.client.user.user_id
         self.successResultOf(self.host.store.forget_user(user_id))
+        self.assert_only_a_number_is_left()
+
+    def assert_only_a_number_is_left(self) -> None:
+        """No table but one has a row of the user."""
+        user_id = self.client.user.user_id
         connection = self.host.database.connection
         tables = connection.execute(
             "SELECT name FROM sqlite_master WHERE type = 'table'"
