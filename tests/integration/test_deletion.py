@@ -17,6 +17,7 @@ from synapse_roomkeys.storage.sql import DELETED_AT_ONCE
 
 from ..contract import Client
 from ..contract.base import accepted, key, version_path
+from ..memory import StubAuth
 from ..sites import Backend, OwnSite
 
 Steps = Generator[Deferred[Any], Any, None]
@@ -31,7 +32,8 @@ ADD_KEYS = """
 def sites(tmp_path: Path) -> Iterator[tuple[OwnSite, OwnSite]]:
     """Two servers on one SQLite file."""
     backend = Backend("sqlite", None, tmp_path / "roomkeys.db")
-    sites = OwnSite(backend), OwnSite(backend)
+    auth = StubAuth()
+    sites = OwnSite(backend, auth), OwnSite(backend, auth)
     for site in sites:
         blockon(site.start())
     yield sites
