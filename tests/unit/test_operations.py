@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import attrs
-
 from twisted.internet.defer import Deferred, fail
 from twisted.trial.unittest import SynchronousTestCase
 
