@@ -7,8 +7,8 @@ through as the text they came as.
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, NoReturn
+from collections.abc import Callable, Iterator, Mapping
+from typing import Annotated, Any, NoReturn, TypeVar
 
 import attrs
 import msgspec
@@ -62,10 +62,16 @@ class _BackupBody(msgspec.Struct):
     rooms: dict[str, _RoomBody]
 
 
-class _VersionBody(msgspec.Struct):
+class _NewVersionBody(msgspec.Struct):
     algorithm: str
     auth_data: msgspec.Raw
+
+
+class _VersionBody(_NewVersionBody):
     version: str | msgspec.UnsetType = msgspec.UNSET
+
+
+_AnyVersionBody = TypeVar("_AnyVersionBody", bound=_NewVersionBody)
 
 
 def _finite(digits: str) -> float:
@@ -80,6 +86,7 @@ _decode_strings = msgspec.json.Decoder(dict[str, str] | str).decode
 _decode_key = msgspec.json.Decoder(_KeyBody).decode
 _decode_room = msgspec.json.Decoder(_RoomBody).decode
 _decode_backup = msgspec.json.Decoder(_BackupBody).decode
+_decode_new_version = msgspec.json.Decoder(_NewVersionBody).decode
 _decode_version = msgspec.json.Decoder(_VersionBody).decode
 #: Sees that a body is JSON, without any value made of it.
 _skip = msgspec.json.Decoder(msgspec.Raw).decode
@@ -183,17 +190,40 @@ def parse_upload(
             yield _room_key(room, session, key, limits)
 
 
-def parse_version_info(body: bytes, limits: Limits) -> VersionInfo:
-    """What a client says of a version that it makes or updates.
+def parse_new_version(body: bytes, limits: Limits) -> VersionInfo:
+    """Parse the body of a request that makes a version.
+
+    A ``version`` in it is ignored, whatever it holds: the server chooses the number.
 
     Raises:
         NotJsonError: the body isn't JSON, or isn't UTF-8.
         BadJsonError: ``algorithm`` or ``auth_data`` is missing or of the wrong type.
         TooLargeError: the body is over its limit.
     """
+    info = _decode_version_body(body, limits, _decode_new_version)
+    return VersionInfo(info.algorithm, bytes(info.auth_data).decode(), None)
+
+
+def parse_version_info(body: bytes, limits: Limits) -> VersionInfo:
+    """Parse the body of a request that updates a version.
+
+    Raises:
+        NotJsonError: the body isn't JSON, or isn't UTF-8.
+        BadJsonError: ``algorithm`` or ``auth_data`` is missing, or one of them or
+            ``version`` is of the wrong type.
+        TooLargeError: the body is over its limit.
+    """
+    info = _decode_version_body(body, limits, _decode_version)
+    version = None if info.version is msgspec.UNSET else info.version
+    return VersionInfo(info.algorithm, bytes(info.auth_data).decode(), version)
+
+
+def _decode_version_body(
+    body: bytes, limits: Limits, decode: Callable[[bytes], _AnyVersionBody]
+) -> _AnyVersionBody:
     _check_text(body, min(limits.max_body_bytes, _MAX_VERSION_BODY_BYTES))
     try:
-        info = _decode_version(body)
+        info = decode(body)
         auth_data = bytes(info.auth_data)
         _check_opaque(auth_data)
     except (ValueError, msgspec.MsgspecError, RecursionError) as error:
@@ -204,8 +234,7 @@ def parse_version_info(body: bytes, limits: Limits) -> VersionInfo:
         raise BadJsonError("algorithm holds a NUL")
     if auth_data == b"null":
         raise BadJsonError("auth_data must not be null")
-    version = None if info.version is msgspec.UNSET else info.version
-    return VersionInfo(info.algorithm, auth_data.decode(), version)
+    return info
 
 
 def encode_key(key: RoomKey) -> bytes:

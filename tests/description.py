@@ -30,7 +30,7 @@ class Description:
         self.seen: set[tuple[str, int, str | None]] = set()
         self._validators: dict[str, Draft202012Validator] = {}
         self._paths = {
-            re.compile(re.sub(r"\{\w+\}", "[^/]*", path)): item
+            re.compile(re.sub(r"\{\w+\}", "[^/]+", path)): item
             for path, item in self.document["paths"].items()
         }
 

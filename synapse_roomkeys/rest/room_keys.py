@@ -25,6 +25,7 @@ from ..wire import (
     check_id,
     encode_backup_info,
     encode_key,
+    parse_new_version,
     parse_upload,
     parse_version_info,
 )
@@ -81,7 +82,7 @@ class RoomKeysServlet(RestServlet):
     """
 
     PATTERNS = client_patterns(
-        "/room_keys/keys(?:/(?P<room_id>[^/]*)(?:/(?P<session_id>[^/]*))?)?"
+        "/room_keys/keys(?:/(?P<room_id>[^/]+)(?:/(?P<session_id>[^/]+))?)?"
     )
 
     def __init__(self, hs: HomeServer) -> None:
@@ -165,7 +166,7 @@ class RoomKeysNewVersionServlet(RestServlet):
     def on_POST(self, request: Request) -> Answering:
         """Make a version; answers its number, as a string."""
         requester: Requester = yield self.auth.get_user_by_req(request)
-        info = parse_version_info(_body(request), self.hs.limits)
+        info = parse_new_version(_body(request), self.hs.limits)
         version: str = yield self.e2e_room_keys_handler.create_version(
             requester.user_id, info, requester.device_id
         )
@@ -181,7 +182,7 @@ class RoomKeysVersionServlet(RestServlet):
 
     PATTERNS = (
         *RoomKeysNewVersionServlet.PATTERNS,
-        *client_patterns("/room_keys/version/(?P<version>[^/]*)"),
+        *client_patterns("/room_keys/version/(?P<version>[^/]+)"),
     )
 
     def __init__(self, hs: HomeServer) -> None:
@@ -203,7 +204,7 @@ class RoomKeysVersionServlet(RestServlet):
     def on_PUT(self, request: Request, version: str | None = None) -> Answering:
         """Change a version's auth_data."""
         requester: Requester = yield self.auth.get_user_by_req(request)
-        if not version:
+        if version is None:
             raise MissingParamError("No version specified to update")
         info = parse_version_info(_body(request), self.hs.limits)
         yield self.e2e_room_keys_handler.update_version(
@@ -215,7 +216,7 @@ class RoomKeysVersionServlet(RestServlet):
     def on_DELETE(self, request: Request, version: str | None = None) -> Answering:
         """Delete a version and its keys."""
         requester: Requester = yield self.auth.get_user_by_req(request)
-        if not version:
+        if version is None:
             raise NoVersionToDeleteError
         yield self.e2e_room_keys_handler.delete_version(
             requester.user_id, version, requester.device_id

@@ -138,7 +138,9 @@ def bad_ids_are_refused_with_the_whole_upload(host: Host) -> Steps:
             ("session", keys_path(version), wrapped({"!g:h": {**good, bad: key()}})),
             ("session", keys_path(version, "!g:h"), {"sessions": {bad: key(), **good}}),
         ]
-        if "surrogate" not in name:  # UTF-8, so a path, has no way to write one.
+        # A path with an empty segment is one that nobody serves, and UTF-8 has no way
+        # to write a surrogate.
+        if bad and "surrogate" not in name:
             rows += [
                 ("room", keys_path(version, bad), {"sessions": good}),
                 ("room", keys_path(version, bad, "good"), key()),
@@ -153,15 +155,14 @@ def bad_ids_are_refused_with_the_whole_upload(host: Host) -> Steps:
 
 @scenario
 def bad_ids_in_a_path_are_400_for_every_method(host: Host) -> Steps:
-    """An empty segment is M_INVALID_PARAM, one with a NUL M_BAD_JSON."""
+    """A segment of 256 bytes is M_INVALID_PARAM, one with a NUL M_BAD_JSON."""
     client, version = yield new_backup(host)
     yield client.upload(version, {"!r:h": {"s": key()}})
     room = {"sessions": {"s": key()}}
     for path, body, errcode in (
-        ("/keys/", room, "M_INVALID_PARAM"),
-        ("/keys//s", key(), "M_INVALID_PARAM"),
-        ("/keys/!r:h/", key(), "M_INVALID_PARAM"),
-        ("/keys//", key(), "M_INVALID_PARAM"),
+        ("/keys/" + "x" * 256, room, "M_INVALID_PARAM"),
+        ("/keys/" + "x" * 256 + "/s", key(), "M_INVALID_PARAM"),
+        ("/keys/!r:h/" + "x" * 256, key(), "M_INVALID_PARAM"),
         ("/keys/%00", room, "M_BAD_JSON"),
         ("/keys/%00/s", key(), "M_BAD_JSON"),
         ("/keys/!r:h/a%00b", key(), "M_BAD_JSON"),
@@ -404,7 +405,5 @@ def a_version_that_was_never_issued_is_404(host: Host) -> Steps:
         answer = yield client.request(method, path, body)
         row = f"empty: {method} {path}"
         refused(answer, 404, "M_NOT_FOUND", error=NO_VERSION, row=row)
-    answer = yield client.get("/version/")
-    assert answer.status == 404, f"GET /version/: {answer}"
     same((yield client.info()), before)
     same((yield client.download(version)), rooms)

@@ -36,6 +36,17 @@ UNKNOWN_PATHS = [
     "/room_keys/versions",
     "/room_keys/version/1/more",
     "/room_keys/keys/room/session/more?version=1",
+    # An empty segment. Clients turn their backup off at a 404 M_NOT_FOUND.
+    "/room_keys/version/",
+    "/room_keys/version//",
+    "/room_keys/version/?version=1",
+    "/room_keys/keys/?version=1",
+    "/room_keys/keys//?version=1",
+    "/room_keys/keys//s?version=1",
+    "/room_keys/keys/!r:h/?version=1",
+    "/room_keys/keys/!r:h/s/?version=1",
+    "/room_keys//version",
+    "/room_keys//keys?version=1",
 ]
 BACKUP = {"algorithm": ALGORITHM, "auth_data": AUTH_DATA}
 
@@ -197,7 +208,10 @@ def unknown_paths_are_404_unrecognized(host: Host) -> Steps:
     rows = ["/_matrix/client/v3" + path for path in UNKNOWN_PATHS]
     rows.append("/_matrix/client/v1/room_keys/version")
     for path in rows:
-        for method, body in (("GET", None), ("PUT", {}), ("POST", {})):
+        for method, body in (
+            *(("GET", None), ("DELETE", None)),
+            *(("PUT", BACKUP), ("POST", BACKUP), ("PATCH", {})),
+        ):
             answer: Answer = yield Client(host, user, "").request(method, path, body)
             refused(answer, 404, "M_UNRECOGNIZED", row=f"{method} {path}")
 

@@ -46,6 +46,7 @@ OPAQUE: list[Any] = [
     {"a": {"b": {"c": {"d": [{"e": [[[[[[0.25]]]]]]}]}}}},
 ]
 """Any JSON value but null may be a `session_data` or an `auth_data`."""
+NOT_STRINGS: list[Any] = [None, 1, 1.5, True, [], {}]
 
 
 @scenario
@@ -120,6 +121,32 @@ def auth_data_is_opaque(host: Host) -> Steps:
 
 
 @scenario
+def members_that_an_endpoint_does_not_take_are_ignored(host: Host) -> Steps:
+    """POST /version ignores `version`, and every endpoint an unknown member."""
+    client = Client(host, host.new_user())
+    good = {"algorithm": ALGORITHM, "auth_data": AUTH_DATA}
+    for value in (*NOT_STRINGS, "1", "nonsense"):
+        odd = {"version": value, "etag": value, "count": value, "x": value}
+        answer: Answer = yield client.post("/version", {**odd, **good})
+        version: str = accepted(answer, repr(value))["version"]
+        assert version != "1", repr(value)
+        info: dict[str, Any] = yield client.info()
+        same(info["version"], version, repr(value))
+        one = {**odd, **key(), "rooms": value}
+        room = {**odd, "sessions": {"s": one}, "rooms": value}
+        whole = {**odd, "rooms": {"!r:h": room}, "sessions": value}
+        for path, body in (
+            (keys_path(version), whole),
+            (keys_path(version, "!r:h"), room),
+            (keys_path(version, "!r:h", "s"), one),
+        ):
+            accepted((yield client.put(path, body)), f"{path} {value!r}")
+        same((yield client.download(version)), {"!r:h": {"s": key()}}, repr(value))
+        change = {**odd, **good, "version": version}
+        accepted((yield client.put(version_path(version), change)), repr(value))
+
+
+@scenario
 def changing_a_version_changes_auth_data_alone(host: Host) -> Steps:
     """PUT /version/{v} is {} and moves neither the etag nor anything else."""
     client, version = yield new_backup(host)
@@ -148,6 +175,7 @@ def a_refused_change_changes_nothing(host: Host) -> Steps:
         ({**good, "algorithm": "org.example.other"}, "M_INVALID_PARAM"),
         ({**good, "version": other}, "M_INVALID_PARAM"),
         ({**good, "version": "nonsense"}, "M_INVALID_PARAM"),
+        *(({**good, "version": value}, "M_BAD_JSON") for value in NOT_STRINGS),
         ({**good, "auth_data": None}, "M_BAD_JSON"),
         ({"algorithm": ALGORITHM}, "M_BAD_JSON"),
         ({"algorithm": ALGORITHM, "version": version}, "M_BAD_JSON"),

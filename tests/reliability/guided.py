@@ -39,10 +39,11 @@ def try_body(data: bytes) -> None:
         check_accepted(keys, body, *scope)
     except RoomKeysError as error:
         check_refusal(error)
-    try:
-        wire.parse_version_info(body, LIMITS)
-    except RoomKeysError as error:
-        check_refusal(error)
+    for parse in (wire.parse_new_version, wire.parse_version_info):
+        try:
+            parse(body, LIMITS)
+        except RoomKeysError as error:
+            check_refusal(error)
 
 
 def main(runs: str, corpus: str) -> None:

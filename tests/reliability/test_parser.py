@@ -98,17 +98,18 @@ def try_parsers(inputs: Inputs) -> bool:
         check_refusal(error)
         accepted = False
     body = inputs.version_info()
-    try:
-        info = wire.parse_version_info(body, LIMITS)
-        sent = read(body)
-        same(kept(info.auth_data), sent["auth_data"])
-        assert info.auth_data != "null" and "\0" not in info.algorithm
-        assert (info.algorithm, info.version) == (
-            sent["algorithm"],
-            sent.get("version"),
-        )
-    except RoomKeysError as error:
-        check_refusal(error)
+    for parse, version in (
+        (wire.parse_new_version, lambda sent: None),
+        (wire.parse_version_info, lambda sent: sent.get("version")),
+    ):
+        try:
+            info = parse(body, LIMITS)
+            sent = read(body)
+            same(kept(info.auth_data), sent["auth_data"])
+            assert info.auth_data != "null" and "\0" not in info.algorithm
+            assert (info.algorithm, info.version) == (sent["algorithm"], version(sent))
+        except RoomKeysError as error:
+            check_refusal(error)
     text = inputs.version()
     try:
         assert 0 < wire.parse_version(text) < 2**63 and str(int(text)) == text

@@ -23,6 +23,7 @@ from synapse_roomkeys.wire import (
     BackupEncoder,
     encode_backup_info,
     encode_key,
+    parse_new_version,
     parse_upload,
     parse_version,
     parse_version_info,
@@ -167,7 +168,7 @@ class ParseUploadTests(SynchronousTestCase):
 
 
 class ParseVersionTests(SynchronousTestCase):
-    """`parse_version` and `parse_version_info`."""
+    """`parse_version`, `parse_new_version` and `parse_version_info`."""
 
     def test_only_numbers_that_were_issued_are_versions(self) -> None:
         """A version is written in one way."""
@@ -200,9 +201,11 @@ class ParseVersionTests(SynchronousTestCase):
         self.assertRaises(TooLargeError, parse_version_info, body, Limits())
 
     def test_a_version_of_the_wrong_type(self) -> None:
-        """The version that a body may name is a string."""
-        body = b'{"auth_data":{},"algorithm":"m","version":1}'
-        self.assertRaises(BadJsonError, parse_version_info, body, LIMITS)
+        """An update names its version as a string; a new version has no name yet."""
+        for version in (b"1", b"null", b"[{}]"):
+            body = b'{"auth_data":{},"algorithm":"m","version":' + version + b"}"
+            self.assertRaises(BadJsonError, parse_version_info, body, LIMITS)
+            self.assertIsNone(parse_new_version(body, LIMITS).version)
 
 
 class EncodeTests(SynchronousTestCase):
