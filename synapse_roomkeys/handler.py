@@ -103,7 +103,7 @@ class E2eRoomKeysHandler:
         version: str,
         room_keys: Iterable[RoomKey],
         device_id: str | None = None,
-    ) -> "Generator[Deferred[Any], Any, BackupState]":
+    ) -> "Generator[Deferred[Any], Any, UploadResult]":
         """Merge keys into the current version, all of them or none.
 
         Args:
@@ -115,10 +115,10 @@ class E2eRoomKeysHandler:
             RoomKeysVersionError: it isn't the current one.
             UserLimitError: the user's backups would get too large.
         """
-        state: BackupState = yield self._writes.run(
+        result: UploadResult = yield self._writes.run(
             user_id, self._upload, user_id, version, room_keys, device_id
         )
-        return state
+        return result
 
     @inlineCallbacks
     def _upload(
@@ -127,7 +127,7 @@ class E2eRoomKeysHandler:
         version: str,
         room_keys: Iterable[RoomKey],
         device_id: str | None,
-    ) -> "Generator[Deferred[Any], Any, BackupState]":
+    ) -> "Generator[Deferred[Any], Any, UploadResult]":
         keys: list[RoomKey] = []
         yield self._clock.for_each(keys.append, room_keys)
         result: UploadResult = yield self._store.upload_keys(
@@ -144,7 +144,7 @@ class E2eRoomKeysHandler:
             logger.info(_REPLACED, who, keys)
 
         yield self._clock.for_each(log, _shown(result.replaced, room))
-        return result.state
+        return result
 
     @inlineCallbacks
     def delete_room_keys(

@@ -51,6 +51,17 @@ request_seconds = Histogram(
 requests_in_flight = Gauge(
     "synapse_roomkeys_requests_in_flight", "Requests being answered", ["method"]
 )
+#: Connections to the listeners that clients use: how many are open, and how many may be
+#: before further ones are refused, as the limit of open files has it.
+connections = Gauge("synapse_roomkeys_connections", "Open connections of clients")
+max_connections = Gauge(
+    "synapse_roomkeys_max_connections", "Connections of clients that there may be"
+)
+#: Connections over that number: answered 503, unless they asked for the status, or
+#: closed.
+refused_connections = Counter(
+    "synapse_roomkeys_refused_connections", "Connections that were one too many"
+)
 #: Transactions of the connection pool, by state: those that have a connection
 #: (in_use), and those that wait for one (waiting).
 pool_transactions = Gauge(

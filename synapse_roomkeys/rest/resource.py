@@ -94,6 +94,25 @@ def respond_error(request: Request, error: RoomKeysError) -> None:
     respond(request, error.code, error.error_dict())
 
 
+def respond_defect(request: Request, error: BaseException) -> None:
+    """Log an error that nobody expected, and answer a request with 500."""
+    logger.error("Failed to answer a request", exc_info=error)
+    body = {"errcode": "M_UNKNOWN", "error": "Internal server error"}
+    respond(request, 500, body)
+
+
+def notes_of(request: Request) -> dict[str, Any]:
+    """The facts about a request that its log lines tell, as far as they are known.
+
+    Returns:
+        A dictionary, to read and to add to, that lives as long as the request. Its
+        members are, in this order: ``user``, ``device``, ``version``, and after an
+        upload ``stored``, ``replaced`` and ``unchanged``, numbers of keys.
+    """
+    notes: dict[str, Any] = vars(request).setdefault("_roomkeys_notes", {})
+    return notes
+
+
 def parse_string(request: Request, name: str) -> str:
     """The value of a query parameter, the first where there are several.
 
@@ -176,9 +195,7 @@ class JsonResource(Resource):
         if isinstance(error, RoomKeysError):
             respond_error(request, error)
             return
-        logger.error("Failed to answer a request", exc_info=error)
-        body = {"errcode": "M_UNKNOWN", "error": "Internal server error"}
-        respond(request, 500, body)
+        respond_defect(request, error)
 
 
 class RestServlet(JsonResource):
@@ -258,11 +275,26 @@ def _measure(request: Request, servlet: str) -> None:
 
 
 def note_refusal(request: Request, error: RoomKeysError) -> None:
-    """Count a refusal, and log one that isn't an ordinary answer: a client may go on
-    sending the same for ever."""
+    """Count a refusal, and log it with its user: a client may send the same for ever.
+
+    A GET that is answered 404 is logged at DEBUG. Every client without a backup sends
+    one at each start, and Matrix clients ask for keys that aren't there.
+    """
     metrics.refused_requests.labels(error.errcode).inc()
-    if error.code != 404:
-        logger.info(
-            "Refused %s: %d %s: %s",
-            *(request.method.decode("latin-1"), error.code, error.errcode, error.msg),
-        )
+    method = request.method.decode("latin-1")
+    is_ordinary = error.code == 404 and method in ("GET", "HEAD")
+    notes = notes_of(request)
+    logger.log(
+        logging.DEBUG if is_ordinary else logging.INFO,
+        "Refused %s: user=%s device=%s: %d %s: %s",
+        *(method, notes.get("user"), notes.get("device")),
+        *(error.code, error.errcode, error.msg),
+        extra={
+            "fields": {
+                "method": method,
+                "status": error.code,
+                "errcode": error.errcode,
+                **notes,
+            }
+        },
+    )

@@ -19,7 +19,14 @@ from ..errors import (
 )
 from ..handler import E2eRoomKeysHandler
 from ..pages import KeyPages
-from ..types import BackupInfo, BackupState, Limits, Requester, RoomKey
+from ..types import (
+    BackupInfo,
+    BackupState,
+    Limits,
+    Requester,
+    RoomKey,
+    UploadResult,
+)
 from ..wire import (
     BackupEncoder,
     check_id,
@@ -34,6 +41,7 @@ from .resource import (
     HttpServer,
     RestServlet,
     client_patterns,
+    notes_of,
     parse_string,
     set_headers,
 )
@@ -75,7 +83,22 @@ class HomeServer(Protocol):
         """The operations that the servlets call."""
 
 
-class RoomKeysServlet(RestServlet):
+class UserServlet(RestServlet):
+    """A servlet for requests of users, with what it needs of its host."""
+
+    def __init__(self, hs: HomeServer) -> None:
+        super().__init__()
+        self.hs = hs
+        self.auth = hs.get_auth()
+        self.e2e_room_keys_handler = hs.get_e2e_room_keys_handler()
+
+    def authenticate(self, request: Request) -> "Deferred[Requester]":
+        """As `Auth.get_user_by_req`; the request's log lines name the user from then
+        on."""
+        return self.auth.get_user_by_req(request).addCallback(_note_user, request)
+
+
+class RoomKeysServlet(UserServlet):
     """``/room_keys/keys``: upload, download and delete keys.
 
     Of the whole backup, of a room, or of one session, as the path says.
@@ -85,34 +108,31 @@ class RoomKeysServlet(RestServlet):
         "/room_keys/keys(?:/(?P<room_id>[^/]+)(?:/(?P<session_id>[^/]+))?)?"
     )
 
-    def __init__(self, hs: HomeServer) -> None:
-        super().__init__()
-        self.hs = hs
-        self.auth = hs.get_auth()
-        self.e2e_room_keys_handler = hs.get_e2e_room_keys_handler()
-
     @inlineCallbacks
     def on_PUT(
         self, request: Request, room_id: str | None, session_id: str | None
     ) -> Answering:
         """Merge keys into the backup; answers its etag and count."""
-        requester: Requester = yield self.auth.get_user_by_req(request)
+        requester: Requester = yield self.authenticate(request)
         check_ids(room_id, session_id)
-        version = parse_string(request, "version")
+        version = _version_of(request)
         keys = _keys(request, room_id, session_id, self.hs.limits)
-        state: BackupState = yield self.e2e_room_keys_handler.upload_room_keys(
+        result: UploadResult = yield self.e2e_room_keys_handler.upload_room_keys(
             requester.user_id, version, keys, requester.device_id
         )
-        return 200, _state_dict(state)
+        notes_of(request).update(
+            stored=result.stored, replaced=len(result.replaced), unchanged=result.kept
+        )
+        return 200, _state_dict(result.state)
 
     @inlineCallbacks
     def on_GET(
         self, request: Request, room_id: str | None, session_id: str | None
     ) -> Answering:
         """Answer keys; one that isn't there is a 404, a room without any is empty."""
-        requester: Requester = yield self.auth.get_user_by_req(request)
+        requester: Requester = yield self.authenticate(request)
         check_ids(room_id, session_id)
-        version = parse_string(request, "version")
+        version = _version_of(request)
         handler = self.e2e_room_keys_handler
         if room_id is not None and session_id is not None:
             key: RoomKey | None = yield handler.get_room_key(
@@ -142,38 +162,33 @@ class RoomKeysServlet(RestServlet):
         self, request: Request, room_id: str | None, session_id: str | None
     ) -> Answering:
         """Delete keys; answers the backup's etag and count."""
-        requester: Requester = yield self.auth.get_user_by_req(request)
+        requester: Requester = yield self.authenticate(request)
         check_ids(room_id, session_id)
-        version = parse_string(request, "version")
+        version = _version_of(request)
         state: BackupState = yield self.e2e_room_keys_handler.delete_room_keys(
             *(requester.user_id, version, room_id, session_id, requester.device_id)
         )
         return 200, _state_dict(state)
 
 
-class RoomKeysNewVersionServlet(RestServlet):
+class RoomKeysNewVersionServlet(UserServlet):
     """``POST /room_keys/version``: make a version, the current one from now on."""
 
     PATTERNS = client_patterns("/room_keys/version")
 
-    def __init__(self, hs: HomeServer) -> None:
-        super().__init__()
-        self.hs = hs
-        self.auth = hs.get_auth()
-        self.e2e_room_keys_handler = hs.get_e2e_room_keys_handler()
-
     @inlineCallbacks
     def on_POST(self, request: Request) -> Answering:
         """Make a version; answers its number, as a string."""
-        requester: Requester = yield self.auth.get_user_by_req(request)
+        requester: Requester = yield self.authenticate(request)
         info = parse_new_version(_body(request), self.hs.limits)
         version: str = yield self.e2e_room_keys_handler.create_version(
             requester.user_id, info, requester.device_id
         )
+        notes_of(request)["version"] = version
         return 200, {"version": version}
 
 
-class RoomKeysVersionServlet(RestServlet):
+class RoomKeysVersionServlet(UserServlet):
     """``/room_keys/version[/{version}]``: the current version, or the one named.
 
     The first pattern is that of `RoomKeysNewVersionServlet`, word for word: servers
@@ -185,16 +200,10 @@ class RoomKeysVersionServlet(RestServlet):
         *client_patterns("/room_keys/version/(?P<version>[^/]+)"),
     )
 
-    def __init__(self, hs: HomeServer) -> None:
-        super().__init__()
-        self.hs = hs
-        self.auth = hs.get_auth()
-        self.e2e_room_keys_handler = hs.get_e2e_room_keys_handler()
-
     @inlineCallbacks
     def on_GET(self, request: Request, version: str | None = None) -> Answering:
         """Answer a version: algorithm, auth_data, count, etag and version."""
-        requester: Requester = yield self.auth.get_user_by_req(request)
+        requester: Requester = yield self.authenticate(request)
         info: BackupInfo = yield self.e2e_room_keys_handler.get_version_info(
             requester.user_id, version
         )
@@ -203,7 +212,7 @@ class RoomKeysVersionServlet(RestServlet):
     @inlineCallbacks
     def on_PUT(self, request: Request, version: str | None = None) -> Answering:
         """Change a version's auth_data."""
-        requester: Requester = yield self.auth.get_user_by_req(request)
+        requester: Requester = yield self.authenticate(request)
         if version is None:
             raise MissingParamError("No version specified to update")
         info = parse_version_info(_body(request), self.hs.limits)
@@ -215,7 +224,7 @@ class RoomKeysVersionServlet(RestServlet):
     @inlineCallbacks
     def on_DELETE(self, request: Request, version: str | None = None) -> Answering:
         """Delete a version and its keys."""
-        requester: Requester = yield self.auth.get_user_by_req(request)
+        requester: Requester = yield self.authenticate(request)
         if version is None:
             raise NoVersionToDeleteError
         yield self.e2e_room_keys_handler.delete_version(
@@ -224,12 +233,28 @@ class RoomKeysVersionServlet(RestServlet):
         return 200, {}
 
 
+def _note_user(requester: Requester, request: Request) -> Requester:
+    notes_of(request).update(user=requester.user_id, device=requester.device_id)
+    return requester
+
+
 def check_ids(room_id: str | None, session_id: str | None) -> None:
     """Refuse a path with an id in it that no room or session has."""
     if room_id is not None:
         check_id("Room", room_id)
     if session_id is not None:
         check_id("Session", session_id)
+
+
+def _version_of(request: Request) -> str:
+    """The version that the query names.
+
+    Raises:
+        MissingParamError: it names none.
+    """
+    version = parse_string(request, "version")
+    notes_of(request)["version"] = version
+    return version
 
 
 def _body(request: Request) -> bytes:

@@ -19,7 +19,6 @@ from twisted.internet.defer import (
 from twisted.internet.endpoints import serverFromString
 from twisted.internet.error import CannotListenError
 from twisted.internet.interfaces import IListeningPort
-from twisted.web.http import Request
 
 from .. import metrics
 from ..clock import Clock
@@ -40,10 +39,11 @@ from ..storage import (
     sqlite_database,
     upgrade_tables,
 )
-from ..types import Limits, Requester
+from ..types import Limits
 from ..version import __version__
-from ..whoami import WhoamiAuth
+from ..whoami import MAX_CONNECTIONS, WhoamiAuth
 from .config import DatabaseConfig, ServiceConfig
+from .files import raise_file_limit, room_for_connections
 from .site import ServiceSite
 from .status import OK, MetricsResource, Probe, ReadyResource, Root
 
@@ -51,6 +51,12 @@ logger = logging.getLogger(__name__)
 
 #: Seconds between two looks for transactions that are still under way at the end.
 _LOOK_SECONDS = 0.05
+#: How many connections the metrics_listeners may have, and how many more to ask for the
+#: status: monitoring has a few.
+_METRICS_CONNECTIONS = _METRICS_SPARES = 16
+#: How many connections over their bound the listeners have, to ask for the status. Half
+#: of them are more than the 50 that the backlog of one of Twisted's listeners has.
+_SPARES = 128
 #: After how long a thread that works in Python makes room for another, in seconds.
 #: By Python's own 0.005 the reactor waits that long each time it comes back from the
 #: system, some six times a request, while a thread packs a large upload.
@@ -75,22 +81,6 @@ def database_of(config: DatabaseConfig) -> tuple[PoolDatabase, Engine]:
         raise OptionError("database.name", str(error)) from None
 
 
-class NotingAuth:
-    """The authentication, which has each request know its user, for the access log."""
-
-    def __init__(self, auth: WhoamiAuth) -> None:
-        self._auth = auth
-
-    @inlineCallbacks
-    def get_user_by_req(
-        self, request: Request
-    ) -> "Generator[Deferred[Any], Any, Requester]":
-        """As `synapse_roomkeys.rest.Auth.get_user_by_req`."""
-        requester: Requester = yield self._auth.get_user_by_req(request)
-        request.user_id = requester.user_id  # type: ignore[attr-defined]
-        return requester
-
-
 @attrs.frozen
 class Host:
     """What the servlets need, as `synapse_roomkeys.rest.HomeServer` has it."""
@@ -98,10 +88,10 @@ class Host:
     clock: Clock
     limits: Limits
     stalled_download_seconds: float
-    auth: NotingAuth
+    auth: WhoamiAuth
     handler: E2eRoomKeysHandler
 
-    def get_auth(self) -> NotingAuth:
+    def get_auth(self) -> WhoamiAuth:
         """The authentication."""
         return self.auth
 
@@ -132,10 +122,17 @@ class Service:
         self._homeserver = Probe("homeserver", self._auth.check, reactor)
         probe = Probe("database", self._database.check, reactor)
         ready = ReadyResource(probe, self._homeserver, lambda: self._site.draining)
-        self._site = self._make_site(Root(ready, self._make_resource()))
+        self._files = raise_file_limit()
+        connections = self._room_for_connections()
+        served = Root(ready, self._make_resource())
+        self._site = self._make_site(served, connections, _SPARES)
+        metrics.max_connections.set(connections)
+        metrics.connections.set_function(lambda: len(self._site.channels))
         root = Root(ready, JsonResource())
         root.putChild(b"metrics", MetricsResource())  # type: ignore[no-untyped-call]
-        self._metrics_site = self._make_site(root)
+        self._metrics_site = self._make_site(
+            root, _METRICS_CONNECTIONS, _METRICS_SPARES
+        )
         self._ports: list[IListeningPort] = []
         self._stopping = False
         pool = metrics.pool_transactions
@@ -144,8 +141,10 @@ class Service:
 
     def run(self) -> int:
         """Serve until a signal comes; returns what the process is to end with."""
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._handle_signal)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            # Under nohup a terminal that closes ends nothing.
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._handle_signal)
         sys.setswitchinterval(_SWITCH_SECONDS)
         # What is here now is here to stay: a full collection needn't look at it again.
         gc.collect()
@@ -166,21 +165,43 @@ class Service:
             self._clock,
             config.limits,
             config.stalled_download_seconds,
-            NotingAuth(self._auth),
+            self._auth,
             E2eRoomKeysHandler(store, self._clock, config.limits),
         )
         resource = JsonResource()
         register_servlets(host, resource)
         return resource
 
-    def _make_site(self, root: Root) -> ServiceSite:
-        limit = self._config.limits.max_body_bytes
-        return ServiceSite(root, self._reactor, limit, self._config.trusted_proxies)
+    def _room_for_connections(self) -> int:
+        """How many connections clients may have, by the limit of open files."""
+        monitoring = _METRICS_CONNECTIONS + _METRICS_SPARES
+        return room_for_connections(
+            self._files,
+            database_connections=self._database.size,
+            other_connections=MAX_CONNECTIONS + monitoring + _SPARES,
+        )
+
+    def _make_site(
+        self, root: Root, max_connections: int, spare_connections: int
+    ) -> ServiceSite:
+        return ServiceSite(
+            root,
+            self._reactor,
+            self._config.limits.max_body_bytes,
+            self._config.trusted_proxies,
+            max_connections,
+            spare_connections,
+        )
 
     @inlineCallbacks
     def _start(self) -> "Generator[Deferred[Any], Any, None]":
         """Bring the tables up to date and listen, or end."""
         try:
+            if self._room_for_connections() < 1:
+                raise StartError(
+                    f"{self._files} open files leave no room for a client's"
+                    " connection: raise LimitNOFILE, or ulimit -n"
+                )
             yield self._upgrade()
             for endpoint in self._config.metrics_listeners:
                 yield self._listen("metrics_listeners", endpoint, self._metrics_site)

@@ -5,12 +5,15 @@ No line has an access token, whoever wrote it: they are cut out here once more.
 
 import json
 import logging
+import math
 import re
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from datetime import datetime, timezone
+from itertools import accumulate
+from typing import Any
 
 from twisted.logger import STDLibLogObserver, globalLogBeginner
 
@@ -23,8 +26,15 @@ request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
 MAX_LINE = 2048
 #: The longest traceback in characters, of which the end is kept.
 MAX_TRACEBACK = 16384
-#: What a line has besides its message is less than this.
+#: The longest text of a field of its own in JSON, in bytes: user ids have up to 255.
+#: All fields of an access line at this length leave room for a message.
+MAX_FIELD = 255
+#: Room for what a line has besides its message and its fields, in bytes; also the least
+#: that a message may have.
 _ROOM = 256
+#: The least time between two lines of a `RareLine`, in seconds: an attack that goes on
+#: for a day logs 1,440.
+RARE_SECONDS = 60
 _TOKEN = re.compile(r"(access_token=|Bearer )[^\s&\"']+")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
@@ -45,6 +55,41 @@ def set_up_logs(log_format: str, level: str) -> None:
     globalLogBeginner.beginLoggingTo([STDLibLogObserver()], redirectStandardIO=False)
 
 
+class RareLine:
+    """A warning that may be called for many times a second and is logged once in a
+    while, with how often it was left out."""
+
+    def __init__(
+        self,
+        logger: logging.Logger,
+        now: Callable[[], float],
+        seconds: float = RARE_SECONDS,
+    ) -> None:
+        """
+        Args:
+            now: the time in seconds.
+            seconds: the least time between two lines.
+        """
+        self._logger = logger
+        self._now = now
+        self._seconds = seconds
+        self._next = -math.inf
+        self._left_out = 0
+
+    def warn(self, message: str, *args: object) -> None:
+        """Log a line, unless the last one is too recent."""
+        now = self._now()
+        if now < self._next:
+            self._left_out += 1
+            return
+        left_out, self._left_out = self._left_out, 0
+        self._next = now + self._seconds
+        if left_out:
+            message += " (%d times more since the last such line)"
+            args = (*args, left_out)
+        self._logger.warning(message, *args)
+
+
 class TextFormatter(logging.Formatter):
     """Lines of time, level, logger, request id and message; tracebacks after them."""
 
@@ -56,16 +101,24 @@ class TextFormatter(logging.Formatter):
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object a line: time, level, logger, message, request_id, exception."""
+    """One JSON object a line: time, level, logger, message, request_id, exception.
+
+    A record's ``fields`` (``extra={"fields": {...}}``) are members as well.
+    """
 
     def format(self, record: logging.LogRecord) -> str:
         """As `logging.Formatter.format`."""
-        line = {
+        fields = {
+            name: _cut(_clean(value), MAX_FIELD) if isinstance(value, str) else value
+            for name, value in getattr(record, "fields", {}).items()
+        }
+        line: dict[str, Any] = {
             "time": _time(record),
             "level": record.levelname,
             "logger": record.name,
-            "message": _message(record),
+            "message": _message(record, len(json.dumps(fields))),
             "request_id": request_id.get(),
+            **fields,
         }
         exception = "\n".join(_exception(record))
         return json.dumps({**line, "exception": exception} if exception else line)
@@ -77,14 +130,34 @@ def _time(record: logging.LogRecord) -> str:
     return time.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
-def _message(record: logging.LogRecord) -> str:
-    """The message on one line, of printable ASCII, cut to what a line has room for."""
-    text = _TOKEN.sub(r"\1<redacted>", record.getMessage())
+def _message(record: logging.LogRecord, taken: int = 0) -> str:
+    """The message on one line, of printable ASCII, cut to what a line has room for.
+
+    Args:
+        taken: how many bytes of the line are taken by fields.
+    """
+    return _cut(_clean(record.getMessage()), max(MAX_LINE - _ROOM - taken, _ROOM))
+
+
+def _clean(text: str) -> str:
+    """A text without line ends and access tokens, in printable ASCII."""
+    text = _TOKEN.sub(r"\1<redacted>", text)
     text = _CONTROL.sub(lambda match: repr(match[0])[1:-1], text)
-    text = text.encode("ascii", "backslashreplace").decode()
-    # JSON escapes marks and backslashes once more.
-    room = MAX_LINE - _ROOM - text.count('"') - text.count("\\")
-    return text if len(text) <= room else text[: max(room, _ROOM)] + "..."
+    return text.encode("ascii", "backslashreplace").decode()
+
+
+def _cut(text: str, room: int) -> str:
+    """The beginning of a text that takes at most so many bytes in JSON, and "..." after
+    it where something is missing.
+
+    Args:
+        text: printable ASCII.
+    """
+    # JSON doubles quotes and backslashes.
+    if len(text) + text.count('"') + text.count("\\") <= room:
+        return text
+    sizes = accumulate(2 if char in '"\\' else 1 for char in text[:room])
+    return text[: sum(size <= room for size in sizes)] + "..."
 
 
 def _exception(record: logging.LogRecord) -> list[str]:

@@ -9,7 +9,7 @@ from twisted.internet.interfaces import IAddress
 
 from .checks import Network
 
-_SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_SANE_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 #: What stands in the place of an address where a unix socket has none.
 UNIX = "unix"
 
@@ -24,24 +24,25 @@ def is_trusted(peer: IAddress, trusted: Iterable[Network]) -> bool:
         trusted: the proxies.
     """
     host = getattr(peer, "host", None)
-    return host is None or _is_in(ip_address(host), trusted)
+    return host is None or _is_in(_parse(host), trusted)
 
 
 def client_address(
-    peer: IAddress, forwarded: Sequence[str], trusted: Iterable[Network]
+    peer: IAddress, forwarded: Sequence[bytes], trusted: Iterable[Network]
 ) -> str:
     """The address of a request's client: the last one that isn't a trusted proxy's.
 
     Args:
-        forwarded: the values of X-Forwarded-For. Each proxy adds the address of its
-            peer at the end, so what comes before a stranger's is the stranger's claim.
+        forwarded: the values of X-Forwarded-For, of any bytes. Each proxy adds the
+            address of its peer at the end, so what comes before a stranger's is the
+            stranger's claim.
     """
-    found = str(getattr(peer, "host", UNIX))
+    found = str(getattr(peer, "host", UNIX)).partition("%")[0]
     if not is_trusted(peer, trusted):
         return found
-    for text in reversed(",".join(forwarded).split(",")):
+    for text in reversed(b",".join(forwarded).decode("latin-1").split(",")):
         try:
-            address = ip_address(text.strip())
+            address = _parse(text.strip())
         except ValueError:
             break
         found = str(address)
@@ -50,15 +51,25 @@ def client_address(
     return found
 
 
-def choose_request_id(sent: str | None) -> str:
+def choose_request_id(sent: bytes | None) -> str:
     """The id that a proxy has given to a request, or a new one if it is none.
 
     Args:
-        sent: the X-Request-ID of a trusted proxy.
+        sent: the X-Request-ID of a trusted proxy, of any bytes.
     """
     if sent is not None and _SANE_ID.fullmatch(sent):
-        return sent
+        return sent.decode("ascii")
     return secrets.token_hex(8)
+
+
+def _parse(text: str) -> _Address:
+    """Parse an address. The zone of a link-local one ("fe80::1%eth0") is left out: it
+    names an interface of one machine, and may be any text.
+
+    Raises:
+        ValueError: the text isn't an address.
+    """
+    return ip_address(text.partition("%")[0])
 
 
 def _is_in(address: _Address, trusted: Iterable[Network]) -> bool:

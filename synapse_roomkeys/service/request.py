@@ -1,8 +1,10 @@
 """Requests that have an id, a client and a line in the access log."""
 
 import logging
+import tempfile
 import time
 from contextvars import copy_context
+from io import BytesIO
 from typing import Any
 
 from twisted.internet.address import IPv4Address, IPv6Address
@@ -10,21 +12,36 @@ from twisted.internet.interfaces import IAddress
 from twisted.python.failure import Failure
 from twisted.web.server import Request
 
-from ..errors import RoomKeysError
-from ..rest.resource import note_refusal, respond_error
+from ..errors import RoomKeysError, TooLargeError, UnavailableError
+from ..rest.resource import note_refusal, notes_of, respond_defect, respond_error
 from .logs import request_id
 from .peers import UNIX, choose_request_id, client_address, is_trusted
 
+logger = logging.getLogger(__name__)
 access_logger = logging.getLogger("synapse_roomkeys.access")
 
-#: What is asked every few seconds, and logged at DEBUG; it is answered to the end.
+#: Paths that monitoring asks for every few seconds. Their access lines are at DEBUG,
+#: and they are answered also while the service stops or has too many connections.
 STATUS_PATHS = (b"/health", b"/ready", b"/metrics")
 #: Characters of a path that are logged: a session's has about 150.
 MAX_PATH = 1000
+#: A body of fewer bytes, of known length, is kept in memory; any other in a temporary
+#: file. Twisted's own bound. Clients upload 100 keys at once, some 90 KB.
+MEMORY_BYTES = 100_000
+#: What a client is told to wait when there is no room for its body, in seconds.
+RETRY_AFTER = 10
 
 
-class BodyTooLarge(Exception):
-    """The body of a request without a Content-Length is over the limit."""
+class BodyRefusedError(Exception):
+    """A body can't be taken any further.
+
+    Attributes:
+        answer: the error that the request is answered with.
+    """
+
+    def __init__(self, answer: RoomKeysError) -> None:
+        super().__init__(answer)
+        self.answer = answer
 
 
 class ServiceRequest(Request):
@@ -33,7 +50,6 @@ class ServiceRequest(Request):
     Attributes:
         error: what it is answered, whatever it asks for, if anything.
         request_id: names it in the log.
-        user_id: who sent it, once that is known.
     """
 
     site: Any
@@ -42,22 +58,44 @@ class ServiceRequest(Request):
         super().__init__(channel, *args)  # type: ignore[no-untyped-call]
         self.error: RoomKeysError | None = None
         self.request_id: str | None = None
-        self.user_id: str | None = None
         self._client = ""
         self._started = 0.0
         self._received = 0
-        self._limit = channel.site.max_body_bytes
+
+    def gotLength(self, length: int | None) -> None:
+        """As `twisted.web.http.Request.gotLength`.
+
+        Raises:
+            BodyRefusedError: a temporary file can't be made.
+        """
+        self.content = BytesIO()
+        if length is None or length >= MEMORY_BYTES:
+            try:
+                # Without a buffer: closing the file never writes, so it never fails.
+                self.content = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115
+            except OSError as error:
+                raise self._no_room(error) from None
 
     def handleContentChunk(self, data: bytes) -> None:
         """As `twisted.web.http.Request.handleContentChunk`.
 
         Raises:
-            BodyTooLarge: this is more than the limit.
+            BodyRefusedError: the body is over the limit, or can't be written.
         """
         self._received += len(data)
-        if self._received > self._limit:
-            raise BodyTooLarge
-        super().handleContentChunk(data)  # type: ignore[no-untyped-call]
+        channel: Any = self.channel
+        if self._received > channel.site.max_body_bytes:
+            raise BodyRefusedError(TooLargeError(channel.site.too_large))
+        content: Any = self.content
+        rest = memoryview(data)
+        try:
+            # A disk that gets full takes a part.
+            while rest:
+                rest = rest[content.write(rest) :]
+        except OSError as error:
+            content.close()
+            self.content = BytesIO()
+            raise self._no_room(error) from None
 
     def requestReceived(self, command: bytes, path: bytes, version: bytes) -> None:
         """As `twisted.web.http.Request.requestReceived`."""
@@ -69,9 +107,9 @@ class ServiceRequest(Request):
         """As `twisted.web.http.Request.process`, in a context that knows its id."""
         channel: Any = self.channel
         proxies = channel.site.trusted_proxies
-        forwarded = self.requestHeaders.getRawHeaders("X-Forwarded-For") or []
+        forwarded = self.requestHeaders.getRawHeaders(b"X-Forwarded-For") or []
         believed = is_trusted(self.client, proxies)
-        sent = self.getHeader("X-Request-ID") if believed else None
+        sent: Any = self.getHeader(b"X-Request-ID") if believed else None
         self._started = time.monotonic()
         self._client = client_address(self.client, forwarded, proxies)
         self.request_id = choose_request_id(sent)
@@ -88,6 +126,15 @@ class ServiceRequest(Request):
         kind = IPv6Address if ":" in self._client else IPv4Address
         return kind("TCP", self._client, 0)
 
+    def processingFailed(self, reason: Failure) -> Failure:
+        """As `twisted.web.server.Request.processingFailed`, in JSON."""
+        if self.startedWriting:
+            logger.error("Failed to answer a request", exc_info=reason.value)
+            self.loseConnection()
+        else:
+            respond_defect(self, reason.value)
+        return reason
+
     def write(self, data: bytes) -> None:
         """As `twisted.web.server.Request.write`; a connection's last answer says so."""
         if not self.startedWriting and not self.channel.persistent:
@@ -98,24 +145,33 @@ class ServiceRequest(Request):
         """As `twisted.web.http.Request.connectionLost`."""
         super().connectionLost(reason)  # type: ignore[no-untyped-call]
         if self.request_id is not None:
-            self.log(" (broken off)")
+            self.log(is_broken_off=True)
 
-    def log(self, remark: str = "") -> None:
+    def log(self, is_broken_off: bool = False) -> None:
         """Log what became of the request, but its query, which may hold a token."""
         path = self.path.decode("latin-1")
+        notes = notes_of(self)
+        fields = {
+            "client": self._client,
+            "method": self.method.decode("latin-1"),
+            "path": path if len(path) <= MAX_PATH else path[:MAX_PATH] + "...",
+            "status": self.code,
+            "bytes": self.sentLength,
+            "seconds": round(time.monotonic() - self._started, 3),
+            **notes,
+        }
+        details = [f" {name}={notes[name]}" for name in notes if name != "user"]
+        if is_broken_off:
+            fields["broken_off"] = True
+            details.append(" (broken off)")
         # It may be the connection's end that is at work, not the request's code.
         token = request_id.set(self.request_id)
         access_logger.log(
             logging.DEBUG if self.path in STATUS_PATHS else logging.INFO,
-            "%s %s %s %d %d bytes %.3f s %s%s",
-            self._client,
-            self.method.decode("latin-1"),
-            path if len(path) <= MAX_PATH else path[:MAX_PATH] + "...",
-            self.code,
-            self.sentLength,
-            time.monotonic() - self._started,
-            self.user_id or "-",
-            remark,
+            "%(client)s %(method)s %(path)s %(status)d %(bytes)d bytes %(seconds).3f s"
+            " %(user)s%(details)s",
+            {"user": "-", **fields, "details": "".join(details)},
+            extra={"fields": fields},
         )
         request_id.reset(token)
 
@@ -126,3 +182,13 @@ class ServiceRequest(Request):
             respond_error(self, self.error)
         else:
             super().process()  # type: ignore[no-untyped-call]
+
+    def _no_room(self, error: OSError) -> BodyRefusedError:
+        """The refusal of a body that can't be kept; it is logged once in a while."""
+        channel: Any = self.channel
+        channel.site.no_room.warn(
+            "No room for the body of an upload in %s: %s. Uploads of %d bytes or more"
+            " are answered 503 until there is some",
+            *(tempfile.tempdir or "any directory", error.strerror, MEMORY_BYTES),
+        )
+        return BodyRefusedError(UnavailableError(RETRY_AFTER))

@@ -1,18 +1,23 @@
-"""The HTTP server: limits of size and time, and an orderly end."""
+"""The HTTP server: limits of size, time and number, and an orderly end."""
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
 from twisted.internet.defer import Deferred
-from twisted.internet.interfaces import IDelayedCall, IReactorTime
+from twisted.internet.interfaces import IAddress, IDelayedCall, IReactorTime
 from twisted.python.failure import Failure
 from twisted.web.http import HTTPChannel
 from twisted.web.resource import Resource
 from twisted.web.server import Site
 
+from .. import metrics
 from ..errors import RoomKeysError, TooLargeError, UnavailableError
 from .checks import Network
-from .request import BodyTooLarge, ServiceRequest
+from .logs import RareLine
+from .request import BodyRefusedError, ServiceRequest
+
+logger = logging.getLogger(__name__)
 
 #: How long a connection may be silent, in seconds: more than the 60 for which proxies
 #: keep one by default, so that it is the proxy that closes it, between two requests.
@@ -29,8 +34,12 @@ LINGER_SECONDS = 5
 #: For how long idle connections are kept after the end has begun, in seconds: a request
 #: that is on its way is answered 503 instead of being lost.
 LAST_CALL_SECONDS = 1
-#: What a client is told to wait that comes too late for this process, in seconds.
+#: What a client is told to wait that comes too late for this process, or while it has
+#: too many connections, in seconds.
 RETRY_AFTER = 5
+#: How long the one request of a connection over the bound may take to come, in seconds:
+#: that of a health check is sent at once.
+SPARE_SECONDS = 5
 
 
 class Channel(HTTPChannel):
@@ -38,9 +47,14 @@ class Channel(HTTPChannel):
 
     Attributes:
         site: what it came to.
+        is_spare: whether it is over the site's bound: it has one request, that is
+            refused unless it asks for the status.
+        is_dropped: whether it is being closed.
     """
 
     site: "ServiceSite"
+    is_spare = False
+    is_dropped = False
     _arrival: IDelayedCall | None = None
     _refusing = False
 
@@ -48,6 +62,8 @@ class Channel(HTTPChannel):
         """As `Protocol.connectionMade`."""
         self.site.channels.add(self)
         super().connectionMade()  # type: ignore[no-untyped-call]
+        if self.is_spare:
+            self._expect(SPARE_SECONDS)
 
     def connectionLost(self, reason: Failure) -> None:  # type: ignore[override]
         """As `Protocol.connectionLost`."""
@@ -61,7 +77,22 @@ class Channel(HTTPChannel):
             self._expect(HEADERS_SECONDS)
         # An older Twisted does it at whole lines only.
         self.resetTimeout()  # type: ignore[no-untyped-call]
-        super().dataReceived(data)  # type: ignore[no-untyped-call]
+        try:
+            super().dataReceived(data)  # type: ignore[no-untyped-call]
+        except Exception:
+            # The reactor would close the connection without an answer.
+            logger.error("Failed to read a request", exc_info=True)
+            self._respondToBadRequestAndDisconnect()  # type: ignore[no-untyped-call]
+
+    def headerReceived(self, line: bytes) -> bool:
+        """As `HTTPChannel.headerReceived`."""
+        try:
+            is_good: bool = super().headerReceived(line)  # type: ignore[no-untyped-call]
+        except ValueError:
+            # A Content-Length of over 4,300 digits, which `int` refuses.
+            self._respondToBadRequestAndDisconnect()  # type: ignore[no-untyped-call]
+            return False
+        return is_good
 
     def rawDataReceived(self, data: bytes) -> None:
         """As `LineReceiver.rawDataReceived`."""
@@ -69,18 +100,21 @@ class Channel(HTTPChannel):
             return
         try:
             super().rawDataReceived(data)
-        except BodyTooLarge:
-            self._refuse(TooLargeError(self.site.too_large))
+        except BodyRefusedError as refusal:
+            self._refuse(refusal.answer)
             self.allContentReceived()
 
     def allHeadersReceived(self) -> None:
         """As `HTTPChannel.allHeadersReceived`."""
         self._expect(BODY_SECONDS)
-        if self.site.draining:
+        if self.site.draining or self.is_spare:
             self._refuse(UnavailableError(RETRY_AFTER))
         elif self.length is not None and self.length > self.site.max_body_bytes:
             self._refuse(TooLargeError(self.site.too_large))
-        super().allHeadersReceived()  # type: ignore[no-untyped-call]
+        try:
+            super().allHeadersReceived()  # type: ignore[no-untyped-call]
+        except BodyRefusedError as refusal:
+            self._refuse(refusal.answer)
 
     def allContentReceived(self) -> None:
         """As `HTTPChannel.allContentReceived`."""
@@ -90,7 +124,8 @@ class Channel(HTTPChannel):
     def checkPersistence(self, request: Any, version: bytes) -> bool:
         """As `HTTPChannel.checkPersistence`."""
         kept: bool = super().checkPersistence(request, version)  # type: ignore[no-untyped-call]
-        return kept and self.persistent != 0 and not self.site.draining
+        is_last = self.site.draining or self.is_spare
+        return kept and self.persistent != 0 and not is_last
 
     def loseConnection(self) -> None:
         """As `HTTPChannel.loseConnection`; a client that is still sending is heard
@@ -113,6 +148,16 @@ class Channel(HTTPChannel):
         if not self.requests:
             self.loseConnection()
 
+    def is_answering(self) -> bool:
+        """Whether a request has come and isn't answered yet."""
+        return self._handlingRequest and bool(self.requests)
+
+    def drop(self) -> None:
+        """Close the connection at once, whatever is under way."""
+        transport: Any = self.transport
+        self.is_dropped = True
+        transport.abortConnection()
+
     def _refuse(self, error: RoomKeysError) -> None:
         """Answer a request at once with an error, as if it had no body."""
         request: ServiceRequest = self.requests[-1]
@@ -130,20 +175,20 @@ class Channel(HTTPChannel):
             self._arrival.cancel()
         self._arrival = None
         if seconds is not None:
-            self._arrival = self.site.reactor.callLater(seconds, self._drop)
-
-    def _drop(self) -> None:
-        transport: Any = self.transport
-        transport.abortConnection()
+            self._arrival = self.site.reactor.callLater(seconds, self.drop)
 
 
 class ServiceSite(Site):
     """All the connections to some listeners.
 
+    Over a bound, a connection may ask for the status once, which is answered, or for
+    anything else, which is answered 503. It is dropped if it doesn't ask soon.
+
     Attributes:
         draining: whether the end has begun.
         channels: the connections that there are.
         too_large: what is said of a body that is over the limit.
+        no_room: the line about bodies that can't be kept.
     """
 
     protocol = Channel  # type: ignore[assignment]
@@ -154,7 +199,17 @@ class ServiceSite(Site):
         reactor: IReactorTime,
         max_body_bytes: int,
         trusted_proxies: Sequence[Network],
+        max_connections: int,
+        spare_connections: int,
     ) -> None:
+        """
+        Args:
+            max_connections: the bound.
+            spare_connections: how many more are open at once, to ask for the status.
+                Clients that send nothing keep half of them at most. The other half takes
+                those that connect before the reactor has closed any: as many as the
+                backlog of a listener has.
+        """
         super().__init__(  # type: ignore[no-untyped-call]
             resource, ServiceRequest, timeout=IDLE_SECONDS, reactor=reactor
         )
@@ -163,7 +218,32 @@ class ServiceSite(Site):
         self.trusted_proxies = trusted_proxies
         self.draining = False
         self.channels: set[Channel] = set()
+        self.no_room = RareLine(logger, reactor.seconds)
+        self._max_connections = max_connections
+        self._spare_connections = spare_connections
+        #: Connections over the bound, the oldest first.
+        self._spares: dict[Channel, None] = {}
+        self._refused = RareLine(logger, reactor.seconds)
         self._drained: Deferred[None] | None = None
+
+    def buildProtocol(self, addr: IAddress) -> Channel | None:
+        """As `Site.buildProtocol`; with too many connections, None closes another."""
+        if len(self.channels) - len(self._spares) < self._max_connections:
+            return self._build_channel(addr)
+        metrics.refused_connections.inc()
+        self._refused.warn(
+            "%d connections are open, for more there are not files enough (LimitNOFILE,"
+            " ulimit -n): further ones are refused. The last one came from %s",
+            *(len(self.channels), getattr(addr, "host", "a unix socket")),
+        )
+        if len(self._spares) == self._spare_connections:
+            return None
+        if len(self._spares) >= self._spare_connections // 2:
+            self._drop_oldest_spare()
+        channel = self._build_channel(addr)
+        channel.is_spare = True
+        self._spares[channel] = None
+        return channel
 
     def log(self, request: Any) -> None:
         """As `Site.log`, to the logger."""
@@ -172,6 +252,7 @@ class ServiceSite(Site):
     def forget(self, channel: Channel) -> None:
         """Note that a connection is gone."""
         self.channels.discard(channel)
+        self._spares.pop(channel, None)
         self._see_if_drained()
 
     def drain(self) -> "Deferred[None]":
@@ -188,7 +269,18 @@ class ServiceSite(Site):
     def abort(self) -> None:
         """Break the connections that are left."""
         for channel in list(self.channels):
-            channel._drop()
+            channel.drop()
+
+    def _build_channel(self, addr: IAddress) -> Channel:
+        channel: Channel = super().buildProtocol(addr)  # type: ignore[no-untyped-call]
+        return channel
+
+    def _drop_oldest_spare(self) -> None:
+        """Make room for a connection that may ask for the status."""
+        for channel in self._spares:
+            if not channel.is_dropped and not channel.is_answering():
+                channel.drop()
+                break
 
     def _close_idle(self) -> None:
         for channel in list(self.channels):

@@ -2,9 +2,11 @@
 
 import logging
 import math
+import os
 import sqlite3
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, Concatenate, NoReturn, ParamSpec, Protocol, TypeVar
 
 import attrs
@@ -423,6 +425,11 @@ class PoolDatabase:
         self._connections = DeferredSemaphore(pool.max)
 
     @property
+    def size(self) -> int:
+        """How many connections there are at most."""
+        return self._connections.limit
+
+    @property
     def in_use(self) -> int:
         """How many transactions have a connection."""
         return self._connections.limit - self._connections.tokens
@@ -554,8 +561,20 @@ class _PostgresPool(adbapi.ConnectionPool):
             self._stale = now
 
 
+class _PrivateConnection(sqlite3.Connection):
+    """A connection that makes a new file readable by its owner alone, whatever the
+    umask is. SQLite gives -wal and -shm the file's mode."""
+
+    def __init__(self, database: str, *args: Any, **kwargs: Any) -> None:
+        # An existing file keeps its mode. It isn't opened here: closing any descriptor
+        # of it would release SQLite's locks.
+        with suppress(OSError):
+            os.close(os.open(database, os.O_CREAT | os.O_EXCL, 0o600))
+        super().__init__(database, *args, **kwargs)
+
+
 def sqlite_database(path: str) -> PoolDatabase:
-    """A database in a file, made when it isn't there."""
+    """A database in a file, made when it isn't there, for its owner alone."""
 
     def prepare(connection: sqlite3.Connection) -> None:
         end = time.monotonic() + _WAL_SECONDS
@@ -574,6 +593,7 @@ def sqlite_database(path: str) -> PoolDatabase:
         cp_min=1,
         cp_max=1,
         cp_openfun=prepare,
+        factory=_PrivateConnection,
         timeout=_LOCK_SECONDS,
         check_same_thread=False,
     )

@@ -51,6 +51,7 @@ ORDER = [
     "service.sqlite_side",
     "service.migrate",
     "service.logs",
+    "service.files",
     "service.peers",
     "service.request",
     "service.site",

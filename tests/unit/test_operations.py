@@ -25,7 +25,15 @@ from synapse_roomkeys.types import BackupState, KeyMetadata, KeyPage, RoomKey
 from synapse_roomkeys.wire import VersionInfo, shown
 
 from ..contract import Client
-from ..contract.base import ALGORITHM, Rooms, key, keys_path
+from ..contract.base import (
+    ALGORITHM,
+    NO_VERSION,
+    Rooms,
+    key,
+    keys_path,
+    version_path,
+    wrapped,
+)
 from ..memory import FakeReactor, ImmediateDatabase, MemoryHost
 
 COUNT = "SELECT COUNT(*)"
@@ -569,13 +577,33 @@ class LogTests(Operations):
         return [record.getMessage() for record in records]
 
     def test_a_refusal_is_logged(self) -> None:
-        """A client may send the same for ever, so the operator can see why."""
+        """A client may send the same for ever, so the operator sees whose it is, and
+        why."""
         path = keys_path(self.version, "!a", "s")
         with self.assertLogs("synapse_roomkeys", "INFO") as logged:
             self.successResultOf(self.client.put(path, key(index=-1, data="DATA")))
         self.assertEqual(len(logged.output), 1)
-        self.assertIn("Refused PUT: 400 M_BAD_JSON: first_message", logged.output[0])
+        who = f"user={self.client.user.user_id} device=DEVICE"
+        why = "400 M_BAD_JSON: first_message"
+        self.assertIn(f"Refused PUT: {who}: {why}", logged.output[0])
         self.assertNotIn("DATA", logged.output[0])
+
+    def test_an_unknown_version_is_logged(self) -> None:
+        """An upload's 404 turns the client's backup off. A GET's is ordinary: clients
+        without a backup send one at each start."""
+        who = f"user={self.client.user.user_id} device=DEVICE"
+        why = f"404 M_NOT_FOUND: {NO_VERSION}"
+        with self.assertLogs("synapse_roomkeys", "INFO") as logged:
+            self.successResultOf(self.client.put(keys_path("1"), wrapped({})))
+            self.successResultOf(self.client.delete(keys_path("1")))
+            self.successResultOf(self.client.get(keys_path("1")))
+        self.assertEqual(
+            [record.getMessage() for record in logged.records],
+            [f"Refused PUT: {who}: {why}", f"Refused DELETE: {who}: {why}"],
+        )
+        with self.assertLogs("synapse_roomkeys", "DEBUG") as logged:
+            self.successResultOf(self.client.get(version_path("1")))
+        self.assertIn(f"Refused GET: {who}: 404", logged.output[-1])
 
 
 class Interrupted:

@@ -11,8 +11,10 @@ from twisted.internet.defer import Deferred, inlineCallbacks
 from twisted.trial.unittest import SynchronousTestCase
 
 from synapse_roomkeys.service.logs import (
+    MAX_FIELD,
     MAX_LINE,
     JsonFormatter,
+    RareLine,
     TextFormatter,
     request_id,
 )
@@ -58,6 +60,22 @@ class FormatterTests(SynchronousTestCase):
                 "request_id": "abc",
             },
         )
+
+    def test_json_has_fields_of_their_own(self) -> None:
+        """Numbers as they are, long texts cut; the line is one line, and bounded."""
+        found = record("%s", "x" * 5000)
+        found.fields = {"status": 200, "seconds": 0.5, "user": "@a:b", "device": None}
+        line = json.loads(JsonFormatter().format(found))
+        self.assertEqual({name: line[name] for name in found.fields}, found.fields)
+        self.assertNotIn("fields", line)
+        for text in ("é☃\udc80" * 500, '"\\' * 4000, f"Bearer {SECRET}", "\x1b" * 3000):
+            found.fields = {f"field_{number}": text for number in range(5)}
+            whole = JsonFormatter().format(found)
+            self.assertLessEqual(len(whole), MAX_LINE)
+            self.assertTrue(whole.isprintable() and whole.isascii(), whole)
+            self.assertNotIn(SECRET, whole)
+            self.assertLess(len(json.loads(whole)["field_0"]), MAX_FIELD + 4)
+            self.assertIn("xxx", json.loads(whole)["message"])
 
     def test_a_message_is_one_bounded_line(self) -> None:
         """Whatever a client has had put there."""
@@ -108,6 +126,28 @@ class FormatterTests(SynchronousTestCase):
         exception: str = json.loads(line)["exception"]
         self.assertTrue(exception.startswith("Traceback"), exception)
         self.assertTrue(exception.endswith("ValueError: why"), exception)
+
+
+class RareLineTests(SynchronousTestCase):
+    """`RareLine`."""
+
+    def test_it_is_logged_once_in_a_while(self) -> None:
+        """And says how often it was left out."""
+        now = 100.0
+        logger = logging.getLogger("synapse_roomkeys.test")
+        line = RareLine(logger, lambda: now, seconds=60)
+        with self.assertLogs(logger) as logged:
+            for now in (100.0, 101.0, 159.9, 160.0, 219.9, 300.0, 400.0):
+                line.warn("At %d", now)
+        self.assertEqual(
+            [one.getMessage() for one in logged.records],
+            [
+                "At 100",
+                "At 160 (2 times more since the last such line)",
+                "At 300 (1 times more since the last such line)",
+                "At 400",
+            ],
+        )
 
 
 class ContextTests(SynchronousTestCase):

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import tempfile
+from collections.abc import Callable
 from ipaddress import ip_network
 from typing import Any, cast
+from unittest import mock
 
+from prometheus_client import REGISTRY
 from twisted.internet.address import IPv4Address, UNIXAddress
 from twisted.internet.interfaces import IReactorTime
 from twisted.internet.task import Clock as FakeReactor
@@ -14,17 +20,23 @@ from twisted.web.http import Request
 from twisted.web.resource import Resource
 from twisted.web.server import NOT_DONE_YET
 
+from synapse_roomkeys.service.logs import RARE_SECONDS
+from synapse_roomkeys.service.request import MEMORY_BYTES
 from synapse_roomkeys.service.site import (
     BODY_SECONDS,
     HEADERS_SECONDS,
     IDLE_SECONDS,
     LAST_CALL_SECONDS,
     LINGER_SECONDS,
+    SPARE_SECONDS,
     Channel,
     ServiceSite,
 )
 
 LIMIT = 100
+HEALTH = b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n"
+#: How many connections there may be, and how many more to ask for the status.
+MOST, SPARE = 8, 6
 GET = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n"
 PUT = b"PUT / HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n"
 
@@ -48,9 +60,34 @@ class Transport(StringTransportWithDisconnection):
 
     half_closed = False
 
+    def loseConnection(self) -> None:
+        """As `ITransport.loseConnection`."""
+        self.disconnecting = True
+        super().loseConnection()
+
     def loseWriteConnection(self) -> None:
         """As `ITCPTransport.loseWriteConnection`."""
         self.half_closed = True
+
+
+class FullFile:
+    """A file on a disk that takes some bytes still."""
+
+    def __init__(self, room: int) -> None:
+        self.is_closed = False
+        self._room = room
+
+    def write(self, data: memoryview) -> int:
+        """As `RawIOBase.write`: take a part, then nothing."""
+        taken = min(self._room, len(data))
+        self._room -= taken
+        if not taken:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return taken
+
+    def close(self) -> None:
+        """As `RawIOBase.close`."""
+        self.is_closed = True
 
 
 class SiteTests(SynchronousTestCase):
@@ -60,7 +97,7 @@ class SiteTests(SynchronousTestCase):
         self.reactor = FakeReactor()
         self.resource = Resources()
         time = cast(IReactorTime, self.reactor)
-        self.site = ServiceSite(self.resource, time, LIMIT, ())
+        self.site = ServiceSite(self.resource, time, LIMIT, (), MOST, SPARE)
 
     def connect(self) -> tuple[Channel, Transport]:
         """A connection to the site."""
@@ -191,6 +228,149 @@ class SiteTests(SynchronousTestCase):
         channel.makeConnection(Transport(peerAddress=unix))
         channel.dataReceived(GET)
         self.assertEqual(self.resource.requests.pop().getClientAddress(), unix)
+
+    def test_a_header_may_be_any_bytes(self) -> None:
+        """Also of a trusted proxy: each request is answered."""
+        self.site.trusted_proxies = (ip_network("192.0.2.0/24"),)
+        for name in (b"X-Forwarded-For", b"X-Request-ID", b"Authorization", b"Cookie"):
+            for value in (b"\xff", b"\xed\xa0\x80", b"\x01\x1b[31m", b"", b"%" * 999):
+                channel, transport = self.connect()
+                line = b"\r\n%s: %s\r\n\r\n" % (name, value)
+                channel.dataReceived(GET.replace(b"\r\n\r\n", line))
+                self.answer()
+                self.assertIn(b" 200 OK\r\n", transport.value(), (name, value))
+                channel.drop()
+
+    def test_a_length_of_very_many_digits(self) -> None:
+        """Python doesn't read it as a number; it is a bad request all the same."""
+        channel, transport = self.connect()
+        channel.dataReceived(PUT.replace(b"%d", b"5" * 5000) + GET)
+        self.assertEqual(transport.value(), b"HTTP/1.1 400 Bad Request\r\n\r\n")
+        self.assertFalse(transport.connected)
+
+    def test_a_defect_is_answered(self) -> None:
+        """In JSON, wherever it is; the log has it."""
+        channel, transport = self.connect()
+        with (
+            mock.patch.object(self.resource, "render", side_effect=ZeroDivisionError),
+            self.assertLogs("synapse_roomkeys", "ERROR"),
+        ):
+            channel.dataReceived(GET)
+        self.assertIn(b" 500 Internal Server Error\r\n", transport.value())
+        self.assertIn(b'"M_UNKNOWN"', transport.value())
+        channel, transport = self.connect()
+        with (
+            mock.patch.object(Channel, "checkPersistence", side_effect=KeyError),
+            self.assertLogs("synapse_roomkeys", "ERROR"),
+        ):
+            channel.dataReceived(GET)
+        self.assertEqual(transport.value(), b"HTTP/1.1 400 Bad Request\r\n\r\n")
+        self.assertFalse(transport.connected)
+
+    def refuse_body(self, file: Callable[..., Any], sent: bytes) -> Transport:
+        """Send an upload whose temporary file is this; the connection's other end."""
+        self.site.max_body_bytes = 10 * MEMORY_BYTES
+        channel, transport = self.connect()
+        with mock.patch.object(tempfile, "TemporaryFile", file):
+            channel.dataReceived(sent)
+        self.assertIn(b" 503 Service Unavailable\r\n", transport.value())
+        self.assertIn(b"\r\nRetry-After: 10\r\n", transport.value())
+        self.assertIn(b"\r\nContent-Type: application/json\r\n", transport.value())
+        self.assertTrue(transport.half_closed)
+        channel.dataReceived(b"x" * 10 * MEMORY_BYTES)
+        self.reactor.advance(LINGER_SECONDS)
+        self.assertFalse(transport.connected)
+        self.assertEqual(self.resource.requests, [])
+        return transport
+
+    def test_a_body_that_has_no_room(self) -> None:
+        """It is answered 503, whether the file can't be made, or gets no further."""
+        large = PUT % MEMORY_BYTES
+        chunked = b"PUT / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n"
+        files: list[FullFile] = []
+
+        def full(buffering: int) -> FullFile:
+            files.append(FullFile(3))
+            return files[-1]
+
+        no_file = mock.Mock(side_effect=OSError(errno.EMFILE, "Too many open files"))
+        with self.assertLogs("synapse_roomkeys", "WARNING") as logged:
+            for head in (large, chunked):
+                self.refuse_body(no_file, head)
+            for head in (large + b"12345", chunked + b"5\r\n12345"):
+                self.refuse_body(full, head)
+        self.assertEqual([file.is_closed for file in files], [True, True])
+        (line,) = logged.output
+        self.assertIn("Too many open files", line)
+
+    def test_a_small_body_needs_no_file(self) -> None:
+        """It is kept in memory."""
+        self.site.max_body_bytes = MEMORY_BYTES
+        channel, _ = self.connect()
+        with mock.patch.object(tempfile, "TemporaryFile", side_effect=OSError):
+            channel.dataReceived(PUT % (MEMORY_BYTES - 1) + bytes(MEMORY_BYTES - 1))
+        (request,) = self.resource.requests
+        content: Any = request.content
+        self.assertEqual(content.read(), bytes(MEMORY_BYTES - 1))
+
+    def fill(self) -> None:
+        """Open as many connections as there may be."""
+        for _ in range(MOST):
+            self.connect()
+
+    def test_too_many_connections(self) -> None:
+        """One more is answered 503 and closed, or told the status; one less isn't."""
+        self.fill()
+        channel, transport = self.connect()
+        channel.dataReceived(PUT % LIMIT)
+        self.assertIn(b" 503 Service Unavailable\r\n", transport.value())
+        self.assertIn(b"\r\nRetry-After: 5\r\n", transport.value())
+        self.assertIn(b"\r\nConnection: close\r\n", transport.value())
+        self.assertTrue(transport.half_closed)
+        channel, transport = self.connect()
+        channel.dataReceived(HEALTH)
+        self.answer()
+        self.assertIn(b" 200 OK\r\n", transport.value())
+        self.assertFalse(transport.connected)
+        next(iter(self.site.channels - self.site._spares.keys())).drop()
+        channel, transport = self.connect()
+        channel.dataReceived(GET)
+        self.answer()
+        self.assertIn(b" 200 OK\r\n", transport.value())
+        self.assertTrue(transport.connected)
+
+    def test_a_flood_of_connections(self) -> None:
+        """It keeps nobody from the status, and is one line in the log."""
+        self.fill()
+        counter = "synapse_roomkeys_refused_connections_total"
+        before = REGISTRY.get_sample_value(counter) or 0
+        with self.assertLogs("synapse_roomkeys", "WARNING") as logged:
+            flood = [self.connect()[1] for _ in range(100)]
+        self.assertEqual(len(logged.output), 1)
+        self.assertEqual(REGISTRY.get_sample_value(counter), before + 100)
+        left = [transport for transport in flood if transport.connected]
+        self.assertEqual(left, flood[-SPARE // 2 :])
+        channel, transport = self.connect()
+        channel.dataReceived(HEALTH)
+        for _ in range(100):
+            self.connect()
+        self.answer()
+        self.assertIn(b" 200 OK\r\n", transport.value())
+        self.reactor.advance(SPARE_SECONDS)
+        self.assertEqual(len(self.site.channels), MOST)
+        self.reactor.advance(RARE_SECONDS)
+        with self.assertLogs("synapse_roomkeys", "WARNING") as logged:
+            self.connect()
+        self.assertIn("200 times more since", logged.output[0])
+
+    def test_more_than_the_spare_connections(self) -> None:
+        """They are closed at once while the ones before are being closed."""
+        self.fill()
+        with mock.patch.object(Transport, "abortConnection"):
+            for _ in range(SPARE):
+                self.connect()
+            address = IPv4Address("TCP", "192.0.2.1", 40000)
+            self.assertIsNone(self.site.buildProtocol(address))
 
     def test_the_end(self) -> None:
         """It fires when the last connection is closed, idle ones a little later."""

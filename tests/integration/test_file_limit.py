@@ -1,0 +1,149 @@
+"""The service when more clients connect than it may have files open."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from ..contract.base import PREFIX
+from ..reliability.sockets import Reply, connect, exchange, read_reply, request
+from ..servers.accounts import fetch
+from ..servers.homeserver import Homeserver
+from ..servers.service import Service
+
+DEADLINE = 20.0
+#: What the process is started with: the least soft limit that Python starts with, about,
+#: and a hard limit that a test can exceed.
+SOFT, HARD = 32, 400
+#: More connections than the hard limit.
+CLIENTS = 500
+#: Lowers the limit of open files, and becomes the service.
+LIMITED = """
+import os, resource, sys
+limits = tuple(map(int, os.environ.pop("FILES").split()))
+resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+program = [sys.executable, "-m", "synapse_roomkeys.service", *sys.argv[1:]]
+os.execv(sys.executable, program)
+"""
+
+
+def limited(service: Service, soft: int, hard: int) -> Service:
+    """Have a service start with a limit of open files."""
+    service.program = ("-c", LIMITED)
+    service.environment = {"FILES": f"{soft} {hard}"}
+    return service
+
+
+@pytest.fixture
+def service(homeserver: Homeserver, tmp_path: Path) -> Iterator[Service]:
+    """The service with few files."""
+    with limited(Service(tmp_path, homeserver.url), SOFT, HARD) as service:
+        yield service
+    assert "Traceback" not in service.log()
+    assert "ERROR" not in service.log()
+
+
+def ask(port: int, path: str) -> Reply:
+    """The only answer to a request on a connection of its own."""
+    [reply] = exchange(port, request("GET", path, None), wanted=1).replies
+    return reply
+
+
+def values(service: Service) -> dict[str, float]:
+    """The metrics without labels, by their names."""
+    lines = fetch(service.metrics_url).decode().splitlines()
+    rows = (line.split(" ") for line in lines if not line.startswith("#"))
+    return {name: float(value) for name, value in rows if "{" not in name}
+
+
+def wait_for_connections(service: Service, number: int) -> None:
+    """Wait until clients have no more than so many connections."""
+    deadline = time.monotonic() + DEADLINE
+    while values(service)["synapse_roomkeys_connections"] > number:
+        assert time.monotonic() < deadline, values(service)
+        time.sleep(0.02)
+
+
+def is_closed(client: socket.socket) -> bool:
+    """Whether the server has closed an idle connection."""
+    client.setblocking(False)
+    try:
+        return client.recv(1) == b""
+    except BlockingIOError:
+        return False
+    except ConnectionResetError:
+        return True
+
+
+def test_more_clients_than_files(service: Service) -> None:
+    """The limit is raised as far as it may be. Over it, the status is answered on both
+    kinds of listeners, and all else is 503; afterwards all is as before."""
+    assert resource.prlimit(service.pid, resource.RLIMIT_NOFILE) == (HARD, HARD)
+    monitoring = service.metrics_port
+    most = values(service)["synapse_roomkeys_max_connections"]
+    assert 40 < most < HARD / 2
+    with ExitStack() as stack:
+        clients = [stack.enter_context(connect(service.port)) for _ in range(CLIENTS)]
+        for port in (service.port, monitoring) * 3:
+            assert ask(port, "/health").status == 200
+            ready = ask(port, "/ready")
+            assert (ready.status, json.loads(ready.body)["database"]) == (200, "ok")
+        reply = ask(service.port, f"{PREFIX}/version")
+        assert (reply.status, reply.headers["connection"]) == (503, "close")
+        assert int(reply.headers["retry-after"]) > 0
+        assert reply.headers["content-type"] == "application/json"
+        assert reply.headers["access-control-allow-origin"] == "*"
+        # The first ones are served as ever.
+        with clients[0].makefile("rb") as stream:
+            clients[0].sendall(request("GET", f"{PREFIX}/version", None))
+            first = read_reply(stream)
+            assert first is not None and first.status == 401
+        found = values(service)
+        assert found["synapse_roomkeys_connections"] >= most
+        assert found["synapse_roomkeys_refused_connections_total"] > CLIENTS - most
+        assert found["process_max_fds"] == HARD
+        assert len(os.listdir(f"/proc/{service.pid}/fd")) < HARD
+        wait_for_connections(service, int(most))
+        assert sum(map(is_closed, clients)) == CLIENTS - most
+    wait_for_connections(service, 0)
+    assert ask(service.port, f"{PREFIX}/version").status == 401
+    assert service.log().count("further ones are refused") == 1
+
+
+def test_bodies_in_files_are_counted(service: Service) -> None:
+    """Each of all the connections has a file for its body, and there are files left."""
+    most = int(values(service)["synapse_roomkeys_max_connections"])
+    head = f"PUT {PREFIX}/keys?version=1 HTTP/1.1\r\nHost: a\r\nContent-Length: 200000"
+    with ExitStack() as stack:
+        clients = [stack.enter_context(connect(service.port)) for _ in range(most)]
+        for client in clients:
+            client.sendall(f"{head}\r\n\r\n".encode() + bytes(150_000))
+        ready = ask(service.metrics_port, "/ready")
+        assert json.loads(ready.body) == {
+            "database": "ok",
+            "homeserver": "ok",
+            "service": "ok",
+        }
+        for client in clients:
+            with client.makefile("rb") as stream:
+                client.sendall(bytes(50_000))
+                reply = read_reply(stream)
+                assert reply is not None and reply.status == 401
+    assert "No room" not in service.log()
+
+
+def test_too_few_files(homeserver: Homeserver, tmp_path: Path) -> None:
+    """It doesn't start, and says what to raise."""
+    service = limited(Service(tmp_path, homeserver.url), 200, 200)
+    code, output = service.run_to_end()
+    assert code == 1
+    assert "Can't start: 200 open files leave no room" in output
+    assert "LimitNOFILE" in output
