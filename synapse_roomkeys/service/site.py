@@ -206,9 +206,9 @@ class ServiceSite(Site):
         Args:
             max_connections: the bound.
             spare_connections: how many more are open at once, to ask for the status.
-                Clients that send nothing keep half of them at most. The other half takes
-                those that connect before the reactor has closed any: as many as the
-                backlog of a listener has.
+                Clients that send nothing keep half of them at most. The other half
+                takes those that connect before the reactor has closed any: as many as
+                the backlog of a listener has.
         """
         super().__init__(  # type: ignore[no-untyped-call]
             resource, ServiceRequest, timeout=IDLE_SECONDS, reactor=reactor

@@ -20,8 +20,8 @@ from ..servers.homeserver import Homeserver
 from ..servers.service import Service
 
 DEADLINE = 20.0
-#: What the process is started with: the least soft limit that Python starts with, about,
-#: and a hard limit that a test can exceed.
+#: What the process is started with: a soft limit with which it would be of no use, and
+#: a hard limit that a test can exceed.
 SOFT, HARD = 32, 400
 #: More connections than the hard limit.
 CLIENTS = 500

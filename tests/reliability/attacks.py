@@ -18,7 +18,7 @@ import attrs
 from ..contract.base import PREFIX
 from ..servers.service import Service
 from . import SOAK
-from .inputs import Inputs
+from .inputs import HEADER_VALUES, HEADERS, Inputs, header_value
 from .sockets import (
     Reply,
     connect,
@@ -35,6 +35,8 @@ REQUESTS = 400_000 if SOAK else 3_000
 AT_ONCE = 20
 #: How many garbled requests there are.
 GARBLED = 100_000 if SOAK else 600
+#: How many requests have a header made at random.
+HEADS = 20_000 if SOAK else 300
 #: How many bytes more are sent before each of the resets.
 STEP = 1 if SOAK else 17
 IDLE = 1000
@@ -103,6 +105,7 @@ def wrong_lengths(target: Target) -> int:
         (b"\xd9\xa1", (400,)),
         (b"five", (400,)),
         (b"5" * 3000, (413,)),
+        (b"5" * 5000, (400,)),
         (b"%d\r\n%s%d" % (number, name, number + 1), (400,)),
         (b"%d\r\n%s%d" % (number, name, number), (400,)),
         (b"%d\r\nTransfer-Encoding: chunked" % number, (400,)),
@@ -114,7 +117,7 @@ def wrong_lengths(target: Target) -> int:
         (b"%d" % (number + 5), ()),
     ):
         check(target.port, [good.replace(length, name + value)], statuses)
-    return 17
+    return 18
 
 
 def chunks(target: Target) -> int:
@@ -211,6 +214,22 @@ def heads(target: Target) -> int:
     ]
     for sent, statuses in rows:
         check(target.port, [sent], statuses)
+    return len(rows)
+
+
+def headers(target: Target) -> int:
+    """Headers that the service reads, with values of any bytes: all are answered."""
+    random = Random() if SOAK else Random(3)
+    version = target.new_version()
+    get = request("GET", f"{PREFIX}/keys?version={version}", target.bad)
+    rows = [(name, value) for name in HEADERS for value in HEADER_VALUES]
+    rows += [(random.choice(HEADERS), header_value(random)) for _ in range(HEADS)]
+    for name, value in rows:
+        line = b"Host: a\r\n%s: %s\r\n" % (name, value)
+        sent = get.replace(b"Host: a\r\n", line)
+        got = exchange(target.port, sent, wanted=1)
+        assert got.replies, (name, value)
+        check_reply(got.replies[0])
     return len(rows)
 
 
@@ -382,6 +401,7 @@ ATTACKS: list[Callable[[Target], int]] = [
     chunks,
     pipelines,
     heads,
+    headers,
     large_bodies,
     unfinished_bodies,
     hostile_values,

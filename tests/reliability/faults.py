@@ -140,14 +140,20 @@ def serving(homeserver: Homeserver, directory: Path) -> Iterator[Serve]:
     with ExitStack() as stack:
 
         def serve(
-            database: Mapping[str, Any] | None = None, path: Path | None = None
+            database: Mapping[str, Any] | None = None,
+            path: Path | None = None,
+            environment: Mapping[str, str] | None = None,
         ) -> Served:
             settings = {}
             if path is not None:
                 args = {"database": str(path)}
                 settings["database"] = {"name": "sqlite3", "args": args}
             service = Service(
-                directory, homeserver.url, database=database, settings=settings
+                directory,
+                homeserver.url,
+                database=database,
+                settings=settings,
+                environment=environment or {},
             )
             services.append(stack.enter_context(service))
             host = HttpHost(service.url, homeserver.new_user, homeserver.new_guest)

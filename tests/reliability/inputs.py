@@ -71,6 +71,43 @@ QUERIES = (
     ),
     *("version[]=1", "VERSION=1", "access_token=x", "user_id=%40b%3Ah", "version=%zz"),
 )
+#: Headers that something reads: Twisted, the service, the authentication.
+HEADERS = (
+    *(b"X-Forwarded-For", b"X-Request-ID", b"Authorization", b"Cookie", b"Host"),
+    *(b"Connection", b"Expect", b"Content-Type", b"User-Agent", b"Origin", b"Upgrade"),
+    *(b"If-None-Match", b"If-Modified-Since", b"Range", b"Accept-Encoding", b"X"),
+)
+#: Values that are no text, no ASCII, or not what the header takes.
+HEADER_VALUES = (
+    *(
+        b"",
+        b"\xff",
+        b"\xc0\x80",
+        b"\xed\xa0\x80",
+        b"\xe2\x98\x83",
+        b"\x1b[31m",
+        b"\x7f",
+    ),
+    *(
+        b"Bearer \xff",
+        b"Bearer",
+        b"\xa0",
+        b"\x85",
+        b"\xb2",
+        b"\t",
+        b"a\tb",
+        b";;=",
+        b"%",
+    ),
+    *(b"fe80::1%\xff", b"1.2.3.4, \xff", b"::1%", b"127.0.0.1%x", b"1.2.3.4," * 999),
+    *(b"close\xff", b"100-continue\xff", b"multipart/form-data; boundary=\xff"),
+)
+
+
+def header_value(random: Random) -> bytes:
+    """A value of a header: any bytes but those that end a line, and NUL."""
+    value = random.randbytes(random.choice((1, 2, 5, 20, 200)))
+    return value.translate(None, b"\r\n\0")
 
 
 class Inputs:

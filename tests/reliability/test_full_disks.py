@@ -3,6 +3,7 @@ and that all is well afterwards."""
 
 from __future__ import annotations
 
+import json
 import resource
 import sqlite3
 import subprocess
@@ -15,7 +16,7 @@ import pytest
 from twisted.internet.defer import inlineCallbacks
 
 from ..contract import Answer
-from ..contract.base import tally, wrapped
+from ..contract.base import PREFIX, key, keys_path, tally, wrapped
 from ..servers import PostgresServer
 from ..servers.processes import make_directory, remove_directory
 from . import SOAK
@@ -29,10 +30,13 @@ from .faults import (
     new_keys,
     together,
 )
+from .sockets import exchange, request
 
 #: What room there is on a full disk, in bytes: enough for a part of an upload.
 LEFT = 65536
 TMPFS_SIZE = "40m"
+#: How many connections the tests' client keeps open.
+CONNECTIONS = 8
 
 
 @attrs.frozen
@@ -131,6 +135,26 @@ def test_a_count_that_cannot_be_cached(serve: Serve, tmp_path: Path) -> Steps:
     assert given_up in served.service.log()
 
 
+def refuse_chunks(port: int, backup: Backup) -> None:
+    """Have an upload of unknown length refused, that goes on to its end."""
+    target = PREFIX + keys_path(backup.version)
+    chunk = b"10000\r\n" + bytes(65536) + b"\r\n"
+    chunks = [
+        request(
+            "PUT",
+            target,
+            backup.client.user.access_token,
+            b"",
+            "Transfer-Encoding: chunked",
+        ),
+        *[chunk] * 20,
+    ]
+    [reply] = exchange(port, *chunks, wanted=1).replies
+    assert reply.status == 503, reply
+    assert json.loads(reply.body)["errcode"] == "M_UNKNOWN", reply
+    assert int(reply.headers["retry-after"]) > 0, reply
+
+
 @pytest.fixture
 def disk() -> Iterator[Disk]:
     """A file system of which one knows the end."""
@@ -146,6 +170,31 @@ def test_a_full_disk_under_sqlite(disk: Disk, serve: Serve) -> Steps:
     yield meet_a_full_disk(served, disk.fill, disk.free)
     full = "failed for good: OperationalError: database or disk is full"
     assert full in served.service.log()
+
+
+@needs_a_mount
+@inlineCallbacks
+def test_a_full_temporary_directory(disk: Disk, serve: Serve) -> Steps:
+    """Uploads that aren't kept in memory are 503 while their bodies have no room; small
+    ones and downloads are served. The log names the directory once."""
+    served = serve(environment={"TMPDIR": str(disk.directory)})
+    backups: list[Backup] = yield served.new_backups(3)
+    files = Path(f"/proc/{served.service.pid}/fd")
+    before = len(list(files.iterdir()))
+    disk.fill()
+    yield together([backup.refuse() for backup in backups])
+    for backup in backups:
+        refuse_chunks(served.service.port, backup)
+        small = {"!small": {"s": key()}}
+        tally((yield backup.send("PUT", wrapped(small))))
+    for backup in backups:
+        yield backup.client.download(backup.version)
+    assert len(list(files.iterdir())) <= before + CONNECTIONS
+    disk.free()
+    for backup in backups:
+        tally((yield backup.send("PUT", wrapped(new_keys()))))
+    line = f"No room for the body of an upload in {disk.directory}: "
+    assert served.service.log().count(line) == 1
 
 
 @pytest.fixture

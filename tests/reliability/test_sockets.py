@@ -39,7 +39,9 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
     directory = tmp_path_factory.mktemp("service")
     with Homeserver() as homeserver:
         service = Service(
-            directory, homeserver.url, settings={"log": {"level": "DEBUG"}}
+            directory,
+            homeserver.url,
+            settings={"log": {"level": "DEBUG"}, "trusted_proxies": [HOST]},
         )
         # The system makes clients wait a second where more connect at once.
         listener = f"tcp:{service.port}:interface={HOST}:backlog={IDLE}"
