@@ -218,10 +218,46 @@ def test_requests_have_ids(proxied: Service, homeserver: Homeserver) -> None:
         "synapse_roomkeys.handler",
         "synapse_roomkeys.access",
     ]
-    assert lines[-1]["message"].startswith(
-        f"127.0.0.1 PUT {path.partition('?')[0]} 200 "
+    line = lines[-1]
+    assert line["message"].startswith(f"127.0.0.1 PUT {path.partition('?')[0]} 200 ")
+    assert line["message"].endswith(
+        f" s {user.user_id} device={line['device']} version={number}"
+        " stored=0 replaced=1 unchanged=0"
     )
-    assert lines[-1]["message"].endswith(f" s {user.user_id}")
+
+
+def test_access_lines_have_fields(proxied: Service, homeserver: Homeserver) -> None:
+    """In JSON, what an operator counts and filters by is a member of its own; the query
+    is in none. A refusal has its user too."""
+    user = homeserver.new_user()
+    api = Api(proxied.url, user.access_token)
+    made = api.request("POST", "/version", {"algorithm": "a", "auth_data": {}})
+    version = made.json["version"]
+    keys = {f"{n}": key() for n in range(3)}
+    api.request("PUT", keys_path(version), wrapped({"!a": keys}))
+    better = {"0": key(verified=True), "1": key(), "new": key()}
+    stored = api.request("PUT", keys_path(version), wrapped({"!a": better}))
+    refused = api.request("PUT", keys_path("1"), wrapped({}))
+    line = lines_of(proxied, stored.headers["x-request-id"])[-1]
+    seconds = line.pop("seconds")
+    assert 0 < seconds < DEADLINE
+    assert line["device"]
+    path = f"{PREFIX}/keys"
+    assert (
+        line.items()
+        >= {
+            **{"client": "127.0.0.1", "method": "PUT", "path": path, "status": 200},
+            **{"bytes": len(stored.body), "user": user.user_id, "version": version},
+            **{"stored": 1, "replaced": 1, "unchanged": 1},
+        }.items()
+    )
+    refusal, line = lines_of(proxied, refused.headers["x-request-id"])
+    assert refusal["message"].startswith(f"Refused PUT: user={user.user_id} device=")
+    for found in (refusal, line):
+        assert found["user"] == user.user_id
+        assert (found["status"], found["version"]) == (404, "1")
+    assert refusal["errcode"] == "M_NOT_FOUND"
+    assert line["device"] == refusal["device"]
 
 
 def test_ids_and_addresses_of_trusted_proxies(proxied: Service) -> None:

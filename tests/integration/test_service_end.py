@@ -76,10 +76,10 @@ def hasty(homeserver: Homeserver, tmp_path: Path) -> Iterator[Service]:
     assert "Traceback" not in service.log()
 
 
-def stop(service: Service) -> None:
+def stop(service: Service, number: signal.Signals = signal.SIGTERM) -> None:
     """Tell it to stop, and wait until it knows."""
     ready = service.metrics_url.replace("/metrics", "/ready")
-    service.send(signal.SIGTERM)
+    service.send(number)
     deadline = time.monotonic() + DEADLINE
     while time.monotonic() < deadline:
         try:
@@ -198,10 +198,34 @@ def test_a_second_signal_ends_it_at_once(
         assert service.wait(5.0) == 1
 
 
-def test_an_idle_service_ends_soon(service: Service) -> None:
-    """Either signal does."""
-    service.send(signal.SIGINT)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_an_idle_service_ends_soon(service: Service, number: signal.Signals) -> None:
+    """Any of the signals ends it in order, that of a closed terminal as well."""
+    service.send(number)
     assert service.wait(5.0) == 0
-    service.start()
-    service.send(signal.SIGTERM)
-    assert service.wait(5.0) == 0
+    assert "Stopped" in service.log()
+
+
+def test_a_terminal_that_closes(service: Service, homeserver: Homeserver) -> None:
+    """An upload under way is finished, as with any other signal to stop."""
+    backup = Backup(service, homeserver)
+    body = json.dumps(backup.upload({"!b": {"new": key()}})[1]).encode()
+    headers = f"Content-Length: {len(body)}", "Expect: 100-continue"
+    with closing(backup.send("PUT", keys_path(backup.version), *headers)) as upload:
+        assert upload.recv(1000) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        stop(service, signal.SIGHUP)
+        upload.sendall(body)
+        assert answer_to(upload)[0].status == 200
+    assert service.wait(DEADLINE) == 0
+
+
+def test_a_service_under_nohup(homeserver: Homeserver, tmp_path: Path) -> None:
+    """It was started not to end with its terminal."""
+    service = Service(tmp_path, homeserver.url)
+    ignore = "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN);"
+    run = "import runpy; runpy.run_module('synapse_roomkeys.service', alter_sys=True)"
+    service.program = ("-c", f"{ignore}{run}")
+    with service:
+        service.send(signal.SIGHUP)
+        assert json.loads(fetch(f"{service.url}/ready"))["service"] == "ok"
+        assert "Stopping" not in service.log()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import sqlite3
+import stat
 import subprocess
 import sys
 import time
@@ -66,6 +68,24 @@ def test_no_file_is_needed(homeserver: Homeserver, tmp_path: Path) -> None:
         answer = Api(service.url, user.access_token).request("POST", "/version", body)
         assert answer.status == 200
         assert (tmp_path / "roomkeys.db").exists()
+
+
+def test_its_file_is_its_owners(homeserver: Homeserver, tmp_path: Path) -> None:
+    """Nobody else reads the database or what SQLite keeps beside it, whatever the
+    umask; a file that was there keeps its mode."""
+    service = Service(tmp_path, homeserver.url)
+    path = tmp_path / "roomkeys.db"
+    umask = os.umask(0o022)
+    try:
+        for mode in (0o600, 0o640):
+            with service:
+                files = [
+                    path.with_name(path.name + end) for end in ("", "-wal", "-shm")
+                ]
+                assert {stat.S_IMODE(file.stat().st_mode) for file in files} == {mode}
+            path.chmod(0o640)
+    finally:
+        os.umask(umask)
 
 
 def test_a_port_in_use(homeserver: Homeserver, tmp_path: Path) -> None:
