@@ -30,16 +30,18 @@ DATA = "x" * 60_000
 class Backup:
     """A user's backup, larger than what a connection holds, and connections to it."""
 
-    def __init__(self, service: Service, homeserver: Homeserver) -> None:
+    def __init__(
+        self, service: Service, homeserver: Homeserver, keys: int = KEYS
+    ) -> None:
         self.service = service
         self.token = homeserver.new_user().access_token
         self.api = Api(service.url, self.token)
         body = {"algorithm": ALGORITHM, "auth_data": AUTH_DATA}
         self.version: str = self.api.request("POST", "/version", body).json["version"]
         # Larger uploads would wait for a while, for others' sake.
-        for start in range(0, KEYS, 10):
-            keys = {f"{start + n}": key(data=DATA) for n in range(10)}
-            assert self.api.request("PUT", *self.upload({"!a": keys})).status == 200
+        for start in range(0, keys, 10):
+            some = {f"{start + n}": key(data=DATA) for n in range(10)}
+            assert self.api.request("PUT", *self.upload({"!a": some})).status == 200
 
     def upload(self, rooms: Rooms) -> tuple[str, object]:
         """The path and the body of an upload."""
@@ -208,7 +210,7 @@ def test_an_idle_service_ends_soon(service: Service, number: signal.Signals) -> 
 
 def test_a_terminal_that_closes(service: Service, homeserver: Homeserver) -> None:
     """An upload under way is finished, as with any other signal to stop."""
-    backup = Backup(service, homeserver)
+    backup = Backup(service, homeserver, keys=0)
     body = json.dumps(backup.upload({"!b": {"new": key()}})[1]).encode()
     headers = f"Content-Length: {len(body)}", "Expect: 100-continue"
     with closing(backup.send("PUT", keys_path(backup.version), *headers)) as upload:
