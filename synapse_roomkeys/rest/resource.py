@@ -94,20 +94,20 @@ def respond_error(request: Request, error: RoomKeysError) -> None:
     respond(request, error.code, error.error_dict())
 
 
-def respond_defect(request: Request, error: BaseException) -> None:
-    """Log an error that nobody expected, and answer a request with 500."""
+def respond_defect(request: Request, error: BaseException | None) -> None:
+    """Log an unexpected exception with its traceback, and answer 500 without it."""
     logger.error("Failed to answer a request", exc_info=error)
     body = {"errcode": "M_UNKNOWN", "error": "Internal server error"}
     respond(request, 500, body)
 
 
 def notes_of(request: Request) -> dict[str, Any]:
-    """The facts about a request that its log lines tell, as far as they are known.
+    """Facts about a request for its log lines: a dictionary to read and to add to.
 
     Returns:
-        A dictionary, to read and to add to, that lives as long as the request. Its
-        members are, in this order: ``user``, ``device``, ``version``, and after an
-        upload ``stored``, ``replaced`` and ``unchanged``, numbers of keys.
+        ``user``, ``device`` and ``version``, and after an upload ``stored``,
+        ``replaced`` and ``unchanged``, numbers of keys; each once it is known. The
+        dictionary lives as long as the request.
     """
     notes: dict[str, Any] = vars(request).setdefault("_roomkeys_notes", {})
     return notes
@@ -275,10 +275,10 @@ def _measure(request: Request, servlet: str) -> None:
 
 
 def note_refusal(request: Request, error: RoomKeysError) -> None:
-    """Count a refusal, and log it with its user: a client may send the same for ever.
+    """Count a refusal, and log it with its user: a client may repeat it for ever.
 
-    A GET that is answered 404 is logged at DEBUG. Every client without a backup sends
-    one at each start, and Matrix clients ask for keys that aren't there.
+    A GET with a 404 is logged at DEBUG: clients without a backup send one at each
+    start, and clients ask for single keys that aren't in the backup.
     """
     metrics.refused_requests.labels(error.errcode).inc()
     method = request.method.decode("latin-1")

@@ -84,7 +84,7 @@ class HomeServer(Protocol):
 
 
 class UserServlet(RestServlet):
-    """A servlet for requests of users, with what it needs of its host."""
+    """A servlet that authenticates its requests and passes them to the handler."""
 
     def __init__(self, hs: HomeServer) -> None:
         super().__init__()
@@ -93,8 +93,8 @@ class UserServlet(RestServlet):
         self.e2e_room_keys_handler = hs.get_e2e_room_keys_handler()
 
     def authenticate(self, request: Request) -> "Deferred[Requester]":
-        """As `Auth.get_user_by_req`; the request's log lines name the user from then
-        on."""
+        """As `Auth.get_user_by_req`. Note user and device for the request's log
+        lines."""
         return self.auth.get_user_by_req(request).addCallback(_note_user, request)
 
 

@@ -51,11 +51,11 @@ logger = logging.getLogger(__name__)
 
 #: Seconds between two looks for transactions that are still under way at the end.
 _LOOK_SECONDS = 0.05
-#: How many connections the metrics_listeners may have, and how many more to ask for the
-#: status: monitoring has a few.
+#: The bound of connections to the metrics_listeners, and their spare ones. Monitoring
+#: has a few.
 _METRICS_CONNECTIONS = _METRICS_SPARES = 16
-#: How many connections over their bound the listeners have, to ask for the status. Half
-#: of them are more than the 50 that the backlog of one of Twisted's listeners has.
+#: The spare connections of the listeners. Half of them exceed the backlog of 50 that a
+#: listener of Twisted's has by default.
 _SPARES = 128
 #: After how long a thread that works in Python makes room for another, in seconds.
 #: By Python's own 0.005 the reactor waits that long each time it comes back from the

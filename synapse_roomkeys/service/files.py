@@ -5,19 +5,19 @@ import resource
 
 logger = logging.getLogger(__name__)
 
-#: Files that are no connection of a client: the standard streams, the reactor's own,
-#: the listeners, a module or certificate that is read. A running service has 14.
+#: Files for the standard streams, the reactor, the listeners, and modules and
+#: certificates while they are read. An idle service on SQLite has 14 files open.
 _OWN = 32
 #: Files for each connection to the database: SQLite has the file, -wal and -shm.
 _PER_DATABASE_CONNECTION = 3
 
 
 def raise_file_limit() -> int:
-    """Raise the limit of open files as far as this process may.
+    """Raise the soft limit of open files to the hard limit.
 
     Returns:
-        The limit in force. Under a system call filter that forbids raising it, that is
-        the one that the process was started with.
+        The limit in force: the soft limit of before if the system forbids raising it,
+        as a system call filter does.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == hard:
@@ -36,15 +36,15 @@ def raise_file_limit() -> int:
 def room_for_connections(
     files: int, *, database_connections: int, other_connections: int
 ) -> int:
-    """How many clients may be connected. Each may have a file for its body as well.
+    """The number of clients that may be connected, each with a file for its body.
 
     Args:
-        files: how many files may be open.
-        database_connections: how many there may be to the database.
-        other_connections: all others that are never refused.
+        files: the limit of open files.
+        database_connections: the size of the pool.
+        other_connections: the connections to the homeserver and of monitoring.
 
     Returns:
-        The number; not above 0 if there is no room for what the service itself needs.
+        The number; 0 or less if the service's own files leave no room.
     """
     database = _PER_DATABASE_CONNECTION * database_connections
     return (files - _OWN - database - other_connections) // 2

@@ -26,11 +26,11 @@ request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
 MAX_LINE = 2048
 #: The longest traceback in characters, of which the end is kept.
 MAX_TRACEBACK = 16384
-#: The longest text of a field of its own in JSON, in bytes: user ids have up to 255.
-#: All fields of an access line at this length leave room for a message.
+#: The longest text of a field in JSON, in bytes: user ids have up to 255. Five such
+#: texts, of an access line, leave room for a message.
 MAX_FIELD = 255
-#: Room for what a line has besides its message and its fields, in bytes; also the least
-#: that a message may have.
+#: Room for a line's time, level, logger and request id, in bytes; also the least room
+#: that a message has.
 _ROOM = 256
 #: The least time between two lines of a `RareLine`, in seconds: an attack that goes on
 #: for a day logs 1,440.
@@ -56,8 +56,10 @@ def set_up_logs(log_format: str, level: str) -> None:
 
 
 class RareLine:
-    """A warning that may be called for many times a second and is logged once in a
-    while, with how often it was left out."""
+    """A warning that is logged at most once a minute, however often its cause occurs.
+
+    The next line says how often it was left out.
+    """
 
     def __init__(
         self,

@@ -25,18 +25,18 @@ access_logger = logging.getLogger("synapse_roomkeys.access")
 STATUS_PATHS = (b"/health", b"/ready", b"/metrics")
 #: Characters of a path that are logged: a session's has about 150.
 MAX_PATH = 1000
-#: A body of fewer bytes, of known length, is kept in memory; any other in a temporary
-#: file. Twisted's own bound. Clients upload 100 keys at once, some 90 KB.
+#: Bodies of a known length below this number of bytes stay in memory, all others go to
+#: a temporary file. Twisted has the same bound. A client's 100 keys have some 90 KB.
 MEMORY_BYTES = 100_000
-#: What a client is told to wait when there is no room for its body, in seconds.
+#: Retry-After of a request whose body has no room, in seconds.
 RETRY_AFTER = 10
 
 
 class BodyRefusedError(Exception):
-    """A body can't be taken any further.
+    """Reading of a body stops here.
 
     Attributes:
-        answer: the error that the request is answered with.
+        answer: the error to answer the request with.
     """
 
     def __init__(self, answer: RoomKeysError) -> None:
@@ -53,6 +53,7 @@ class ServiceRequest(Request):
     """
 
     site: Any
+    channel: Any
 
     def __init__(self, channel: Any, *args: Any) -> None:
         super().__init__(channel, *args)  # type: ignore[no-untyped-call]
@@ -71,7 +72,8 @@ class ServiceRequest(Request):
         self.content = BytesIO()
         if length is None or length >= MEMORY_BYTES:
             try:
-                # Without a buffer: closing the file never writes, so it never fails.
+                # An unbuffered file has nothing to write when it is closed, so close
+                # can't fail on a full disk.
                 self.content = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115
             except OSError as error:
                 raise self._no_room(error) from None
@@ -83,13 +85,13 @@ class ServiceRequest(Request):
             BodyRefusedError: the body is over the limit, or can't be written.
         """
         self._received += len(data)
-        channel: Any = self.channel
+        channel = self.channel
         if self._received > channel.site.max_body_bytes:
             raise BodyRefusedError(TooLargeError(channel.site.too_large))
         content: Any = self.content
         rest = memoryview(data)
         try:
-            # A disk that gets full takes a part.
+            # Unbuffered writes may be short, as on a disk that is almost full.
             while rest:
                 rest = rest[content.write(rest) :]
         except OSError as error:
@@ -105,7 +107,7 @@ class ServiceRequest(Request):
 
     def process(self) -> None:
         """As `twisted.web.http.Request.process`, in a context that knows its id."""
-        channel: Any = self.channel
+        channel = self.channel
         proxies = channel.site.trusted_proxies
         forwarded = self.requestHeaders.getRawHeaders(b"X-Forwarded-For") or []
         believed = is_trusted(self.client, proxies)
@@ -130,7 +132,7 @@ class ServiceRequest(Request):
         """As `twisted.web.server.Request.processingFailed`, in JSON."""
         if self.startedWriting:
             logger.error("Failed to answer a request", exc_info=reason.value)
-            self.loseConnection()
+            self.channel.drop()
         else:
             respond_defect(self, reason.value)
         return reason
@@ -184,8 +186,8 @@ class ServiceRequest(Request):
             super().process()  # type: ignore[no-untyped-call]
 
     def _no_room(self, error: OSError) -> BodyRefusedError:
-        """The refusal of a body that can't be kept; it is logged once in a while."""
-        channel: Any = self.channel
+        """Log that a body has no room, at most once a minute; returns the refusal."""
+        channel = self.channel
         channel.site.no_room.warn(
             "No room for the body of an upload in %s: %s. Uploads of %d bytes or more"
             " are answered 503 until there is some",

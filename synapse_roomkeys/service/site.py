@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IAddress, IDelayedCall, IReactorTime
@@ -34,11 +34,11 @@ LINGER_SECONDS = 5
 #: For how long idle connections are kept after the end has begun, in seconds: a request
 #: that is on its way is answered 503 instead of being lost.
 LAST_CALL_SECONDS = 1
-#: What a client is told to wait that comes too late for this process, or while it has
-#: too many connections, in seconds.
+#: Retry-After of requests that come while the process ends, or over its bound of
+#: connections, in seconds.
 RETRY_AFTER = 5
-#: How long the one request of a connection over the bound may take to come, in seconds:
-#: that of a health check is sent at once.
+#: Time for a connection over the bound to send its one request, in seconds. A health
+#: check sends it at once.
 SPARE_SECONDS = 5
 
 
@@ -47,9 +47,9 @@ class Channel(HTTPChannel):
 
     Attributes:
         site: what it came to.
-        is_spare: whether it is over the site's bound: it has one request, that is
-            refused unless it asks for the status.
-        is_dropped: whether it is being closed.
+        is_spare: whether it is over the site's bound. It gets one request, which is
+            refused unless it is for the status.
+        is_dropped: whether `drop` was called.
     """
 
     site: "ServiceSite"
@@ -89,7 +89,7 @@ class Channel(HTTPChannel):
         try:
             is_good: bool = super().headerReceived(line)  # type: ignore[no-untyped-call]
         except ValueError:
-            # A Content-Length of over 4,300 digits, which `int` refuses.
+            # `int` refuses a Content-Length of over 4,300 digits.
             self._respondToBadRequestAndDisconnect()  # type: ignore[no-untyped-call]
             return False
         return is_good
@@ -181,14 +181,15 @@ class Channel(HTTPChannel):
 class ServiceSite(Site):
     """All the connections to some listeners.
 
-    Over a bound, a connection may ask for the status once, which is answered, or for
-    anything else, which is answered 503. It is dropped if it doesn't ask soon.
+    A connection over the bound is a spare one: its first request is answered if it is
+    for the status, else refused with 503, and it is closed. A spare connection without
+    a request is dropped after `SPARE_SECONDS`, or earlier for newer ones.
 
     Attributes:
         draining: whether the end has begun.
         channels: the connections that there are.
         too_large: what is said of a body that is over the limit.
-        no_room: the line about bodies that can't be kept.
+        no_room: the log line about bodies that have no room.
     """
 
     protocol = Channel  # type: ignore[assignment]
@@ -205,10 +206,9 @@ class ServiceSite(Site):
         """
         Args:
             max_connections: the bound.
-            spare_connections: how many more are open at once, to ask for the status.
-                Clients that send nothing keep half of them at most. The other half
-                takes those that connect before the reactor has closed any: as many as
-                the backlog of a listener has.
+            spare_connections: how many spare connections may be open. Beyond half of
+                them, each new one has the oldest dropped. The other half is needed as
+                the reactor accepts a whole backlog before it closes any.
         """
         super().__init__(  # type: ignore[no-untyped-call]
             resource, ServiceRequest, timeout=IDLE_SECONDS, reactor=reactor
@@ -226,14 +226,17 @@ class ServiceSite(Site):
         self._refused = RareLine(logger, reactor.seconds)
         self._drained: Deferred[None] | None = None
 
-    def buildProtocol(self, addr: IAddress) -> Channel | None:
-        """As `Site.buildProtocol`; with too many connections, None closes another."""
+    def buildProtocol(  # type: ignore[override]
+        self, addr: IAddress | None
+    ) -> Channel | None:
+        """As `Site.buildProtocol`. None, which closes the connection, if all spare
+        ones are taken."""
         if len(self.channels) - len(self._spares) < self._max_connections:
             return self._build_channel(addr)
         metrics.refused_connections.inc()
         self._refused.warn(
-            "%d connections are open, for more there are not files enough (LimitNOFILE,"
-            " ulimit -n): further ones are refused. The last one came from %s",
+            "%d connections are open, as many as the limit of open files allows"
+            " (LimitNOFILE, ulimit -n): further ones are refused. This one is from %s",
             *(len(self.channels), getattr(addr, "host", "a unix socket")),
         )
         if len(self._spares) == self._spare_connections:
@@ -271,12 +274,12 @@ class ServiceSite(Site):
         for channel in list(self.channels):
             channel.drop()
 
-    def _build_channel(self, addr: IAddress) -> Channel:
-        channel: Channel = super().buildProtocol(addr)  # type: ignore[no-untyped-call]
-        return channel
+    def _build_channel(self, addr: IAddress | None) -> Channel:
+        channel: Any = super().buildProtocol(addr)  # type: ignore[no-untyped-call]
+        return cast(Channel, channel)
 
     def _drop_oldest_spare(self) -> None:
-        """Make room for a connection that may ask for the status."""
+        """Drop the spare connection that has waited longest without a request."""
         for channel in self._spares:
             if not channel.is_dropped and not channel.is_answering():
                 channel.drop()
