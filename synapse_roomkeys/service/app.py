@@ -26,6 +26,7 @@ from ..config import OptionError
 from ..describe import error_line
 from ..errors import UnavailableError
 from ..handler import E2eRoomKeysHandler
+from ..homeserver import MAX_CONNECTIONS
 from ..rest import JsonResource, register_servlets
 from ..storage import (
     SQLITE,
@@ -41,7 +42,7 @@ from ..storage import (
 )
 from ..types import Limits
 from ..version import __version__
-from ..whoami import MAX_CONNECTIONS, WhoamiAuth
+from ..whoami import WhoamiAuth
 from .config import DatabaseConfig, ServiceConfig
 from .files import raise_file_limit, room_for_connections
 from .site import ServiceSite
