@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Generator, Iterable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 from twisted.internet.defer import Deferred, inlineCallbacks
 
@@ -31,6 +31,8 @@ from .types import (
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 #: What a line says of replaced keys, where it is of more than one, in characters of
 #: ASCII and the backslashes that JSON adds: the service cuts what is longer.
 _MESSAGE_SIZE = 1792
@@ -56,6 +58,15 @@ class E2eRoomKeysHandler:
         waiting = limits.max_waiting_requests
         self._reads = UserQueues(clock, waiting)
         self._writes = UserQueues(clock, waiting)
+
+    @inlineCallbacks
+    def _write(
+        self, user_id: str, call: "Callable[..., Deferred[T]]", *args: Any
+    ) -> "Generator[Deferred[Any], Any, T]":
+        """Make a call that writes when it is the user's turn, and note its time."""
+        result: T = yield self._writes.run(user_id, call, *args)
+        metrics.last_write.set_to_current_time()
+        return result
 
     def get_room_key(
         self, user_id: str, version: str, room_id: str, session_id: str
@@ -115,7 +126,7 @@ class E2eRoomKeysHandler:
             RoomKeysVersionError: it isn't the current one.
             UserLimitError: the user's backups would get too large.
         """
-        result: UploadResult = yield self._writes.run(
+        result: UploadResult = yield self._write(
             user_id, self._upload, user_id, version, room_keys, device_id
         )
         return result
@@ -161,7 +172,7 @@ class E2eRoomKeysHandler:
             NotFoundError: there is no such version.
         """
         number = wire.parse_version(version)
-        state, deleted = yield self._writes.run(
+        state, deleted = yield self._write(
             user_id,
             self._delete_keys,
             *(user_id, number, room_id, session_id),
@@ -197,7 +208,7 @@ class E2eRoomKeysHandler:
         device_id: str | None = None,
     ) -> "Generator[Deferred[Any], Any, str]":
         """Make a version, the current one from now on, and fire with its number."""
-        number: int = yield self._writes.run(
+        number: int = yield self._write(
             user_id,
             self._store.create_version,
             *(user_id, version_info.algorithm, version_info.auth_data),
@@ -247,7 +258,7 @@ class E2eRoomKeysHandler:
         """
         if version_info.version not in (None, version):
             raise InvalidParamError("The body's version is not the path's")
-        yield self._writes.run(
+        yield self._write(
             user_id,
             self._store.update_version,
             user_id,
@@ -265,7 +276,7 @@ class E2eRoomKeysHandler:
             NotFoundError: there never was such a version.
         """
         number = wire.parse_version(version)
-        yield self._writes.run(
+        yield self._write(
             user_id, self._delete_version, user_id, number, device_id
         )
 

@@ -1,6 +1,9 @@
 """What is counted, in Prometheus' default registry, which Synapse serves already."""
 
-from prometheus_client import Counter, Gauge, Histogram
+import math
+import platform
+
+from prometheus_client import Counter, Gauge, Histogram, Info
 
 #: Keys of uploads, by what became of them: stored, replaced or kept (the stored one).
 uploaded_keys = Counter(
@@ -31,6 +34,21 @@ whoami_requests = Counter(
 waiting_requests = Gauge(
     "synapse_roomkeys_waiting_requests", "Requests that wait for their turn"
 )
+#: Tries of transactions that failed and were followed by another, by cause: see
+#: `synapse_roomkeys.storage.database.CAUSES`.
+transaction_retries = Counter(
+    "synapse_roomkeys_transaction_retries", "Transactions tried again", ["cause"]
+)
+#: Transactions that were given up, by cause: their requests were answered 503.
+transaction_failures = Counter(
+    "synapse_roomkeys_transaction_failures", "Transactions given up", ["cause"]
+)
+#: When the last request to write was committed, in Unix seconds; 0 before the first.
+last_write = Gauge(
+    "synapse_roomkeys_last_write_timestamp_seconds", "Time of the last write"
+)
+#: The plugin's version, Python's, and the database engine.
+build = Info("synapse_roomkeys_build", "Versions of the plugin and of Python")
 
 # What follows stays empty in a host that has measures of its own for it.
 
@@ -67,3 +85,25 @@ refused_connections = Counter(
 pool_transactions = Gauge(
     "synapse_roomkeys_pool_transactions", "Transactions in the pool", ["state"]
 )
+#: How long transactions took, from when they had a connection, by their names.
+transaction_seconds = Histogram(
+    "synapse_roomkeys_transaction_seconds",
+    "Seconds of transactions",
+    ["transaction"],
+    buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10),
+)
+#: About how many keys there are in all backups, as measured within the last minutes;
+#: NaN before that.
+stored_keys = Gauge("synapse_roomkeys_stored_keys", "Keys in all backups")
+stored_keys.set(math.nan)
+
+
+def note_build(version: str, database: str) -> None:
+    """Tell the versions of the process.
+
+    Args:
+        version: the plugin's.
+        database: the name of the database engine.
+    """
+    python = platform.python_version()
+    build.info({"version": version, "python": python, "database": database})

@@ -27,9 +27,11 @@ from synapse.storage.engines._base import IsolationLevel
 from twisted.internet.defer import Deferred, ensureDeferred, inlineCallbacks
 from twisted.web.http import Request
 
+from . import metrics
 from .clock import Clock
 from .config import ModuleConfig, OptionError, parse_module_config
 from .handler import E2eRoomKeysHandler
+from .outages import Outages
 from .rest import HttpServer, register_servlets
 from .storage import (
     SQLITE,
@@ -39,6 +41,7 @@ from .storage import (
     SchemaError,
     Transaction,
     check_tables,
+    database_address,
     postgres,
     upgrade_tables,
 )
@@ -72,7 +75,12 @@ class RoomKeysModule:
             hs.get_reactor(), make_deferred_yieldable, run_in_background
         )
         self._store = EndToEndRoomKeyStore(
-            RetryingDatabase(ModuleApiDatabase(api, database), engine, self._clock),
+            RetryingDatabase(
+                ModuleApiDatabase(api, database),
+                engine,
+                self._clock,
+                _outages(database, engine),
+            ),
             engine.dialect,
             time.time,
             config.limits,
@@ -81,6 +89,7 @@ class RoomKeysModule:
         api.register_third_party_rules_callbacks(
             on_user_deactivation_status_changed=self.forget_deactivated_user
         )
+        metrics.note_build(__version__, engine.name)
         place = replace_servlets(self.register_servlets)
         logger.info(
             "synapse_roomkeys %s answers /room_keys in Synapse %s: it replaced %s",
@@ -261,6 +270,19 @@ def _engine(database: Any) -> Engine:
     if driver == "psycopg2":
         return postgres()
     raise _unexpected("a database driver sqlite3 or psycopg2", driver)
+
+
+def _outages(database: Any, engine: Engine) -> Outages:
+    """The outages of Synapse's database, with its address.
+
+    Raises:
+        ConfigError: the database doesn't say how Synapse connects to it.
+    """
+    try:
+        arguments = database._database_config.config["args"]
+    except (AttributeError, KeyError) as error:
+        raise _unexpected("DatabaseConnectionConfig with args", repr(error)) from None
+    return Outages(f"Database {database_address(engine, arguments)}")
 
 
 def _prepare_database(hs: Any, database: Any, engine: Engine) -> None:

@@ -6,7 +6,6 @@ masquerades as a user ("Identity assertion" in the application service API).
 """
 
 import hashlib
-import logging
 import re
 from collections import OrderedDict
 from collections.abc import Generator, Mapping
@@ -31,9 +30,18 @@ from .homeserver import (
     ThrottledError,
     UnusableResponseError,
 )
+from .outages import Cause, Outages
 from .types import Requester
 
-logger = logging.getLogger(__name__)
+AWAY = Cause(
+    "away", "See that it runs, and that homeserver.url is where its client API is"
+)
+# A rate needs a series that begins at 0.
+for _outcome in ("answered", "refused", "failed", "cached"):
+    metrics.whoami_requests.labels(_outcome)
+
+#: A token that no homeserver gives out.
+_NOBODYS_TOKEN = "synapse_roomkeys_check"
 
 WHOAMI = "/v3/account/whoami"
 #: Seconds between the first two tries while the homeserver is away; doubled each time.
@@ -158,7 +166,11 @@ class _Question:
 
 
 class WhoamiAuth:
-    """The authentication of a service that isn't part of the homeserver."""
+    """The authentication of a service that isn't part of the homeserver.
+
+    Attributes:
+        outages: those of the homeserver.
+    """
 
     def __init__(
         self, reactor: IReactorTime, clock: Clock, options: HomeserverOptions
@@ -170,6 +182,7 @@ class WhoamiAuth:
         self._reactor = reactor
         self._clock = clock
         self._options = options
+        self.outages = Outages(f"Homeserver {options.url}", reactor.seconds)
         self._homeserver = HomeserverClient(reactor, clock, options)
         #: Times at which the homeserver was asked, and answers, the oldest first.
         self._answers: OrderedDict[bytes, tuple[float, _Answer]] = OrderedDict()
@@ -208,15 +221,51 @@ class WhoamiAuth:
             return
         deadline = self._reactor.seconds() + CHECK_SECONDS
         try:
-            sent = self._homeserver.get("/versions", Headers(), {}, deadline)
-            response: Response = yield self._clock.wait(sent)
-            if response.code != 200:
-                raise UnusableResponseError(_describe(response, "/versions"))
+            yield self.check_versions(deadline)
         except ThrottledError:
             return
         except Exception as error:
-            self._log(logging.WARNING, "The homeserver at %s is away: %s", error)
+            self.outages.note_failure(AWAY, f"{error_text(error)} (to /versions)")
             raise UnavailableError(RETRY_AFTER) from None
+        self.outages.note_success()
+
+    @inlineCallbacks
+    def check_versions(self, deadline: float) -> "Generator[Deferred[Any], Any, None]":
+        """Ask the homeserver for its versions, which takes no token.
+
+        Args:
+            deadline: time of the reactor until which a 429 is waited for.
+
+        Raises:
+            UnusableResponseError: another status than 200.
+            ThrottledError: the homeserver throttles.
+            Exception: no connection.
+        """
+        sent = self._homeserver.get("/versions", Headers(), {}, deadline)
+        response: Response = yield self._clock.wait(sent)
+        if response.code != 200:
+            raise UnusableResponseError(_describe(response, "/versions"))
+
+    @inlineCallbacks
+    def check_whoami(self, deadline: float) -> "Generator[Deferred[Any], Any, None]":
+        """Ask whose a made-up token is. The specification has 401 ``M_UNKNOWN_TOKEN``.
+
+        Args:
+            deadline: time of the reactor until which a 429 is waited for.
+
+        Raises:
+            UnusableResponseError: another answer.
+            ThrottledError: the homeserver throttles.
+            Exception: no connection.
+        """
+        claim = _Claim(_NOBODYS_TOKEN, {}, None, None)
+        sent = self._homeserver.get(WHOAMI, claim.headers(), {}, deadline)
+        response: Response = yield self._clock.wait(sent)
+        answer = _read_answer(response, self._options)
+        if not isinstance(answer, _Refusal):
+            raise UnusableResponseError("a made-up token is known")
+        if (answer.code, answer.errcode) != (401, "M_UNKNOWN_TOKEN"):
+            raise UnusableResponseError(f"status {answer.code}, {answer.errcode}")
 
     def close(self) -> "Deferred[None]":
         """Close idle connections."""
@@ -285,26 +334,26 @@ class WhoamiAuth:
                 metrics.whoami_requests.labels("failed").inc()
                 left = deadline - self._reactor.seconds()
                 if left <= 0:
-                    msg = "Failed to ask the homeserver at %s: %s"
-                    self._log(logging.ERROR, msg, error)
+                    self.outages.note_refusal(AWAY, error_text(error))
                     return _Away()
-                msg = "The homeserver at %s is away, trying again: %s"
-                self._log(logging.WARNING, msg, error)
+                self.outages.note_failure(AWAY, error_text(error))
             yield self._clock.sleep(min(delay, left))
             delay *= 2
+        self.outages.note_success()
         outcome = "answered" if isinstance(answer, Requester) else "refused"
         metrics.whoami_requests.labels(outcome).inc()
         if _is_lasting(answer, claim):
             self._remember(key, asked, answer)
         return answer
 
-    def _log(self, level: int, msg: str, error: Exception) -> None:
-        """Log the homeserver's address and an error. Only the first line of the error
-        is logged: it holds no header of a request."""
-        brief = error_line(error)
-        if not isinstance(error, UnusableResponseError):
-            brief = f"{type(error).__name__}: {brief}"
-        logger.log(level, msg, self._options.url, brief)
+
+def error_text(error: Exception) -> str:
+    """Describe a failed request to the homeserver in one line. It holds no header of
+    the request."""
+    text = error_line(error).rstrip(".")
+    if isinstance(error, UnusableResponseError):
+        return text
+    return f"{type(error).__name__}: {text}"
 
 
 def _claim_of(request: Request) -> _Claim:

@@ -14,6 +14,7 @@ from twisted.internet.interfaces import IListeningPort
 
 from synapse_roomkeys import E2eRoomKeysHandler
 from synapse_roomkeys.clock import Clock, Reactor
+from synapse_roomkeys.outages import Outages
 from synapse_roomkeys.storage import (
     SQLITE,
     EndToEndRoomKeyStore,
@@ -74,7 +75,7 @@ class OwnSite:
         clock = Clock(cast(Reactor, reactor))
         limits = limits or Limits()
         self.store = EndToEndRoomKeyStore(
-            RetryingDatabase(self.database, backend.engine, clock),
+            RetryingDatabase(self.database, backend.engine, clock, Outages("Database")),
             backend.engine.dialect,
             time.time,
             limits,

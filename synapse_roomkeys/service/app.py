@@ -27,6 +27,7 @@ from ..describe import error_line
 from ..errors import UnavailableError
 from ..handler import E2eRoomKeysHandler
 from ..homeserver import MAX_CONNECTIONS
+from ..outages import Outages
 from ..rest import JsonResource, register_servlets
 from ..storage import (
     SQLITE,
@@ -35,6 +36,9 @@ from ..storage import (
     PoolDatabase,
     RetryingDatabase,
     SchemaError,
+    check_tables,
+    database_address,
+    estimate_keys,
     postgres,
     postgres_database,
     sqlite_database,
@@ -45,8 +49,9 @@ from ..version import __version__
 from ..whoami import WhoamiAuth
 from .config import DatabaseConfig, ServiceConfig
 from .files import raise_file_limit, room_for_connections
+from .readiness import DatabaseReadiness
 from .site import ServiceSite
-from .status import OK, MetricsResource, Probe, ReadyResource, Root
+from .status import MetricsResource, Probe, ReadyResource, Root
 
 logger = logging.getLogger(__name__)
 
@@ -118,10 +123,15 @@ class Service:
         self._reactor = reactor
         self._clock = Clock(reactor)
         self._database, self._engine = database_of(config.database)
-        self._retrying = RetryingDatabase(self._database, self._engine, self._clock)
+        self._address = database_address(self._engine, config.database.args)
+        outages = Outages(f"Database {self._address}")
+        self._retrying = RetryingDatabase(
+            self._database, self._engine, self._clock, outages
+        )
         self._auth = WhoamiAuth(reactor, self._clock, config.homeserver)
-        self._homeserver = Probe("homeserver", self._auth.check, reactor)
-        probe = Probe("database", self._database.check, reactor)
+        self._homeserver = Probe(self._auth.check, reactor, self._auth.outages)
+        readiness = DatabaseReadiness(self._database, self._engine, outages)
+        probe = Probe(readiness.check, reactor, outages)
         ready = ReadyResource(probe, self._homeserver, lambda: self._site.draining)
         self._files = raise_file_limit()
         connections = self._room_for_connections()
@@ -130,12 +140,13 @@ class Service:
         metrics.max_connections.set(connections)
         metrics.connections.set_function(lambda: len(self._site.channels))
         root = Root(ready, JsonResource())
-        root.putChild(b"metrics", MetricsResource())  # type: ignore[no-untyped-call]
+        root.putChild(b"metrics", MetricsResource(self._count_keys))
         self._metrics_site = self._make_site(
             root, _METRICS_CONNECTIONS, _METRICS_SPARES
         )
         self._ports: list[IListeningPort] = []
         self._stopping = False
+        metrics.note_build(__version__, self._engine.name)
         pool = metrics.pool_transactions
         pool.labels("in_use").set_function(lambda: self._database.in_use)
         pool.labels("waiting").set_function(lambda: self._database.waiting)
@@ -227,9 +238,14 @@ class Service:
     def _upgrade(self) -> "Generator[Deferred[Any], Any, None]":
         try:
             yield self._retrying.run("upgrade", upgrade_tables, self._engine, True)
+            problem = yield self._retrying.run("check", check_tables, self._engine)
         except (SchemaError, UnavailableError, self._engine.error) as error:
-            brief = error_line(error.__cause__ or error)
-            raise StartError(f"database: {brief}") from None
+            problem = error_line(error.__cause__ or error)
+        if problem is not None:
+            raise StartError(f"database: {self._address}: {problem}")
+
+    def _count_keys(self) -> "Deferred[int]":
+        return self._database.run("roomkeys_estimate", estimate_keys, self._engine)
 
     @inlineCallbacks
     def _listen(
@@ -292,28 +308,3 @@ def end_process(reactor: Any, database: PoolDatabase, code: int) -> None:
     logger.warning("Leaving %d transactions unfinished", database.in_use)
     logging.shutdown()
     os._exit(code)
-
-
-def check(config: ServiceConfig, reactor: Any) -> int:
-    """Print whether the database and the homeserver are reachable, a line for each.
-
-    Returns:
-        What the process is to end with: 0 if both are.
-    """
-    database, _ = database_of(config.database)
-    auth = WhoamiAuth(reactor, Clock(reactor), config.homeserver)
-    checks = {"database": database.check, "homeserver": auth.check}
-    code = 0
-
-    @inlineCallbacks
-    def ask() -> "Generator[Deferred[Any], Any, None]":
-        nonlocal code
-        for name, check_it in checks.items():
-            answer: str = yield Probe(name, check_it, reactor).ask()
-            print(f"{name}: {'ok' if answer == OK else 'unreachable'}", flush=True)
-            code = code if answer == OK else 1
-        end_process(reactor, database, code)
-
-    reactor.callWhenRunning(ask)
-    reactor.run()
-    return code

@@ -18,6 +18,14 @@ Network = IPv4Network | IPv6Network
 #: Without a user or a query, and with a path where the homeserver is below one.
 _ADDRESS = re.compile(r"https?://([\w.-]+|\[[0-9a-fA-F:.]+\])(:\d+)?(/[^\s?#@]*)?")
 
+#: A colon between two parameters of an endpoint; one in a parameter is escaped.
+_SEPARATOR = re.compile(r"(?<!\\):")
+#: The names of an endpoint's parameters that may stand there without a name, in order.
+_POSITIONS = {
+    "tcp": ("port", "interface", "backlog"),
+    "unix": ("address", "mode", "backlog", "lockfile"),
+}
+
 
 def one_of(*choices: str) -> Callable[[str, Any], str]:
     """A check that a value is one of some words."""
@@ -62,9 +70,27 @@ def endpoints(option: str, value: Any) -> tuple[str, ...]:
         try:
             if kind != "systemd":
                 serverFromString(None, endpoint)
+            if kind == "tcp":
+                _check_port(int(endpoint_parameters(endpoint)["port"]))
         except (TypeError, ValueError) as error:
             raise OptionError(option, f"{endpoint!r}: {error}") from None
     return found
+
+
+def endpoint_parameters(endpoint: str) -> dict[str, str]:
+    """The parameters of an endpoint, by their names in Twisted's documentation
+    ("Endpoint types included with Twisted")."""
+    kind, *parts = _SEPARATOR.split(endpoint)
+    names = iter(_POSITIONS[kind])
+    pairs = [
+        part.split("=", 1) if "=" in part else [next(names), part] for part in parts
+    ]
+    return {name: re.sub(r"\\(.)", r"\1", value) for name, value in pairs}
+
+
+def _check_port(port: int) -> None:
+    if not 0 < port < 65536:
+        raise ValueError("the port must be from 1 to 65535")
 
 
 def some_endpoints(option: str, value: Any) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from ..config import OptionError
 from ..version import __version__
 from . import app
+from .check import Check
 from .config import example, load_config, load_database, read_yaml
 from .logs import set_up_logs
 from .migrate import MigrateError, migrate, synapse_database
@@ -59,7 +60,8 @@ def _parser() -> argparse.ArgumentParser:
     check = commands.add_parser(
         "check",
         parents=[service],
-        help="tell whether database and homeserver are reachable",
+        help="tell whether the service could start: configuration, listeners,"
+        " database and homeserver",
     )
     check.set_defaults(run=_check)
 
@@ -92,10 +94,11 @@ def _serve(options: argparse.Namespace) -> int:
 
 def _check(options: argparse.Namespace) -> int:
     config = load_config(options.config, os.environ, options.homeserver)
-    set_up_logs("text", "WARNING")
+    # The lines that are printed have all of it.
+    set_up_logs("text", "CRITICAL")
     from twisted.internet import reactor
 
-    return app.check(config, reactor)
+    return Check(config, reactor).run()
 
 
 def _config(options: argparse.Namespace) -> int:

@@ -1,6 +1,7 @@
 """Whether the service is well, for load balancers, and its metrics."""
 
-import logging
+import math
+import time
 from collections.abc import Callable
 
 from prometheus_client import generate_latest
@@ -12,40 +13,51 @@ from twisted.web.http import Request
 from twisted.web.resource import Resource
 from twisted.web.server import NOT_DONE_YET
 
+from .. import metrics
 from ..describe import error_line
-from ..errors import UnavailableError
+from ..outages import Cause, Outages
 from ..rest.resource import JsonResource, respond
 
-logger = logging.getLogger(__name__)
-
-#: How long the database or the homeserver may take to answer, in seconds.
+#: Seconds in which the database or the homeserver has to answer.
 TIMEOUT = 5
 OK = "ok"
+#: Seconds between two estimates of the number of keys. PostgreSQL's statistics change
+#: only when its autovacuum has run, some minutes apart.
+MEASURE_SECONDS = 300.0
+
+SILENT = Cause("silent", "See its own log, and the network between")
 
 
 class Probe:
-    """Asks something whether it is well: once at a time, however many want to know."""
+    """Test that runs once at a time, and gives its result to all who wait for it."""
 
     def __init__(
-        self, name: str, check: "Callable[[], Deferred[None]]", reactor: IReactorTime
+        self,
+        check: "Callable[[], Deferred[None]]",
+        reactor: IReactorTime,
+        outages: Outages,
     ) -> None:
         """
         Args:
-            check: fires when it is well, or fails.
+            check: starts a test, which fires with None, or logs its failure and fails.
+            outages: log for a test that has no result after `TIMEOUT` seconds.
         """
-        self._name = name
         self._check = check
         self._reactor = reactor
+        self._outages = outages
         self._waiting: list[Deferred[str]] = []
         self._asked = False
 
     def ask(self) -> "Deferred[str]":
-        """Fires with `OK`, or with what is wrong in one line, in `TIMEOUT` seconds."""
+        """Fire within `TIMEOUT` seconds with `OK`, or with one line about the
+        failure."""
         waiter: Deferred[str] = Deferred()
         self._waiting.append(waiter)
         if not self._asked:
             self._asked = True
-            answer = self._check().addCallbacks(lambda _: OK, self._brief)
+            answer = self._check().addCallbacks(
+                lambda _: OK, lambda failure: error_line(failure.value)
+            )
             answer.addCallback(self._answer)
         return waiter.addTimeout(TIMEOUT, self._reactor).addErrback(
             self._give_up, waiter
@@ -57,18 +69,11 @@ class Probe:
         for waiter in waiting:
             waiter.callback(answer)
 
-    def _brief(self, failure: Failure) -> str:
-        """An exception's line for operators, which is logged."""
-        line = error_line(failure.value)  # type: ignore[arg-type]
-        # Whoever asks the homeserver has logged what is wrong with it.
-        if not failure.check(UnavailableError):
-            logger.warning("The %s is away: %s", self._name, line)
-        return line
-
     def _give_up(self, failure: Failure, waiter: "Deferred[str]") -> str:
         self._waiting.remove(waiter)
-        logger.warning("The %s hasn't answered for %d s", self._name, TIMEOUT)
-        return f"no answer in {TIMEOUT} seconds"
+        answer = f"no answer in {TIMEOUT} seconds"
+        self._outages.note_failure(SILENT, answer)
+        return answer
 
 
 class HealthResource(Resource):
@@ -118,8 +123,23 @@ class MetricsResource(Resource):
 
     isLeaf = True
 
+    def __init__(self, count_keys: "Callable[[], Deferred[int]]") -> None:
+        """
+        Args:
+            count_keys: fires with the number of keys in all backups. A scrape starts it
+                if the last start is `MEASURE_SECONDS` ago, and doesn't wait for it.
+        """
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._count_keys = count_keys
+        self._measured = -math.inf
+
     def render_GET(self, request: Request) -> bytes:
         """Answer a request; `Resource` calls it."""
+        now = time.monotonic()
+        if now - self._measured >= MEASURE_SECONDS:
+            self._measured = now
+            # A failure shows in the metrics of the database and at the next test.
+            self._count_keys().addCallbacks(metrics.stored_keys.set, lambda _: None)
         request.setHeader(b"Content-Type", CONTENT_TYPE_LATEST.encode())
         return generate_latest()
 

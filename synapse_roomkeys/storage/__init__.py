@@ -1,12 +1,18 @@
 """Where the backups are kept: statements, transactions, and the store over both."""
 
 from .database import (
+    CONNECTIONS,
+    LOCK,
+    SCHEMA,
     SQLITE,
+    WRITE_CAUSES,
     Database,
     Engine,
     PoolDatabase,
     RetryingDatabase,
     Transaction,
+    brief,
+    database_address,
     find_wrong_argument,
     postgres,
     postgres_database,
@@ -14,13 +20,24 @@ from .database import (
     with_timeouts,
 )
 from .rows import FIRST_KEYS, PAGE_KEYS
-from .schema import SchemaError, check_tables, upgrade_tables
+from .schema import (
+    SchemaError,
+    check_tables,
+    estimate_keys,
+    probe_tables,
+    rehearse_start,
+    upgrade_tables,
+)
 from .store import EndToEndRoomKeyStore
 
 __all__ = [
+    "CONNECTIONS",
     "FIRST_KEYS",
+    "LOCK",
     "PAGE_KEYS",
+    "SCHEMA",
     "SQLITE",
+    "WRITE_CAUSES",
     "Database",
     "EndToEndRoomKeyStore",
     "Engine",
@@ -28,10 +45,15 @@ __all__ = [
     "RetryingDatabase",
     "SchemaError",
     "Transaction",
+    "brief",
     "check_tables",
+    "database_address",
+    "estimate_keys",
     "find_wrong_argument",
     "postgres",
     "postgres_database",
+    "probe_tables",
+    "rehearse_start",
     "sqlite_database",
     "upgrade_tables",
     "with_timeouts",

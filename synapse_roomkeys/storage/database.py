@@ -1,6 +1,5 @@
 """Transactions, over `twisted.enterprise.adbapi` or over the host's own pool."""
 
-import logging
 import math
 import os
 import sqlite3
@@ -13,14 +12,14 @@ import attrs
 from twisted.enterprise import adbapi
 from twisted.internet.defer import Deferred, DeferredSemaphore, inlineCallbacks
 
+from .. import metrics
 from ..clock import Clock
 from ..describe import error_line
 from ..errors import OutageError, UnavailableError
 from ..fairness import Lane
+from ..outages import Cause, Outages
 from . import sql
 from .faults import Fault, judge_sqlite, judge_sqlstate
-
-logger = logging.getLogger(__name__)
 
 #: For how long a connection waits, and how long between two tries, while another is
 #: turning a new SQLite file's write-ahead log on: SQLite doesn't wait there. Seconds.
@@ -73,6 +72,47 @@ _RETRY_DELAYS = (0.1, 0.2, 0.4, 0.8, 1.6)
 _TRY_SECONDS = 4
 #: What a client is told to wait when all tries have failed, in seconds.
 RETRY_AFTER = 10
+
+#: Reads go on while nothing can be written, and a client that was answered 503 sends
+#: its upload again after `RETRY_AFTER` seconds: a write outage is over only later.
+_WRITE_SETTLE_SECONDS = RETRY_AFTER + 5.0
+UNREACHABLE = Cause(
+    "unreachable", "See that the database runs, and that this address is the right one"
+)
+READ_ONLY = Cause(
+    "read_only",
+    "Connect to the primary (target_session_attrs: read-write), or see what made the"
+    " database read-only",
+    _WRITE_SETTLE_SECONDS,
+)
+DISK_FULL = Cause(
+    "disk_full",
+    "Make room where the database keeps its files, and see its own log",
+    _WRITE_SETTLE_SECONDS,
+)
+LOCK = Cause(
+    "lock",
+    "If it lasts, look for who holds the lock: pg_stat_activity in PostgreSQL, another"
+    " process with the file in SQLite",
+)
+CONNECTIONS = Cause(
+    "connections", "If it lasts, look for slow queries, or raise cp_max of the pool"
+)
+SCHEMA = Cause(
+    "schema",
+    "A table is missing, not of this version, or not granted: put it back from a copy,"
+    " or install the version that made it",
+)
+OTHER = Cause("other", "See the database's own log")
+#: All causes, as metrics label them.
+CAUSES = (UNREACHABLE, READ_ONLY, DISK_FULL, LOCK, CONNECTIONS, SCHEMA, OTHER)
+#: The causes that stop writes and leave reads.
+WRITE_CAUSES = (READ_ONLY, DISK_FULL)
+
+# A rate needs a series that begins at 0.
+for _cause in CAUSES:
+    metrics.transaction_retries.labels(_cause.name)
+    metrics.transaction_failures.labels(_cause.name)
 
 
 class Transaction(Protocol):
@@ -162,16 +202,72 @@ class Engine:
     """A database engine: its SQL, and the meaning of its driver's errors.
 
     Attributes:
+        name: its name in metrics.
         error: base class of the driver's exceptions.
         judge: returns the kind of an exception, DEFECT for one that isn't the driver's.
+        find_cause: returns the cause of a driver's error, for metrics and logs.
     """
 
+    name: str
     dialect: sql.Dialect
     error: type[Exception]
     judge: Callable[[Exception], Fault]
+    find_cause: Callable[[Exception], Cause]
 
 
-SQLITE = Engine(sql.SQLITE, sqlite3.Error, judge_sqlite)
+#: The causes of SQLite's errors by the beginning of their texts. (Python 3.10 doesn't
+#: give their numbers.)
+_SQLITE_TEXTS = {
+    "database is locked": LOCK,
+    "database table is locked": LOCK,
+    "database or disk is full": DISK_FULL,
+    "disk I/O error": DISK_FULL,
+    "attempt to write a readonly database": READ_ONLY,
+    "unable to open database file": UNREACHABLE,
+    "no such table": SCHEMA,
+}
+#: The causes of PostgreSQL's errors by the beginning of their SQLSTATE, from the
+#: documentation's "PostgreSQL Error Codes".
+_POSTGRES_STATES = {
+    "08": UNREACHABLE,
+    "57P": UNREACHABLE,
+    "25006": READ_ONLY,
+    "53100": DISK_FULL,
+    "58030": DISK_FULL,
+    "40": LOCK,
+    "55P03": LOCK,
+    "57014": LOCK,
+    "25P03": LOCK,
+    "53300": CONNECTIONS,
+    # A password, a role or the database itself.
+    "28": UNREACHABLE,
+    "3D000": UNREACHABLE,
+    # A privilege, a table, a unique index or a schema.
+    "42501": SCHEMA,
+    "42P01": SCHEMA,
+    "42P10": SCHEMA,
+    "3F000": SCHEMA,
+}
+
+
+def _find_cause(text: str, causes: Mapping[str, Cause]) -> Cause:
+    found = (cause for start, cause in causes.items() if text.startswith(start))
+    return next(found, OTHER)
+
+
+def _find_postgres_cause(error: Exception) -> Cause:
+    """The cause of an error; one without an SQLSTATE is libpq's, which found no
+    server."""
+    return _find_cause(getattr(error, "pgcode", None) or "08", _POSTGRES_STATES)
+
+
+SQLITE = Engine(
+    "sqlite",
+    sql.SQLITE,
+    sqlite3.Error,
+    judge_sqlite,
+    lambda error: _find_cause(str(error), _SQLITE_TEXTS),
+)
 
 
 def postgres() -> Engine:
@@ -200,7 +296,9 @@ def postgres() -> Engine:
             return judge_sqlstate(error.pgcode)
         return Fault.DEFECT if isinstance(error, ours) else Fault.OUTAGE
 
-    return Engine(sql.POSTGRES, psycopg2.Error, judge)
+    return Engine(
+        "postgresql", sql.POSTGRES, psycopg2.Error, judge, _find_postgres_cause
+    )
 
 
 class ConflictError(Exception):
@@ -254,10 +352,17 @@ class RetryingDatabase:
     lane. An SQLite file has one connection and one lock, so there are no lanes.
     """
 
-    def __init__(self, database: Database, engine: Engine, clock: Clock) -> None:
+    def __init__(
+        self, database: Database, engine: Engine, clock: Clock, outages: Outages
+    ) -> None:
+        """
+        Args:
+            outages: where failed tries are logged.
+        """
         self._database = database
         self._engine = engine
         self._clock = clock
+        self._outages = outages
         self._writes = self._locked = None
         if database.connections > 1:
             width = max(1, int(database.connections * _WRITE_SHARE))
@@ -342,6 +447,7 @@ class RetryingDatabase:
                     result: T = yield self._database.run(
                         desc, self._in_thread, function, *args, **kwargs
                     )
+                    self._outages.note_success()
                     return result
                 finally:
                     if lane is not None:
@@ -349,6 +455,8 @@ class RetryingDatabase:
             except UnavailableError:
                 # No place in the lane, or no connection, was free in time.
                 if failure is None:
+                    what = f"no connection was free (for {desc})"
+                    self._refuse(CONNECTIONS, what, is_needed=bool(delays))
                     raise
                 break
             except Exception as error:
@@ -357,15 +465,20 @@ class RetryingDatabase:
                     raise
                 if fault is Fault.CONFLICT:
                     raise ConflictError(desc) from failure
+                cause = self._engine.find_cause(failure)
+                what = f"{brief(failure)} (in {desc})"
             if fault is Fault.LOCKED and lane is not None:
                 lane = self._locked
             wait = end - time.monotonic() - delay
             if wait < 0:
                 break
-            logger.warning("%s failed, trying again: %s", desc, _brief(failure))
+            self._outages.note_failure(cause, what)
+            metrics.transaction_retries.labels(cause.name).inc()
             yield self._clock.sleep(delay)
         assert failure is not None
-        raise _given_up(desc, failure, fault) from failure
+        self._refuse(cause, what, is_needed=bool(delays))
+        kind = UnavailableError if fault is Fault.PASSING else OutageError
+        raise kind(RETRY_AFTER) from failure
 
     def _in_thread(
         self,
@@ -391,15 +504,20 @@ class RetryingDatabase:
             error = error.__cause__
         return error, self._engine.judge(error)
 
+    def _refuse(self, cause: Cause, what: str, is_needed: bool) -> None:
+        """Count and log a transaction that isn't tried again.
 
-def _given_up(desc: str, failure: Exception, fault: Fault) -> UnavailableError:
-    """Log that the last try of a transaction failed; return the error to raise."""
-    logger.error("%s failed for good: %s", desc, _brief(failure))
-    kind = UnavailableError if fault is Fault.PASSING else OutageError
-    return kind(RETRY_AFTER)
+        Args:
+            is_needed: whether its request is answered 503.
+        """
+        if is_needed:
+            self._outages.note_refusal(cause, what)
+            metrics.transaction_failures.labels(cause.name).inc()
+        else:
+            self._outages.note_failure(cause, what)
 
 
-def _brief(error: Exception) -> str:
+def brief(error: Exception) -> str:
     """An exception's kind and its line for operators."""
     return f"{type(error).__name__}: {error_line(error)}"
 
@@ -455,10 +573,13 @@ class PoolDatabase:
         turn = self._connections.acquire()
         yield turn.addTimeout(_WAIT_SECONDS, self._reactor, _give_up)
         interact: Any = self._pool.runInteraction
+        began = time.perf_counter()
         try:
             result: T = yield interact(function, *args, **kwargs)
             return result
         finally:
+            seconds = time.perf_counter() - began
+            metrics.transaction_seconds.labels(desc).observe(seconds)
             self._connections.release()
 
     def check(self) -> "Deferred[None]":
@@ -481,7 +602,6 @@ class PoolDatabase:
 
 
 def _give_up(result: object, seconds: float) -> NoReturn:
-    logger.error("All connections to the database are taken for %d s", seconds)
     raise UnavailableError(RETRY_AFTER)
 
 
@@ -598,6 +718,29 @@ def sqlite_database(path: str) -> PoolDatabase:
         check_same_thread=False,
     )
     return PoolDatabase(pool, sql.SQLITE)
+
+
+def database_address(engine: Engine, arguments: Mapping[str, Any]) -> str:
+    """Describe where a database is: hosts and ports, or the path of a file.
+
+    Other arguments are left out, because operators put passwords in wrong places.
+
+    Args:
+        arguments: those of ``psycopg2.connect`` or ``sqlite3.connect``.
+    """
+    if engine is SQLITE:
+        return str(arguments["database"])
+    found = dict(arguments)
+    if "dsn" in found:
+        from psycopg2 import ProgrammingError
+        from psycopg2.extensions import parse_dsn
+
+        try:
+            found |= parse_dsn(found["dsn"])
+        except ProgrammingError:
+            return "of database.args.dsn"
+    host = found.get("host") or found.get("hostaddr") or "a local socket"
+    return f"{host}:{found.get('port', 5432)}"
 
 
 def with_timeouts(arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from itertools import chain
 from ..describe import error_line
 from ..version import __version__
 from . import sql
-from .database import Engine, Transaction
+from .database import OTHER, SCHEMA, Engine, Transaction
 
 #: The file that makes the homeserver's tables; the others make the plugin's own.
 _HOMESERVERS_FILE = 1
@@ -21,6 +21,9 @@ _SAVE_NUMBER = (
     "DELETE FROM roomkeys_schema",
     "INSERT INTO roomkeys_schema (number) VALUES ({number})",
 )
+#: Statements that show whether tables can be made, in a transaction of their own.
+_TRY_TABLE = "CREATE TABLE roomkeys_check (number BIGINT)"
+_DROP_TABLE = "DROP TABLE roomkeys_check"
 
 
 #: The encoding of a database that can hold every character of a client's JSON.
@@ -28,7 +31,7 @@ _ENCODING = "UTF8"
 
 
 class SchemaError(Exception):
-    """The database can't be used: its tables are newer, or its encoding isn't UTF8."""
+    """A table is missing or of another version, or the encoding isn't UTF8."""
 
 
 def upgrade_tables(txn: Transaction, engine: Engine, homeserver_tables: bool) -> None:
@@ -60,6 +63,59 @@ def upgrade_tables(txn: Transaction, engine: Engine, homeserver_tables: bool) ->
         txn.execute(statement.format(number=max(files)))
 
 
+def probe_tables(txn: Transaction, engine: Engine) -> None:
+    """Check that all tables exist in this version, and write a row without a change.
+
+    It must be the transaction's first work. It never waits for another process that
+    does the same.
+
+    Raises:
+        SchemaError: a table is missing, or of another version of the plugin.
+    """
+    newest = max(_read_files())
+    if _find_missing(txn, engine, newest):
+        raise SchemaError(
+            f"its roomkeys tables lack a part of number {newest}, which"
+            f" synapse-roomkeys {__version__} needs: restart it, which makes them"
+        )
+    txn.execute(engine.dialect.touch_schema)
+    problem = check_tables(txn, engine)
+    if problem is not None:
+        raise SchemaError(problem)
+
+
+def rehearse_start(txn: Transaction, engine: Engine) -> str:
+    """Check that the service could start on the database, and change nothing.
+
+    It must be the transaction's first work.
+
+    Returns:
+        A sentence for the operator about the tables.
+
+    Raises:
+        SchemaError: the service wouldn't start.
+    """
+    newest = max(_read_files())
+    if not _find_tables(txn, engine):
+        txn.execute(engine.dialect.lock_schema)
+        txn.execute(_TRY_TABLE)
+        txn.execute(_DROP_TABLE)
+        return "there are no tables yet; the service makes them at its start"
+    if not _find_missing(txn, engine, newest):
+        probe_tables(txn, engine)
+        return f"all tables are there, of number {newest}, and can be written to"
+    problem = check_tables(txn, engine)
+    if problem is not None:
+        raise SchemaError(problem)
+    return f"the service brings the tables to number {newest} at its start"
+
+
+def _find_tables(txn: Transaction, engine: Engine) -> set[str]:
+    """The names of those of the homeserver's and the plugin's tables that are there."""
+    txn.execute(engine.dialect.find_tables)
+    return {name for (name,) in txn.fetchall()}
+
+
 def _find_missing(txn: Transaction, engine: Engine, newest: int) -> list[int]:
     """The numbers of the files that have to be applied: those above the last one that
     was, and those of tables that were dropped.
@@ -67,8 +123,7 @@ def _find_missing(txn: Transaction, engine: Engine, newest: int) -> list[int]:
     Raises:
         SchemaError: the last number is above the newest.
     """
-    txn.execute(engine.dialect.find_own_tables)
-    tables = {name for (name,) in txn.fetchall()}
+    tables = _find_tables(txn, engine)
     last = 0
     if "roomkeys_schema" in tables:
         txn.execute(_FIND_NUMBER)
@@ -109,6 +164,9 @@ def check_tables(txn: Transaction, engine: Engine) -> str | None:
     """What is wrong with the homeserver's tables, or None.
 
     The transaction is of no more use afterwards.
+
+    Raises:
+        Exception: the driver's, where it isn't about the tables.
     """
     for table, columns in sql.TABLES.items():
         expected = f"expected table {table} with columns {', '.join(columns)}"
@@ -120,5 +178,14 @@ def check_tables(txn: Transaction, engine: Engine) -> str | None:
             expected = f"expected table {table} with its unique index"
             txn.execute(sql.PROBES[table])
         except engine.error as error:
+            if engine.find_cause(error) not in (SCHEMA, OTHER):
+                raise
             return f"{expected}; found {error_line(error)}"
     return None
+
+
+def estimate_keys(txn: Transaction, engine: Engine) -> int:
+    """About how many keys there are in all backups; see `Dialect.estimate_keys`."""
+    txn.execute(engine.dialect.estimate_keys)
+    ((number,),) = txn.fetchall()
+    return int(number)

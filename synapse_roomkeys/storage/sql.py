@@ -39,6 +39,8 @@ TABLES = {
 
 #: The plugin's own tables.
 OWN_TABLES = ("roomkeys_counts", "roomkeys_numbers", "roomkeys_schema")
+#: The homeserver's tables and the plugin's own.
+ALL_TABLES = (*TABLES, *OWN_TABLES)
 
 #: The columns of a table, without reading a row of it.
 COLUMNS = "SELECT * FROM {table} LIMIT 0"
@@ -386,8 +388,14 @@ class Dialect:
         begin_write: begins a transaction that reads and then writes, where the engine
             has to be told. Each of the statements of any transaction sees what others
             committed before it.
-        find_own_tables: the names of those of the plugin's own tables that are there.
-            What others commit is seen by the transaction's next statement.
+        find_tables: the names of those of `ALL_TABLES` that there are. The
+            transaction's next statement sees tables that others commit.
+        touch_schema: writes a row without a change, to test that the database takes
+            writes. If another process has the row locked, it writes nothing and doesn't
+            wait.
+        estimate_keys: approximate number of keys in all backups, without counting them:
+            the sum of the cached counts (SQLite), which lacks backups that were never
+            counted, or the server's statistics (PostgreSQL), kept by its autovacuum.
         lock_schema: keeps other processes from making tables until the commit, which
             is on disk when it returns.
         lock_version: a version's row, locked until the commit, which is on disk when
@@ -441,7 +449,9 @@ class Dialect:
     find_read_only: str
     find_encoding: str
     begin_write: str | None
-    find_own_tables: str
+    find_tables: str
+    touch_schema: str
+    estimate_keys: str
     lock_schema: str
     lock_version: str
     insert_version: str
@@ -505,7 +515,9 @@ SQLITE = Dialect(
     # The driver encodes and decodes whatever encoding the file has.
     find_encoding="SELECT 'UTF8'",
     begin_write="BEGIN IMMEDIATE",
-    find_own_tables=f"SELECT name FROM sqlite_master WHERE name IN {OWN_TABLES}",
+    find_tables=f"SELECT name FROM sqlite_master WHERE name IN {ALL_TABLES}",
+    touch_schema="UPDATE roomkeys_schema SET number = number",
+    estimate_keys="SELECT COALESCE(SUM(key_count), 0) FROM roomkeys_counts",
     lock_schema="BEGIN IMMEDIATE",
     lock_version=_LOCK_VERSION,
     insert_version=_INSERT_VERSION,
@@ -597,11 +609,20 @@ POSTGRES = Dialect(
     find_read_only="SELECT current_setting('transaction_read_only')::bool::int",
     find_encoding="SELECT current_setting('server_encoding')",
     begin_write=None,
-    find_own_tables=(
+    find_tables=(
         "SET TRANSACTION ISOLATION LEVEL READ COMMITTED;"
         " SELECT DISTINCT tablename FROM pg_tables"
-        f" WHERE tablename IN {OWN_TABLES} AND schemaname = ANY(current_schemas(FALSE))"
+        f" WHERE tablename IN {ALL_TABLES} AND schemaname = ANY(current_schemas(FALSE))"
     ),
+    touch_schema=(
+        "UPDATE roomkeys_schema SET number = number"
+        " WHERE number IN (SELECT number FROM roomkeys_schema FOR UPDATE SKIP LOCKED)"
+    ),
+    estimate_keys="""
+    SELECT COALESCE(SUM(reltuples) FILTER (WHERE reltuples > 0), 0)::bigint
+    FROM pg_class, (SELECT to_regclass('e2e_room_keys') AS root) AS keys
+    WHERE relkind = 'r'
+    AND (oid = root OR oid IN (SELECT relid FROM pg_partition_tree(root)))""",
     lock_schema=(
         "SET LOCAL lock_timeout TO '10s';"
         f" SET LOCAL idle_in_transaction_session_timeout TO {1000 * IDLE_SECONDS};"

@@ -10,8 +10,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import yaml
+
 from ..backup_client import Api
 from ..contract.base import Rooms, key
+from ..servers.accounts import fetch
 from ..servers.homeserver import Homeserver
 from ..servers.prometheus import Prometheus, promtool
 from ..servers.proxy import CONTRIB
@@ -23,7 +26,11 @@ NO_DATA = "synapse_roomkeys_broken_downloads_total"
 
 
 def test_alerts(tmp_path: Path) -> None:
-    """Each comes when it should, and none for a service that is well."""
+    """Each comes on its cause, none for a service that is well, and all say what to
+    do."""
+    rules = yaml.safe_load((CONTRIB / "alerts.yaml").read_text())["groups"]
+    for alert in (alert for group in rules for alert in group["rules"]):
+        assert alert["annotations"].keys() == {"summary", "runbook"}, alert
     shutil.copy(CONTRIB / "alerts.yaml", tmp_path)
     shutil.copy(Path(__file__).with_name("alerts_test.yaml"), tmp_path)
     checked = promtool("check", "rules", "alerts.yaml", cwd=tmp_path)
@@ -69,6 +76,9 @@ def test_dashboard(tmp_path: Path) -> None:
                 series["metric"]["__name__"]
                 for series in prometheus.query('{__name__=~"synapse_roomkeys_.*"}')
             }
+            metrics = fetch(service.metrics_url).decode()
+        checked = promtool("check", "metrics", cwd=tmp_path, given=metrics)
+        assert checked.returncode == 0, checked.stdout + checked.stderr
     shown = set(re.findall(r"synapse_roomkeys_\w+", "\n".join(expressions())))
     skipped = re.compile("_(created|sum|count)$")
     assert {name for name in names if not skipped.search(name)} <= shown

@@ -119,6 +119,26 @@ class Served:
             yield backups[-1].upload()
         return backups
 
+    @inlineCallbacks
+    def ask_if_ready(self) -> Generator[Deferred[Any], Any, dict[str, str]]:
+        """Each part of the status, as a load balancer asks for it."""
+        answer: Answer = yield self.host.request("GET", "/ready", token=None)
+        parts: dict[str, str] = answer.json
+        is_ready = set(parts.values()) == {"ok"}
+        assert answer.status == (200 if is_ready else 503), answer
+        return parts
+
+    @inlineCallbacks
+    def wait_until_ready(self) -> Steps:
+        """Wait until a load balancer would send requests."""
+        end = time.monotonic() + WITHIN
+        while True:
+            parts: dict[str, str] = yield self.ask_if_ready()
+            if set(parts.values()) == {"ok"}:
+                return
+            assert time.monotonic() < end, parts
+            yield later(0.1, lambda: None)
+
 
 Serve = Callable[..., Served]
 

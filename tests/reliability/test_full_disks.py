@@ -87,14 +87,17 @@ needs_a_mount = pytest.mark.skipif(not can_mount(), reason="it takes root")
 def meet_a_full_disk(
     served: Served, fill: Callable[[], None], free: Callable[[], None]
 ) -> Steps:
-    """Uploads are refused while there is no room, and downloads are served."""
+    """Uploads are refused while there is no room, the service isn't ready and serves
+    downloads, and is ready again soon after there is room."""
     backups: list[Backup] = yield served.new_backups(3)
     fill()
     yield together([backup.refuse() for backup in backups])
+    assert (yield served.ask_if_ready())["database"] == "unavailable"
     yield together([backup.check() for backup in backups])
     free()
     yield together([backup.upload() for backup in backups])
     yield together([backup.check() for backup in backups])
+    yield served.wait_until_ready()
 
 
 @inlineCallbacks
@@ -112,7 +115,7 @@ def test_a_file_that_may_not_grow(serve: Serve, tmp_path: Path) -> Steps:
         lambda: limit(log.stat().st_size + LEFT),
         lambda: limit(resource.RLIM_INFINITY),
     )
-    assert "failed for good: OperationalError: disk I/O error" in served.service.log()
+    assert "giving up: OperationalError: disk I/O error" in served.service.log()
 
 
 @inlineCallbacks
@@ -131,8 +134,8 @@ def test_a_count_that_cannot_be_cached(serve: Serve, tmp_path: Path) -> Steps:
         yield backup.check()
         found = connection.execute("SELECT counted_ts FROM roomkeys_counts").fetchall()
         assert found == [(0,)]
-    given_up = "roomkeys_keep_count failed for good: OperationalError: disk I/O error"
-    assert given_up in served.service.log()
+    failed = "OperationalError: disk I/O error (in roomkeys_keep_count)"
+    assert failed in served.service.log()
 
 
 def refuse_chunks(port: int, backup: Backup) -> None:
@@ -168,7 +171,7 @@ def test_a_full_disk_under_sqlite(disk: Disk, serve: Serve) -> Steps:
     """There is no room on the file system."""
     served = serve(path=disk.directory / "roomkeys.db")
     yield meet_a_full_disk(served, disk.fill, disk.free)
-    full = "failed for good: OperationalError: database or disk is full"
+    full = "(disk_full), giving up: OperationalError: database or disk is full"
     assert full in served.service.log()
 
 
@@ -216,7 +219,7 @@ def test_a_full_tablespace(
         cursor.execute(f"CREATE TABLESPACE small LOCATION '{disk.directory}'")
     served = serve({**database, "options": "-c default_tablespace=small"})
     yield meet_a_full_disk(served, disk.fill, disk.free)
-    assert "failed for good: DiskFull" in served.service.log()
+    assert "(disk_full), giving up: DiskFull" in served.service.log()
 
 
 if SOAK:

@@ -117,7 +117,7 @@ def test_a_statement_timeout(postgres: PostgresServer, serve: Serve) -> Steps:
         yield together([victim.refuse(), victim.check(), other.upload()])
     yield together([victim.upload(), other.check()])
     yield victim.check()
-    assert "failed for good: QueryCanceled" in served.service.log()
+    assert "giving up: QueryCanceled" in served.service.log()
 
 
 @inlineCallbacks

@@ -23,13 +23,20 @@ scrape_configs:
 """
 
 
-def promtool(*arguments: str, cwd: Path) -> "subprocess.CompletedProcess[str]":
-    """Run Prometheus' tool to its end."""
+def promtool(
+    *arguments: str, cwd: Path, given: str = ""
+) -> "subprocess.CompletedProcess[str]":
+    """Run Prometheus' tool to its end.
+
+    Args:
+        given: its standard input.
+    """
     program = locate("promtool", "prometheus")
     return subprocess.run(
         [str(program.path), *arguments],
         cwd=cwd,
         env=dict(program.environment),
+        input=given,
         capture_output=True,
         text=True,
         timeout=_TIMEOUT,

@@ -1,13 +1,31 @@
-"""How connections to a database are asked for."""
+"""How a database is connected to, how it is named, and why it fails."""
 
 from __future__ import annotations
 
+import sqlite3
 from typing import Any
+from unittest import mock
 
+import psycopg2
+from twisted.enterprise import adbapi
 from twisted.trial.unittest import SynchronousTestCase
 
-from synapse_roomkeys.storage import postgres_database
-from synapse_roomkeys.storage.database import LIBPQ_DEFAULTS
+from synapse_roomkeys.storage import (
+    CONNECTIONS,
+    LOCK,
+    SCHEMA,
+    SQLITE,
+    database_address,
+    postgres,
+    postgres_database,
+)
+from synapse_roomkeys.storage.database import (
+    DISK_FULL,
+    LIBPQ_DEFAULTS,
+    OTHER,
+    READ_ONLY,
+    UNREACHABLE,
+)
 
 UTF8 = {"client_encoding": "UTF8"}
 
@@ -39,3 +57,62 @@ class PostgresArgumentsTests(SynchronousTestCase):
         """A dsn gets no timeouts of ours, which would win over the dsn's own."""
         dsn = "postgresql://h/db?connect_timeout=30"
         self.assertEqual(self.arguments(dsn=dsn), {"dsn": dsn, **UTF8})
+
+
+class CauseTests(SynchronousTestCase):
+    """The causes of a driver's errors."""
+
+    def test_sqlite(self) -> None:
+        """They are told by the texts of SQLite's errors."""
+        for text, cause in (
+            ("database is locked", LOCK),
+            ("database or disk is full", DISK_FULL),
+            ("disk I/O error", DISK_FULL),
+            ("attempt to write a readonly database", READ_ONLY),
+            ("unable to open database file", UNREACHABLE),
+            ("no such table: e2e_room_keys", SCHEMA),
+            ('near "SELEC": syntax error', OTHER),
+        ):
+            error = sqlite3.OperationalError(text)
+            self.assertIs(SQLITE.find_cause(error), cause, text)
+
+    def test_postgresql(self) -> None:
+        """They are told by the SQLSTATE; libpq's own errors have none."""
+        find_cause = postgres().find_cause
+        for error in (psycopg2.OperationalError(), adbapi.ConnectionLost()):
+            self.assertIs(find_cause(error), UNREACHABLE)
+        for state, cause in (
+            ("08006", UNREACHABLE),
+            ("57P01", UNREACHABLE),
+            ("25006", READ_ONLY),
+            ("53100", DISK_FULL),
+            ("58030", DISK_FULL),
+            ("40P01", LOCK),
+            ("55P03", LOCK),
+            ("57014", LOCK),
+            ("53300", CONNECTIONS),
+            ("28P01", UNREACHABLE),
+            ("42P01", SCHEMA),
+            ("XX000", OTHER),
+        ):
+            error = mock.Mock(pgcode=state)
+            self.assertIs(find_cause(error), cause, state)
+
+
+class AddressTests(SynchronousTestCase):
+    """`database_address`."""
+
+    def test_addresses(self) -> None:
+        """Hosts and ports, or a file, and nothing else of the arguments."""
+        file = {"database": "/a/roomkeys.db"}
+        self.assertEqual(database_address(SQLITE, file), "/a/roomkeys.db")
+        for arguments, address in (
+            ({"database": "d"}, "a local socket:5432"),
+            ({"host": "h", "dbname": "d", "password": "p"}, "h:5432"),
+            ({"host": "h", "port": 1, "user": "u", "database": "d"}, "h:1"),
+            ({"host": "a,b", "port": "1,2", "user": "u"}, "a,b:1,2"),
+            ({"user": "u", "password": "p"}, "a local socket:5432"),
+            ({"dsn": "postgresql://u:p@h:7/d"}, "h:7"),
+            ({"dsn": "host=h password=p s dbname=d"}, "of database.args.dsn"),
+        ):
+            self.assertEqual(database_address(postgres(), arguments), address)

@@ -1,0 +1,223 @@
+"""The command ``check``: tests everything that the service needs to start."""
+
+import os
+from collections.abc import Callable, Generator
+from pathlib import Path
+from typing import Any
+
+import attrs
+from twisted.internet.defer import Deferred, inlineCallbacks
+from twisted.internet.endpoints import (
+    HostnameEndpoint,
+    UNIXClientEndpoint,
+    serverFromString,
+)
+from twisted.internet.error import CannotListenError
+from twisted.internet.interfaces import IStreamClientEndpoint
+from twisted.internet.protocol import Factory, Protocol
+from twisted.web.client import Agent, readBody
+from twisted.web.iweb import IAgentEndpointFactory
+from zope.interface import implementer
+
+from ..clock import Clock
+from ..storage import SchemaError, brief, database_address, rehearse_start
+from ..whoami import WhoamiAuth, error_text
+from .app import database_of, end_process
+from .checks import endpoint_parameters
+from .config import ServiceConfig
+
+#: Timeout of each part in seconds. The timeouts of the homeserver (10 s) and of libpq
+#: (5 s for each host) are shorter by default, and their messages say more.
+SECONDS = 15
+#: Timeout in seconds of /health at an address that is in use: a service answers it
+#: without any work.
+HEALTH_SECONDS = 2
+#: Addresses that stand for all addresses of a machine, and the loopback addresses at
+#: which the machine itself reaches such listeners.
+_EVERYWHERE = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}
+#: Start of the body of ``/health``.
+_HEALTHY = b'{"status":"ok"'
+
+
+class Problem(Exception):
+    """The service couldn't start or serve. The text has the cause and what to try."""
+
+
+class Check:
+    """Test of listeners, database and homeserver, with a printed line about each."""
+
+    def __init__(self, config: ServiceConfig, reactor: Any) -> None:
+        """
+        Raises:
+            OptionError: the database's driver isn't installed.
+        """
+        self._config = config
+        self._reactor = reactor
+        self._database, self._engine = database_of(config.database)
+        self._auth = WhoamiAuth(reactor, Clock(reactor), config.homeserver)
+        self._code = 0
+
+    def run(self) -> int:
+        """Print a line for each part; return 0 if all parts are ok, else 1."""
+        self._reactor.callWhenRunning(self._run)
+        self._reactor.run()
+        return self._code
+
+    @inlineCallbacks
+    def _run(self) -> "Generator[Deferred[Any], Any, None]":
+        config = self._config
+        _print("configuration", "ok", "all options are known")
+        for endpoint in (*config.listeners, *config.metrics_listeners):
+            yield self._report(f"listener {endpoint}", self._try_listener, endpoint)
+        address = database_address(self._engine, config.database.args)
+        yield self._report(f"database {address}", self._try_database)
+        yield self._report(f"homeserver {config.homeserver.url}", self._try_homeserver)
+        end_process(self._reactor, self._database, self._code)
+
+    @inlineCallbacks
+    def _report(
+        self, name: str, test: "Callable[..., Deferred[str]]", *args: Any
+    ) -> "Generator[Deferred[Any], Any, None]":
+        try:
+            found: str = yield test(*args).addTimeout(SECONDS, self._reactor)
+        except Problem as error:
+            self._code = 1
+            _print(name, "FAILED", str(error))
+        except TimeoutError:
+            self._code = 1
+            _print(name, "FAILED", f"no answer in {SECONDS} seconds")
+        else:
+            _print(name, "ok", found)
+
+    @inlineCallbacks
+    def _try_listener(self, endpoint: str) -> "Generator[Deferred[Any], Any, str]":
+        """Open a listener and close it; fire with a sentence for the operator.
+
+        Raises:
+            Problem: opening failed, and no key backup service answers at the address.
+        """
+        if endpoint.startswith("systemd:"):
+            return "not tried: systemd opens it when it starts the service"
+        listening = serverFromString(self._reactor, endpoint)
+        try:
+            port = yield listening.listen(Factory.forProtocol(Protocol))
+        except (CannotListenError, OSError) as error:
+            if (yield self._is_served(endpoint)):
+                return "in use, by a service that runs already and answers /health"
+            raise Problem(
+                f"{_clause(error)}. If another program has it, choose another; else"
+                " see that the address is this machine's, or that the directory exists"
+            ) from None
+        yield port.stopListening()
+        return "it can be opened"
+
+    @inlineCallbacks
+    def _is_served(self, endpoint: str) -> "Generator[Deferred[Any], Any, bool]":
+        """Fire with whether a key backup service answers ``/health`` at an endpoint."""
+        agent = Agent.usingEndpointFactory(
+            self._reactor, _Always(self._client_endpoint(endpoint))
+        )
+        try:
+            asked = agent.request(b"GET", b"http://service/health")
+            asked.addCallback(readBody).addTimeout(HEALTH_SECONDS, self._reactor)
+            body: bytes = yield asked
+        # Another program may send any bytes, or none.
+        except Exception:
+            return False
+        return body.startswith(_HEALTHY)
+
+    def _client_endpoint(self, endpoint: str) -> IStreamClientEndpoint:
+        parameters = endpoint_parameters(endpoint)
+        if "address" in parameters:
+            return UNIXClientEndpoint(self._reactor, parameters["address"])
+        host = parameters.get("interface", "")
+        port = int(parameters["port"])
+        return HostnameEndpoint(self._reactor, _EVERYWHERE.get(host, host), port)
+
+    @inlineCallbacks
+    def _try_database(self) -> "Generator[Deferred[Any], Any, str]":
+        """Rehearse the service's start on the database; fire with a sentence for the
+        operator. An SQLite file isn't created, because it would belong to the user who
+        runs the command.
+
+        Raises:
+            Problem: the service couldn't start on it or write to it.
+        """
+        if self._config.database.name == "sqlite3":
+            path = Path(self._config.database.args["database"])
+            if not path.exists():
+                return _describe_new_file(path)
+        try:
+            found: str = yield self._database.run("check", rehearse_start, self._engine)
+        except SchemaError as error:
+            raise Problem(str(error)) from None
+        # Connecting fails in more ways than can be named here.
+        except Exception as error:
+            advice = self._engine.find_cause(error).advice
+            raise Problem(f"{brief(error)}. {advice}") from None
+        return found
+
+    @inlineCallbacks
+    def _try_homeserver(self) -> "Generator[Deferred[Any], Any, str]":
+        """Ask the homeserver for its versions, and whose a made-up token is; fire with
+        a sentence for the operator.
+
+        Raises:
+            Problem: one of the answers isn't as specified.
+        """
+        try:
+            yield self._auth.check_versions(self._reactor.seconds())
+        # Connecting fails in more ways than can be named here.
+        except Exception as error:
+            raise Problem(
+                f"/versions: {error_text(error)}. See that it runs, and that"
+                " homeserver.url is where its client API is, without /_matrix"
+            ) from None
+        try:
+            yield self._auth.check_whoami(self._reactor.seconds())
+        except Exception as error:
+            raise Problem(
+                "/account/whoami, asked with a token that was made up:"
+                f" {error_text(error)}. It should be 401 M_UNKNOWN_TOKEN. See that"
+                " homeserver.url is the homeserver's own address, or a proxy that"
+                " passes whoami on"
+            ) from None
+        return "it answers, and refuses a token that was made up"
+
+
+@implementer(IAgentEndpointFactory)
+@attrs.frozen
+class _Always:
+    """Endpoint factory that ignores the URI and connects to one endpoint."""
+
+    endpoint: IStreamClientEndpoint
+
+    def endpointForURI(self, uri: object) -> IStreamClientEndpoint:
+        """As `IAgentEndpointFactory.endpointForURI`."""
+        return self.endpoint
+
+
+def _describe_new_file(path: Path) -> str:
+    """Return a sentence about an SQLite file that doesn't exist yet.
+
+    Raises:
+        Problem: this user can't create the file.
+    """
+    directory = path.absolute().parent
+    if not directory.is_dir():
+        raise Problem(f"there is no directory {directory}. Make it, or name another")
+    if not os.access(directory, os.W_OK | os.X_OK):
+        raise Problem(
+            f"this user can't write to {directory}. Run the command as the"
+            " service's user, or change the directory's owner"
+        )
+    return "the file isn't there yet; the service makes it at its start"
+
+
+def _clause(error: Exception) -> str:
+    """The text of an exception, to be followed by a full stop."""
+    return str(error).rstrip(".")
+
+
+def _print(name: str, outcome: str, text: str) -> None:
+    print(f"{name}: {outcome}: {text}", flush=True)

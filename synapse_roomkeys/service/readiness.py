@@ -1,0 +1,98 @@
+"""Readiness of the database, for load balancers that ask every second."""
+
+import math
+import time
+from collections.abc import Callable, Generator
+from typing import Any
+
+from twisted.internet.defer import Deferred, inlineCallbacks
+
+from ..errors import UnavailableError
+from ..outages import Cause, Outages
+from ..storage import (
+    CONNECTIONS,
+    LOCK,
+    SCHEMA,
+    WRITE_CAUSES,
+    Engine,
+    PoolDatabase,
+    SchemaError,
+    brief,
+    probe_tables,
+)
+
+#: Seconds between two full tests. A full test took 9 ms on a PostgreSQL that waits for
+#: its disk (the median of 200, on a busy machine): 0.1 % of the time.
+TEST_SECONDS = 10.0
+#: Seconds for which the database isn't ready after a request's write failed because the
+#: disk is full or the database read-only. The test's own write is small and may find
+#: room where an upload finds none. Retries of a request are at most 1.6 s apart.
+HOLD_SECONDS = 5.0
+#: Seconds since the last full test after which a lock that stops the next one counts as
+#: a failure. Another process may hold the lock of an SQLite file for some seconds, and
+#: requests retry for as long.
+LOCK_SECONDS = TEST_SECONDS + HOLD_SECONDS
+
+
+class Unready(Exception):
+    """The database doesn't serve requests. The text has the cause and no secret."""
+
+
+class DatabaseReadiness:
+    """Test of a database: a round trip, the tables and a write."""
+
+    def __init__(
+        self,
+        database: PoolDatabase,
+        engine: Engine,
+        outages: Outages,
+        seconds: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """
+        Args:
+            outages: log of the database's outages, which requests use as well.
+            seconds: a clock that is never set back.
+        """
+        self._database = database
+        self._engine = engine
+        self._outages = outages
+        self._seconds = seconds
+        #: Time of the last full test that succeeded.
+        self._tested = -math.inf
+
+    @inlineCallbacks
+    def check(self) -> "Generator[Deferred[Any], Any, None]":
+        """Fire with None when the database serves requests.
+
+        The full test runs once in `TEST_SECONDS`, and each time after a failure.
+        Between two full tests one round trip shows that the database answers.
+
+        Raises:
+            Unready: it doesn't.
+        """
+        now = self._seconds()
+        refused = self._outages.has_met(WRITE_CAUSES, HOLD_SECONDS)
+        try:
+            if now - self._tested < TEST_SECONDS:
+                yield self._database.check()
+            else:
+                yield self._database.run("roomkeys_probe", probe_tables, self._engine)
+                self._tested = now
+        # Connecting fails in more ways than can be named here.
+        except Exception as error:
+            cause = self._find_cause(error)
+            if cause is LOCK and now - self._tested < LOCK_SECONDS:
+                return
+            self._tested = -math.inf
+            self._outages.note_failure(cause, f"{brief(error)} (in a test)")
+            raise Unready(brief(error)) from None
+        self._outages.note_success()
+        if refused:
+            raise Unready("writes of requests fail")
+
+    def _find_cause(self, error: Exception) -> Cause:
+        if isinstance(error, SchemaError):
+            return SCHEMA
+        if isinstance(error, UnavailableError):
+            return CONNECTIONS
+        return self._engine.find_cause(error)

@@ -1,0 +1,203 @@
+"""``synapse-roomkeys check``: each part that it looks at, well and not."""
+
+from __future__ import annotations
+
+import socket
+import sqlite3
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import psycopg2
+import pytest
+
+from synapse_roomkeys.storage import SQLITE, upgrade_tables
+
+from ..servers.homeserver import Homeserver
+from ..servers.processes import HOST, free_port
+from ..servers.service import Service
+
+SECRET = "hunter2"
+ARGUMENTS = ("check", "--config", "roomkeys.yaml")
+
+
+def checking(directory: Path, homeserver: str, **settings: Any) -> Service:
+    """A service whose configuration is to be checked."""
+    return Service(directory, homeserver, arguments=ARGUMENTS, **settings)
+
+
+def outcome(service: Service) -> tuple[int, dict[str, str]]:
+    """The exit code, and what is printed of each part."""
+    code, output = service.run_to_end()
+    assert SECRET not in output
+    assert "Traceback" not in output
+    lines = [line.split(": ", 1) for line in output.splitlines()]
+    return code, dict(lines)
+
+
+def failed(service: Service, part: str, *texts: str) -> None:
+    """One part fails, with these texts, and the command with it."""
+    code, found = outcome(service)
+    assert code == 1, found
+    (name,) = (each for each, text in found.items() if text.startswith("FAILED: "))
+    assert name.startswith(part)
+    for text in texts:
+        assert text in found[name], found[name]
+
+
+def test_a_new_service(homeserver: Homeserver, tmp_path: Path) -> None:
+    """All is well before the first start, and no file is made by the command."""
+    service = checking(tmp_path, homeserver.url)
+    path = tmp_path / "roomkeys.db"
+    assert outcome(service) == (
+        0,
+        {
+            "configuration": "ok: all options are known",
+            f"listener tcp:{service.port}:interface={HOST}": "ok: it can be opened",
+            f"listener tcp:{service.metrics_port}:interface={HOST}": "ok: it can be"
+            " opened",
+            f"database {path}": "ok: the file isn't there yet; the service makes it at"
+            " its start",
+            f"homeserver {homeserver.url}": "ok: it answers, and refuses a token that"
+            " was made up",
+        },
+    )
+    assert not path.exists()
+
+
+def test_beside_a_running_service(
+    homeserver: Homeserver,
+    database: Callable[[], Mapping[str, Any] | None],
+    tmp_path: Path,
+) -> None:
+    """Listeners that the service has open itself are told and no failure."""
+    own = {"metrics_listeners": [f"unix:{tmp_path}/socket"]}
+    service = Service(tmp_path, homeserver.url, database=database(), settings=own)
+    with service:
+        check = checking(tmp_path / "check", homeserver.url)
+        check._settings = service._settings
+        code, found = outcome(check)
+        assert code == 0, found
+        used = [name for name, text in found.items() if text.startswith("ok: in use")]
+        assert len(used) == 2
+        (tables,) = (text for name, text in found.items() if "database" in name)
+        assert "all tables are there" in tables
+
+
+def test_listeners(homeserver: Homeserver, tmp_path: Path) -> None:
+    """A port that another program has, and a socket without a directory."""
+    service = checking(tmp_path / "a", homeserver.url)
+    with closing(socket.create_server((HOST, service.port))) as server:
+        server.settimeout(0.1)
+        part = f"listener tcp:{service.port}"
+        failed(service, part, "in use", "choose another")
+    nowhere = {"listeners": ["unix:/nowhere/socket"]}
+    service = checking(tmp_path / "b", homeserver.url, settings=nowhere)
+    failed(service, "listener unix:/nowhere/socket", "No such file", "directory")
+
+
+@contextmanager
+def tables(path: Path) -> Iterator[sqlite3.Connection]:
+    """A database with the service's tables, to be changed."""
+    with closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        upgrade_tables(connection.cursor(), SQLITE, True)
+        connection.commit()
+        yield connection
+
+
+@pytest.mark.parametrize(
+    ("change", "texts"),
+    [
+        (
+            "DROP TABLE e2e_room_keys_versions",
+            ["expected table e2e_room_keys_versions"],
+        ),
+        ("UPDATE roomkeys_schema SET number = 999", ["number 999", "install"]),
+    ],
+)
+def test_tables(
+    homeserver: Homeserver, tmp_path: Path, change: str, texts: list[str]
+) -> None:
+    """The service doesn't start without a table, or on tables of a later version."""
+    service = checking(tmp_path, homeserver.url)
+    with tables(tmp_path / "roomkeys.db") as connection:
+        connection.execute(change)
+    failed(service, f"database {tmp_path}/roomkeys.db", *texts)
+
+
+def test_tables_of_an_older_version(homeserver: Homeserver, tmp_path: Path) -> None:
+    """They are brought up to date by the service, not by the command."""
+    service = checking(tmp_path, homeserver.url)
+    with tables(tmp_path / "roomkeys.db") as connection:
+        connection.execute("UPDATE roomkeys_schema SET number = 2")
+        code, found = outcome(service)
+        assert code == 0
+        assert "from number 2" in found[f"database {tmp_path}/roomkeys.db"]
+        number = connection.execute("SELECT number FROM roomkeys_schema").fetchone()
+        assert number == (2,)
+
+
+def test_a_database_without_tables(
+    homeserver: Homeserver,
+    database: Callable[[], Mapping[str, Any] | None],
+    tmp_path: Path,
+) -> None:
+    """The command sees that tables can be made, and leaves none."""
+    arguments = database()
+    service = checking(tmp_path, homeserver.url, database=arguments)
+    if arguments is None:
+        (tmp_path / "roomkeys.db").touch()
+    for _ in range(2):
+        code, found = outcome(service)
+        assert code == 0, found
+        (text,) = (text for name, text in found.items() if "database" in name)
+        assert "there are no tables yet" in text
+
+
+def test_databases(
+    homeserver: Homeserver,
+    database: Callable[[], Mapping[str, Any] | None],
+    tmp_path: Path,
+) -> None:
+    """One that is read-only, and one that isn't there, named by its address."""
+    arguments = database()
+    if arguments is None:
+        path = "/nowhere/roomkeys.db"
+        away = {"database": {"args": {"database": path}}}
+        service = checking(tmp_path, homeserver.url, settings=away)
+        failed(service, f"database {path}", "there is no directory /nowhere")
+        return
+    with closing(psycopg2.connect(**arguments)) as connection:
+        connection.autocommit = True
+        name = arguments["dbname"]
+        connection.cursor().execute(
+            f"ALTER DATABASE {name} SET default_transaction_read_only = on"
+        )
+    service = checking(tmp_path / "a", homeserver.url, database=arguments)
+    part = f"database {HOST}:{arguments['port']}"
+    failed(service, part, "read-only", "primary")
+    port = free_port()
+    args = {"host": HOST, "port": port, "user": "a", "password": SECRET}
+    service = checking(tmp_path / "b", homeserver.url, database=args)
+    failed(service, f"database {HOST}:{port}", "refused", "See that")
+
+
+class WrongHomeserver(Homeserver):
+    """A homeserver behind a proxy that doesn't pass whoami on."""
+
+    def _answer(self, path: str, token: str) -> tuple[int, dict[str, Any]]:
+        if "whoami" in path:
+            return 404, {"errcode": "M_UNRECOGNIZED", "error": "Unrecognized"}
+        return super()._answer(path, token)
+
+
+def test_homeservers(homeserver: Homeserver, tmp_path: Path) -> None:
+    """One that isn't there, a wrong path, and one whose whoami isn't passed on."""
+    away = f"http://{HOST}:{free_port()}"
+    failed(checking(tmp_path / "a", away), f"homeserver {away}", "/versions", "refused")
+    wrong = f"{homeserver.url}/wrong"
+    failed(checking(tmp_path / "b", wrong), f"homeserver {wrong}", "status 404")
+    with WrongHomeserver() as other:
+        part = f"homeserver {other.url}"
+        failed(checking(tmp_path / "c", other.url), part, "whoami", "status 404", "401")
