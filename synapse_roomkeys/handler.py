@@ -276,9 +276,7 @@ class E2eRoomKeysHandler:
             NotFoundError: there never was such a version.
         """
         number = wire.parse_version(version)
-        yield self._write(
-            user_id, self._delete_version, user_id, number, device_id
-        )
+        yield self._write(user_id, self._delete_version, user_id, number, device_id)
 
     @inlineCallbacks
     def _delete_version(
