@@ -1,1 +1,1 @@
-"""How fast the module is beside the built-in endpoints and the physical limit."""
+"""Benchmark of the module against Synapse's built-in endpoints and a physical limit."""

@@ -1,4 +1,4 @@
-"""Makes sure, outside what is timed, that the servers do the work that is timed."""
+"""Checks, outside the timed sections, that every server did the measured work."""
 
 import json
 from collections.abc import Sequence
@@ -7,37 +7,42 @@ from .backups import Backups
 from .keys import Key, by_room
 
 
-def check_count(backups: Backups, count: int) -> None:
-    """Stop unless all keys are there."""
+def check_key_count(backups: Backups, count: int) -> None:
+    """Raise AssertionError unless each backup has so many keys in the database."""
     for name, backup in backups.items():
-        database = backup.subject.database
-        _same(name, database.count(backup.account.user_id, backup.version), count)
+        database = backup.server.database
+        _check_equal(
+            name, database.count_keys(backup.account.user_id, backup.version), count
+        )
 
 
 def check_key(backups: Backups, key: Key) -> None:
-    """Stop unless a key is handed out as it was put in."""
+    """Raise AssertionError unless each server returns a key as it was uploaded."""
     for name, backup in backups.items():
-        _same(name, backup.fetch(backup.get_key(key)), _decoded(key))
+        _check_equal(name, backup.fetch(backup.get_key(key)), _expected_key(key))
 
 
 def check_downloads(backups: Backups, keys: Sequence[Key], room_id: str) -> None:
-    """Stop unless one key, a room and everything are handed out as they were put in."""
+    """Raise AssertionError unless each server returns the stored keys unchanged.
+
+    Downloads of the first key, of a room and of the whole backup are checked.
+    """
     check_key(backups, keys[0])
     expected = {
-        room: {"sessions": {key.session_id: _decoded(key) for key in members}}
+        room: {"sessions": {key.session_id: _expected_key(key) for key in members}}
         for room, members in by_room(keys).items()
     }
     for name, backup in backups.items():
-        _same(name, backup.fetch(backup.get_room(room_id)), expected[room_id])
-        _same(name, backup.fetch(backup.get_whole()), {"rooms": expected})
+        _check_equal(name, backup.fetch(backup.get_room(room_id)), expected[room_id])
+        _check_equal(name, backup.fetch(backup.get_whole()), {"rooms": expected})
 
 
-def _decoded(key: Key) -> object:
-    """Return a key as it is to come back."""
-    return json.loads(key.json())
+def _expected_key(key: Key) -> object:
+    """Return the decoded JSON of a key, as a download must return it."""
+    return json.loads(key.to_json())
 
 
-def _same(name: str, got: object, expected: object) -> None:
-    """Stop if a server has something else than was stored."""
+def _check_equal(name: str, got: object, expected: object) -> None:
+    """Raise AssertionError with the server's name if two values differ."""
     if got != expected:
-        raise AssertionError(f"{name} has something else than was stored")
+        raise AssertionError(f"{name} differs from the uploaded keys")

@@ -1,4 +1,4 @@
-"""The servers' databases, filled and looked into past the servers."""
+"""Direct access to the servers' databases: filling, counting, maintenance."""
 
 import io
 import sqlite3
@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import psycopg2
 
-from .keys import Key, backup_lines, session_lines
+from .keys import Key, backup_json_pieces, session_json_pieces
 
 ALGORITHM = "m.megolm_backup.v1.curve25519-aes-sha2"
 AUTH_DATA = (
@@ -21,10 +21,10 @@ AUTH_DATA = (
     + '"}}}'
 )
 _TABLES = ("e2e_room_keys", "e2e_room_keys_versions")
-_TIMEOUT = 120.0
-_COPY_LINES = 5_000
+_TIMEOUT_SECONDS = 120.0
+_LINES_PER_COPY = 5_000
 
-_BACKGROUND_WORK = "SELECT count(*) FROM background_updates"
+_COUNT_BACKGROUND_UPDATES = "SELECT count(*) FROM background_updates"
 _ADD_VERSION = """
 INSERT INTO e2e_room_keys_versions
     (user_id, version, algorithm, auth_data, deleted, etag)
@@ -34,28 +34,28 @@ _COLUMNS = """
     room_id, session_id, first_message_index, forwarded_count, is_verified,
     session_data
 """
-_FILL = f"""
+_COPY_TEMPLATE_KEYS = f"""
 INSERT INTO e2e_room_keys (user_id, version, {_COLUMNS})
 SELECT {{0}}, {{0}}, room_id, {{0}} || substr(session_id, {{0}}),
     first_message_index, forwarded_count, is_verified, session_data
 FROM {{1}} WHERE position < {{0}} ORDER BY position
 """
-_CROWD_VERSIONS = """
+_ADD_USERS_VERSIONS = """
 INSERT INTO e2e_room_keys_versions
     (user_id, version, algorithm, auth_data, deleted, etag)
 SELECT '@crowd' || number || ':test.example', 1, %s, %s, 0, 1
 FROM generate_series(1, %s) AS number
 """
-_CROWD_KEYS = f"""
+_ADD_USERS_KEYS = f"""
 INSERT INTO e2e_room_keys (user_id, version, {_COLUMNS})
 SELECT '@crowd' || number || ':test.example', 1, {_COLUMNS}
 FROM generate_series(1, %s) AS number, benchmark.keys WHERE position < %s
 """
-_AUTOVACUUM = """
+_COUNT_AUTOVACUUM_WORKERS = """
 SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'autovacuum worker'
 """
-_COUNT = "SELECT count(*) FROM e2e_room_keys WHERE user_id = {0} AND version = {0}"
-_MASTER = """
+_COUNT_KEYS = "SELECT count(*) FROM e2e_room_keys WHERE user_id = {0} AND version = {0}"
+_CREATE_TEMPLATE_KEYS = """
 CREATE TABLE {0} (
     position integer PRIMARY KEY, room_id text, session_id text,
     first_message_index integer, forwarded_count integer, is_verified boolean,
@@ -88,49 +88,55 @@ CREATE UNIQUE INDEX ON e2e_room_keys_versions (user_id, version);
 
 
 class Database(Protocol):
-    """What is done to a server's database behind its back."""
+    """The operations on a server's database that bypass the server."""
 
-    def load(self, keys: Sequence[Key]) -> None:
-        """Store the keys that backups are filled from."""
+    def load_template_keys(self, keys: Sequence[Key]) -> None:
+        """Store the template keys, which backups are copied from."""
 
-    def fill(self, user_id: str, version: int, count: int, copies: int = 1) -> None:
-        """Make a backup of the first keys, or of several variants of each."""
+    def insert_backup(
+        self, user_id: str, version: int, count: int, copies: int = 1
+    ) -> None:
+        """Insert a backup with the first template keys.
 
-    def count(self, user_id: str, version: int) -> int:
-        """Count the keys of a backup."""
+        With several copies, each template key is stored that many times under
+        different session ids.
+        """
 
-    def analyze(self) -> None:
-        """Let the planner know the tables, and leave them as writes left them."""
+    def count_keys(self, user_id: str, version: int) -> int:
+        """Return the number of keys in a backup."""
 
-    def settle(self) -> None:
-        """Have all maintenance done that would be due."""
+    def analyze_only(self) -> None:
+        """Update the planner's statistics without a vacuum."""
 
-    def wait_for_background_work(self) -> None:
-        """Wait until the homeserver has built its indexes."""
+    def run_maintenance(self) -> None:
+        """Run all maintenance that would be due, and wait for its end."""
+
+    def wait_for_background_updates(self) -> None:
+        """Wait until the homeserver's background updates have built its indexes."""
 
     def close(self) -> None:
         """Disconnect."""
 
 
-def _wait(ready: Callable[[], bool]) -> None:
-    """Wait for something that a homeserver or PostgreSQL does by itself."""
-    deadline = time.monotonic() + _TIMEOUT
-    while not ready():
+def _wait_until(is_done: Callable[[], bool]) -> None:
+    """Poll a condition; raise TimeoutError if it stays false."""
+    deadline = time.monotonic() + _TIMEOUT_SECONDS
+    while not is_done():
         if time.monotonic() > deadline:
-            raise TimeoutError("the background work doesn't end")
+            raise TimeoutError("background work of Synapse or PostgreSQL didn't end")
         time.sleep(0.05)
 
 
-def _prefix(copy: int) -> str:
-    """Tell the variants of a session's id apart."""
+def _copy_prefix(copy: int) -> str:
+    """Return the session-id prefix of a copy of the template keys."""
     return f"-{copy}" if copy else ""
 
 
 class PostgresDatabase:
-    """One database of a PostgreSQL server."""
+    """One database of a PostgreSQL server, over one autocommit connection."""
 
     def __init__(self, arguments: Mapping[str, Any]) -> None:
-        """Connect."""
+        """Connect with psycopg2's connection arguments."""
         self.arguments = dict(arguments)
         self._connection = psycopg2.connect(**arguments)
         self._connection.autocommit = True
@@ -145,10 +151,10 @@ class PostgresDatabase:
         """Run a statement."""
         self._cursor.execute(sql, parameters or None)
 
-    def load(self, keys: Sequence[Key]) -> None:
-        """Store the keys that backups are filled from."""
+    def load_template_keys(self, keys: Sequence[Key]) -> None:
+        """Store the template keys in ``benchmark.keys``."""
         self.execute("CREATE SCHEMA benchmark")
-        self.execute(_MASTER.format("benchmark.keys"))
+        self.execute(_CREATE_TEMPLATE_KEYS.format("benchmark.keys"))
         lines = [
             f"{position}\t{key.room_id}\t{key.session_id}\t{key.first_message_index}"
             f"\t{key.forwarded_count}\t{key.is_verified}\t{key.session_data}"
@@ -156,86 +162,95 @@ class PostgresDatabase:
         ]
         self._copy("benchmark.keys", lines)
 
-    def load_answers(self, keys: Sequence[Key], room: Sequence[Key]) -> None:
-        """Store downloads in pieces that only need to be read out."""
+    def load_responses(self, keys: Sequence[Key], room: Sequence[Key]) -> None:
+        """Store two finished downloads, which the limit copies from a table.
+
+        Each table has one piece of the JSON text in a row: ``benchmark.backup`` for the
+        whole backup, ``benchmark.room`` for one room.
+        """
         self.execute("CREATE TABLE benchmark.backup (piece text)")
-        self._copy("benchmark.backup", list(backup_lines(keys)))
+        self._copy("benchmark.backup", list(backup_json_pieces(keys)))
         self.execute("CREATE TABLE benchmark.room (piece text)")
-        lines = ['{"sessions":{', *session_lines(room), "}}"]
+        lines = ['{"sessions":{', *session_json_pieces(room), "}}"]
         self._copy("benchmark.room", lines)
-        self.settle()
+        self.run_maintenance()
 
     def create_bare_tables(self) -> None:
-        """Create the tables that a homeserver would have made."""
+        """Create the key tables, as a homeserver would have done."""
         self.execute(_BARE_TABLES)
 
-    def fill(self, user_id: str, version: int, count: int, copies: int = 1) -> None:
-        """Make a backup of the first keys, or of several variants of each."""
+    def insert_backup(
+        self, user_id: str, version: int, count: int, copies: int = 1
+    ) -> None:
+        """Insert a backup with the first template keys, or several copies of each."""
         values = (user_id, version, ALGORITHM, AUTH_DATA)
         self.execute(_ADD_VERSION.format("%s"), values)
         if not count:
             return
-        sql = _FILL.format("%s", "benchmark.keys")
+        sql = _COPY_TEMPLATE_KEYS.format("%s", "benchmark.keys")
         for copy in range(copies):
-            prefix = _prefix(copy)
+            prefix = _copy_prefix(copy)
             self.execute(sql, (user_id, version, prefix, len(prefix) + 1, count))
 
-    def crowd(self, users: int, keys: int) -> None:
-        """Make so many users more, each with a backup of so many keys."""
-        self.execute(_CROWD_VERSIONS, (ALGORITHM, AUTH_DATA, users))
-        self.execute(_CROWD_KEYS, (users, keys))
-        self.settle()
+    def add_users(self, users: int, keys: int) -> None:
+        """Add users, each with a backup of so many keys, and run maintenance."""
+        self.execute(_ADD_USERS_VERSIONS, (ALGORITHM, AUTH_DATA, users))
+        self.execute(_ADD_USERS_KEYS, (users, keys))
+        self.run_maintenance()
 
-    def count(self, user_id: str, version: int) -> int:
-        """Count the keys of a backup."""
-        ((count,),) = self.query(_COUNT.format("%s"), (user_id, version))
+    def count_keys(self, user_id: str, version: int) -> int:
+        """Return the number of keys in a backup."""
+        ((count,),) = self.query(_COUNT_KEYS.format("%s"), (user_id, version))
         return int(count)
 
-    def analyze(self) -> None:
-        """Analyze the tables of keys, and keep them from being vacuumed."""
+    def analyze_only(self) -> None:
+        """Analyze the key tables, and disable autovacuum on them."""
         for table in _TABLES:
             self.execute(f"ALTER TABLE {table} SET (autovacuum_enabled = off)")
             self.execute(f"ANALYZE {table}")
         self.execute("CHECKPOINT")
 
-    def settle(self) -> None:
-        """Vacuum and analyze the tables of keys; leave nothing to be done beside."""
+    def run_maintenance(self) -> None:
+        """Vacuum, analyze and checkpoint, and wait for running autovacuum workers."""
         for table in _TABLES:
             self.execute(f"ALTER TABLE {table} RESET (autovacuum_enabled)")
             self.execute(f"VACUUM ANALYZE {table}")
-        _wait(lambda: self.query(_AUTOVACUUM) == [(0,)])
+        _wait_until(lambda: self.query(_COUNT_AUTOVACUUM_WORKERS) == [(0,)])
         self.execute("CHECKPOINT")
 
-    def wait_for_background_work(self) -> None:
-        """Wait until the homeserver has built its indexes."""
-        _wait(lambda: self.query(_BACKGROUND_WORK) == [(0,)])
+    def wait_for_background_updates(self) -> None:
+        """Wait until the homeserver's background updates have built its indexes."""
+        _wait_until(lambda: self.query(_COUNT_BACKGROUND_UPDATES) == [(0,)])
 
     def close(self) -> None:
         """Disconnect."""
         self._connection.close()
 
     def _copy(self, table: str, lines: Sequence[str]) -> None:
-        """Load lines in the format of COPY, none of which needs escaping."""
-        for start in range(0, len(lines), _COPY_LINES):
-            text = "\n".join(lines[start : start + _COPY_LINES])
+        """Load lines in COPY's text format; none of them may need escaping."""
+        for start in range(0, len(lines), _LINES_PER_COPY):
+            text = "\n".join(lines[start : start + _LINES_PER_COPY])
             self._cursor.copy_expert(f"COPY {table} FROM STDIN", io.StringIO(text))
         self.execute(f"ANALYZE {table}")
 
 
 class SqliteDatabase:
-    """The file that a homeserver has its tables in."""
+    """A homeserver's SQLite file."""
 
     def __init__(self, file: Path) -> None:
-        """Open the file, and another one beside it for the keys to fill it from."""
+        """Open the file, and attach a second file for the template keys."""
         self._connection = sqlite3.connect(
-            file, timeout=_TIMEOUT, isolation_level=None, check_same_thread=False
+            file,
+            timeout=_TIMEOUT_SECONDS,
+            isolation_level=None,
+            check_same_thread=False,
         )
-        master = str(file.with_name("master.db"))
-        self._connection.execute("ATTACH DATABASE ? AS master", (master,))
+        templates = str(file.with_name("template_keys.db"))
+        self._connection.execute("ATTACH DATABASE ? AS templates", (templates,))
 
-    def load(self, keys: Sequence[Key]) -> None:
-        """Store the keys that backups are filled from."""
-        self._connection.execute(_MASTER.format("master.keys"))
+    def load_template_keys(self, keys: Sequence[Key]) -> None:
+        """Store the template keys in the attached file."""
+        self._connection.execute(_CREATE_TEMPLATE_KEYS.format("templates.keys"))
         rows = (
             (
                 position,
@@ -249,40 +264,42 @@ class SqliteDatabase:
             for position, key in enumerate(keys)
         )
         self._connection.execute("BEGIN")
-        insert = "INSERT INTO master.keys VALUES (?, ?, ?, ?, ?, ?, ?)"
+        insert = "INSERT INTO templates.keys VALUES (?, ?, ?, ?, ?, ?, ?)"
         self._connection.executemany(insert, rows)
         self._connection.execute("COMMIT")
 
-    def fill(self, user_id: str, version: int, count: int, copies: int = 1) -> None:
-        """Make a backup of the first keys, or of several variants of each."""
+    def insert_backup(
+        self, user_id: str, version: int, count: int, copies: int = 1
+    ) -> None:
+        """Insert a backup with the first template keys, or several copies of each."""
         self._connection.execute("BEGIN IMMEDIATE")
         values = (user_id, version, ALGORITHM, AUTH_DATA)
         self._connection.execute(_ADD_VERSION.format("?"), values)
-        sql = _FILL.format("?", "master.keys")
+        sql = _COPY_TEMPLATE_KEYS.format("?", "templates.keys")
         for copy in range(copies):
-            prefix = _prefix(copy)
+            prefix = _copy_prefix(copy)
             parameters = (user_id, version, prefix, len(prefix) + 1, count)
             self._connection.execute(sql, parameters)
         self._connection.execute("COMMIT")
 
-    def count(self, user_id: str, version: int) -> int:
-        """Count the keys of a backup."""
-        cursor = self._connection.execute(_COUNT.format("?"), (user_id, version))
+    def count_keys(self, user_id: str, version: int) -> int:
+        """Return the number of keys in a backup."""
+        cursor = self._connection.execute(_COUNT_KEYS.format("?"), (user_id, version))
         return int(cursor.fetchone()[0])
 
-    def analyze(self) -> None:
-        """Analyze the tables, all that there is to be done on SQLite."""
-        self.settle()
+    def analyze_only(self) -> None:
+        """Run the full maintenance, which has no vacuum on SQLite."""
+        self.run_maintenance()
 
-    def settle(self) -> None:
-        """Analyze the tables and empty the write-ahead log."""
+    def run_maintenance(self) -> None:
+        """Analyze the tables and truncate the write-ahead log."""
         self._connection.execute("ANALYZE main")
         self._connection.execute("PRAGMA main.wal_checkpoint(TRUNCATE)").fetchall()
 
-    def wait_for_background_work(self) -> None:
-        """Wait until the homeserver has built its indexes."""
+    def wait_for_background_updates(self) -> None:
+        """Wait until the homeserver's background updates have built its indexes."""
         execute = self._connection.execute
-        _wait(lambda: bool(execute(_BACKGROUND_WORK).fetchone() == (0,)))
+        _wait_until(lambda: bool(execute(_COUNT_BACKGROUND_UPDATES).fetchone() == (0,)))
 
     def close(self) -> None:
         """Disconnect."""

@@ -1,4 +1,4 @@
-"""The two plots of a run."""
+"""Plots of a run: cost against backup size, and latency during a restore."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,34 +17,34 @@ _COLOURS = {
 _MARKERS = {STOCK: "o", PLUGIN: "s", SERVICE: "D", LIMIT: "^"}
 _OPERATIONS = {
     "upload_one": "upload of one new key",
-    "look": "GET version",
+    "get_version": "GET version",
     "upload": "upload of 200 new keys",
 }
-_KINDS = {"upload": "single upload", "whoami": "GET whoami"}
+_PROBE_TITLES = {"upload": "single upload", "whoami": "GET whoami"}
 _STYLES = {"idle": ":", "restoring": "-"}
 
 
 def plot(directory: Path, results: Results) -> None:
-    """Draw what the rows that were run allow."""
+    """Save the plots whose rows were measured."""
     if results.points:
-        _cost(results).savefig(directory / "cost.png", dpi=130)
+        _cost_figure(results).savefig(directory / "cost.png", dpi=130)
     if results.latencies:
-        _restore(results).savefig(directory / "restore.png", dpi=130)
+        _restore_figure(results).savefig(directory / "restore.png", dpi=130)
 
 
-def _cost(results: Results) -> Figure:
-    """Draw what operations cost against the size of the backup."""
+def _cost_figure(results: Results) -> Figure:
+    """Plot the median duration of three requests against the size of the backup."""
     figure = Figure(figsize=(12, 4.2), layout="constrained")
     panels = figure.subplots(1, len(_OPERATIONS))
     largest = max(point.keys for point in results.points)
     ticks = [0, *(largest // 10**power for power in (3, 2, 1, 0))]
     for axes, (operation, title) in zip(panels, _OPERATIONS.items(), strict=True):
         for subject in _COLOURS:
-            _curve(axes, results, operation, subject)
+            _draw_medians(axes, results, operation, subject)
         axes.set_xscale("symlog", linthresh=ticks[1], linscale=0.5)
         axes.set_yscale("log")
         axes.set_xlim(-ticks[1] / 10, largest * 1.5)
-        axes.set_xticks(ticks, [_short(tick) for tick in ticks], minor=False)
+        axes.set_xticks(ticks, [_abbreviate(tick) for tick in ticks], minor=False)
         axes.set_title(title)
         axes.set_xlabel("keys in the backup")
         axes.grid(True, which="both", alpha=0.25)
@@ -53,16 +53,16 @@ def _cost(results: Results) -> Figure:
     return figure
 
 
-def _short(count: int) -> str:
-    """Write a number of keys with few letters."""
+def _abbreviate(count: int) -> str:
+    """Format a number of keys with the suffix k or M."""
     for size, letter in ((1_000_000, "M"), (1_000, "k")):
         if count >= size:
             return f"{count / size:g}{letter}"
     return str(count)
 
 
-def _curve(axes: Axes, results: Results, operation: str, subject: str) -> None:
-    """Draw one server's medians and quartiles."""
+def _draw_medians(axes: Axes, results: Results, operation: str, subject: str) -> None:
+    """Draw a server's medians of an operation, with quartiles as error bars."""
     points = sorted(
         (point.keys, point.milliseconds)
         for point in results.points
@@ -85,15 +85,15 @@ def _curve(axes: Axes, results: Results, operation: str, subject: str) -> None:
     )
 
 
-def _restore(results: Results) -> Figure:
-    """Draw how many requests of others took longer than what."""
+def _restore_figure(results: Results) -> Figure:
+    """Plot, for each latency, the share of other users' requests that took longer."""
     figure = Figure(figsize=(11, 4.2), layout="constrained")
-    panels = figure.subplots(1, len(_KINDS), sharey=True)
-    for axes, (kind, title) in zip(panels, _KINDS.items(), strict=True):
+    panels = figure.subplots(1, len(_PROBE_TITLES), sharey=True)
+    for axes, (kind, title) in zip(panels, _PROBE_TITLES.items(), strict=True):
         for name, samples in results.latencies.items():
             measured, subject, situation = name.split("/")
             if measured == kind:
-                _exceedance(axes, samples, subject, situation)
+                _draw_exceedance(axes, samples, subject, situation)
         axes.set_xscale("log")
         axes.set_yscale("log")
         axes.set_title(f"another user's {title}")
@@ -104,10 +104,10 @@ def _restore(results: Results) -> Figure:
     return figure
 
 
-def _exceedance(
+def _draw_exceedance(
     axes: Axes, samples: Sequence[float], subject: str, situation: str
 ) -> None:
-    """Draw the share of samples beyond each of them."""
+    """Draw, for each sample, the share of samples that exceed it."""
     ordered = sorted(samples)
     shares = [1 - index / len(ordered) for index in range(len(ordered))]
     axes.step(

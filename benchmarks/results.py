@@ -1,4 +1,4 @@
-"""What a run found: lines of the table, and the points of the plots."""
+"""Results of a run: lines of the table, and points of the plots."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -14,44 +14,55 @@ Samples = Mapping[str, Sequence[float]]
 
 @attrs.frozen
 class Goal:
-    """What a line is to reach."""
+    """A bound for a number in a line, with the text to show for it."""
 
     text: str
     reached: Callable[[float], bool] = attrs.field(repr=False)
 
 
 def at_least(bound: float) -> Goal:
-    """Ask for so many times what the built-in endpoints do."""
+    """Return the goal that a ratio to the built-in endpoints reaches a bound."""
     return Goal(f"\u2265 {bound:g}{TIMES}", lambda value: value >= bound)
 
 
 def at_most(bound: float, unit: str = "") -> Goal:
-    """Ask for no more than a bound."""
+    """Return the goal that a number doesn't exceed a bound."""
     return Goal(f"\u2264 {bound:g}{unit}", lambda value: value <= bound)
 
 
-def within(bound: float) -> Goal:
-    """Ask for no more than so many times what the limit takes."""
+def at_most_times_limit(bound: float) -> Goal:
+    """Return the goal that the ratio to the limit doesn't exceed a bound."""
     return at_most(bound, TIMES)
 
 
 def below(bound: float, unit: str = "") -> Goal:
-    """Ask for less than a bound."""
+    """Return the goal that a number is below a bound."""
     return Goal(f"< {bound:g}{unit}", lambda value: value < bound)
 
 
-def counted(bound: int) -> Goal:
-    """Ask for no more than a number; a stray statement in between is forgiven."""
+def at_most_rounded(bound: int) -> Goal:
+    """Return the goal that a count, rounded, doesn't exceed a bound.
+
+    Rounding tolerates an occasional background statement among many requests.
+    """
     return Goal(f"\u2264 {bound}", lambda value: round(value) <= bound)
 
 
 @attrs.frozen
 class Line:
-    """One line of the table.
+    """A line of the table.
 
-    The ratio says how many times better the plugin is than the built-in endpoints;
-    what is judged is the ratio, or a number of the plugin's alone. The service of its
-    own is judged by how many times worse than the limit it is.
+    Args:
+        row: The number of the row, which groups lines.
+        values: A summary for each server.
+        ratio: How many times better the plugin is than the built-in endpoints.
+        ratio_quartiles: The quartiles of the ratios of paired samples.
+        times_limit: How many times worse than the limit the plugin is.
+        goal: The goal that the plugin is judged by.
+        judged: The number that the goal applies to: the ratio, or a number of the
+            plugin alone.
+        service_times_limit: How many times worse than the limit the service is.
+        service_goal: The goal that service_times_limit is judged by.
     """
 
     row: str
@@ -68,21 +79,21 @@ class Line:
 
     @property
     def verdict(self) -> str:
-        """Tell whether the goal was met, if there is one."""
+        """Return "met" or "missed" for the plugin's goal, or "" without a goal."""
         return _verdict(self.goal, self.judged)
 
     @property
     def service_verdict(self) -> str:
-        """Tell whether the service met its goal, if there is one."""
+        """Return "met" or "missed" for the service's goal, or "" without a goal."""
         return _verdict(self.service_goal, self.service_times_limit)
 
-    def judge(self, judged: float, goal: Goal | None) -> "Line":
-        """Set a goal for something else than the ratio."""
+    def with_goal(self, judged: float, goal: Goal | None) -> "Line":
+        """Return a copy with a goal for another number than the ratio."""
         return attrs.evolve(self, judged=judged, goal=goal)
 
 
 def _verdict(goal: Goal | None, judged: float | None) -> str:
-    """Tell whether a goal was met."""
+    """Return "met" or "missed", or "" without a goal or a number."""
     if goal is None or judged is None:
         return ""
     return "met" if goal.reached(judged) else "missed"
@@ -98,7 +109,11 @@ def compare(
     service_goal: Goal | None = None,
     more_is_better: bool = False,
 ) -> Line:
-    """Compare the medians of interleaved samples; the goal is about the ratio."""
+    """Return a line that compares the medians of interleaved samples.
+
+    The goal applies to the ratio of the built-in endpoints to the plugin, the service's
+    goal to the ratio of the service to the limit.
+    """
     values = {name: Summary.of(taken) for name, taken in samples.items()}
     ratio = _ratio(values, STOCK, PLUGIN, more_is_better)
     return Line(
@@ -107,7 +122,7 @@ def compare(
         unit,
         values,
         ratio=ratio,
-        ratio_quartiles=_paired(samples, more_is_better),
+        ratio_quartiles=_paired_quartiles(samples, more_is_better),
         times_limit=_ratio(values, PLUGIN, LIMIT, more_is_better),
         goal=goal,
         judged=ratio,
@@ -116,7 +131,7 @@ def compare(
     )
 
 
-def state(
+def state_values(
     row: str,
     title: str,
     unit: str,
@@ -124,7 +139,7 @@ def state(
     *,
     goal: Goal | None = None,
 ) -> Line:
-    """State one number each; the goal is about the plugin's."""
+    """Return a line with a number per server; the goal applies to the plugin's."""
     return Line(
         row,
         title,
@@ -138,7 +153,10 @@ def state(
 def _ratio(
     values: Mapping[str, Summary], slow: str, fast: str, more_is_better: bool
 ) -> float | None:
-    """Divide medians so that more than one means that the second is better."""
+    """Return how many times better the second server's median is than the first's.
+
+    None means that a median is missing or that the divisor is 0.
+    """
     if slow not in values or fast not in values:
         return None
     if more_is_better:
@@ -146,8 +164,13 @@ def _ratio(
     return values[slow].median / values[fast].median if values[fast].median else None
 
 
-def _paired(samples: Samples, more_is_better: bool) -> tuple[float, float] | None:
-    """Return the quartiles of the ratios within each turn."""
+def _paired_quartiles(
+    samples: Samples, more_is_better: bool
+) -> tuple[float, float] | None:
+    """Return the lower and upper quartile of the ratios of paired samples.
+
+    None means that the samples don't pair, are fewer than two, or contain a 0.
+    """
     stock, plugin = samples.get(STOCK, ()), samples.get(PLUGIN, ())
     if len(stock) != len(plugin) or len(stock) < 2 or not all((*stock, *plugin)):
         return None
@@ -159,7 +182,7 @@ def _paired(samples: Samples, more_is_better: bool) -> tuple[float, float] | Non
 
 @attrs.frozen
 class Point:
-    """What one operation costs at one size of backup."""
+    """The durations of an operation at a backup size on a server."""
 
     operation: str
     keys: int
@@ -169,7 +192,10 @@ class Point:
 
 @attrs.define
 class Results:
-    """All that a run found."""
+    """All results of a run.
+
+    Keys of latencies are ``kind/server/situation``, values are milliseconds.
+    """
 
     lines: list[Line] = attrs.Factory(list)
     points: list[Point] = attrs.Factory(list)

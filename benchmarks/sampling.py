@@ -1,4 +1,4 @@
-"""Samples: how they are taken in turns, and what is made of them."""
+"""Sampling: interleaved measurements, statistics, memory and processor time."""
 
 import itertools
 import math
@@ -15,17 +15,17 @@ import attrs
 
 BURST = 10
 SHORT_BURST = 5
-_PAGE = 4096
+_PAGE_BYTES = 4096
 _TICKS_PER_SECOND = 100
-_SAMPLE_SECONDS = 0.01
+_MEMORY_INTERVAL_SECONDS = 0.01
 
-Subject = TypeVar("Subject")
-Material = TypeVar("Material")
+Label = TypeVar("Label")
+Input = TypeVar("Input")
 
 
 @attrs.frozen
 class Summary:
-    """What is kept of some samples."""
+    """Statistics of a list of samples; ``n`` is their number."""
 
     n: int
     median: float
@@ -36,7 +36,7 @@ class Summary:
 
     @classmethod
     def of(cls, samples: Sequence[float]) -> "Summary":
-        """Summarise at least one sample."""
+        """Summarise a list of at least one sample."""
         ordered = sorted(samples)
         q1 = q3 = ordered[0]
         if len(ordered) > 1:
@@ -47,59 +47,70 @@ class Summary:
 
 
 def percentile(samples: Iterable[float], percent: float) -> float:
-    """Return the smallest sample that so many per cent don't exceed."""
+    """Return the smallest sample that so many per cent of the samples don't exceed."""
     ordered = sorted(samples)
     return ordered[max(math.ceil(len(ordered) * percent / 100) - 1, 0)]
 
 
 def interleave(
-    samplers: Mapping[Subject, Callable[[Material], float]],
-    materials: Iterable[Material],
+    samplers: Mapping[Label, Callable[[Input], float]],
+    inputs: Iterable[Input],
     *,
     burst: int = 1,
-    skip_first: bool = True,
-) -> dict[Subject, list[float]]:
-    """Take samples of each in turn, backwards every other time.
+    discard_first: bool = True,
+) -> dict[Label, list[float]]:
+    """Sample several labelled operations in alternating bursts.
 
-    The first sample of a burst isn't kept unless asked for: it finds caches that are
-    cold because the others just had their turn, as a server in use doesn't.
+    In each turn every sampler gets the same burst of inputs. The order of the samplers
+    is reversed after each turn, so that each is first equally often.
+
+    Args:
+        samplers: Functions that run an operation and return a sample, by label.
+        inputs: An input per sample.
+        burst: The number of samples that a sampler takes in a row.
+        discard_first: Whether the first sample of each longer burst is discarded. It
+            meets caches that the other servers' turns left cold, unlike the requests
+            to a server in use.
+
+    Returns:
+        The samples by label, in the order of the inputs.
     """
     order = list(samplers)
-    samples: dict[Subject, list[float]] = {subject: [] for subject in order}
-    skipped = 1 if skip_first and burst > 1 else 0
-    supply = iter(materials)
-    while turn := list(itertools.islice(supply, burst)):
-        for subject in order:
-            taken = [samplers[subject](material) for material in turn]
-            samples[subject] += taken[skipped:]
+    samples: dict[Label, list[float]] = {label: [] for label in order}
+    skipped = 1 if discard_first and burst > 1 else 0
+    remaining = iter(inputs)
+    while turn := list(itertools.islice(remaining, burst)):
+        for label in order:
+            burst_samples = [samplers[label](item) for item in turn]
+            samples[label] += burst_samples[skipped:]
         order.reverse()
     return samples
 
 
-def progress(text: str) -> None:
-    """Tell whoever waits what is being done."""
+def log_progress(text: str) -> None:
+    """Print a message with the time to standard error."""
     print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
 
 
 def rss_bytes(pid: int) -> int:
-    """Measure the memory that a process occupies."""
-    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * _PAGE
+    """Return the resident memory of a process."""
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * _PAGE_BYTES
 
 
 def cpu_seconds(pid: int) -> float:
-    """Measure the processor time that a process has used."""
+    """Return the processor time that a process has used, user and system."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / _TICKS_PER_SECOND
 
 
 def children(pid: int) -> list[int]:
-    """List the direct children of a process."""
+    """Return the process ids of a process's direct children."""
     listing = Path(f"/proc/{pid}/task/{pid}/children").read_text()
     return [int(child) for child in listing.split()]
 
 
 def wait_until_idle(pid: int, timeout: float = 60.0) -> None:
-    """Wait until a process does next to nothing."""
+    """Wait until a process uses at most 10 % of a processor, or until the timeout."""
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
         before = cpu_seconds(pid)
@@ -109,10 +120,10 @@ def wait_until_idle(pid: int, timeout: float = 60.0) -> None:
 
 
 class MemoryWatch:
-    """Follows the memory of a process while something is done."""
+    """Context manager that samples the memory of a process in a thread."""
 
     def __init__(self, pid: int) -> None:
-        """Watch a process."""
+        """Prepare to watch a process."""
         self._pid = pid
         self._before = 0
         self._peak = 0
@@ -121,11 +132,11 @@ class MemoryWatch:
 
     @property
     def growth_megabytes(self) -> float:
-        """Return how far memory went over what it was just before."""
+        """Return the difference between the peak and the memory at the start."""
         return (self._peak - self._before) / 1e6
 
     def __enter__(self) -> "MemoryWatch":
-        """Begin."""
+        """Read the memory and start the thread."""
         self._before = self._peak = rss_bytes(self._pid)
         self._thread.start()
         return self
@@ -136,11 +147,11 @@ class MemoryWatch:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """End."""
+        """Stop the thread."""
         self._done.set()
         self._thread.join()
 
     def _follow(self) -> None:
-        """Note the most that was seen."""
-        while not self._done.wait(_SAMPLE_SECONDS):
+        """Update the peak until the watch ends."""
+        while not self._done.wait(_MEMORY_INTERVAL_SECONDS):
             self._peak = max(self._peak, rss_bytes(self._pid))

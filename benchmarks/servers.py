@@ -1,4 +1,4 @@
-"""Starts what is compared, and stops it again whatever happens."""
+"""Start of the measured servers; context managers stop them on every exit."""
 
 import contextlib
 import json
@@ -12,101 +12,115 @@ from pathlib import Path
 from tests.servers import PostgresServer, Synapse
 from tests.servers.processes import HOST, Process, free_port
 
-from .backups import Backup, Subject
+from .backups import Backup, MeasuredServer
 from .client import Connection
 from .databases import Database, PostgresDatabase, SqliteDatabase
 from .keys import KeySource
 from .results import LIMIT, PLUGIN, SERVICE, STOCK
-from .sampling import progress
-from .stage import Plan, Stage
+from .sampling import log_progress
+from .testbed import Plan, Testbed
 
 _REPOSITORY = Path(__file__).resolve().parents[1]
-_CONFIG = {"background_updates": {"sleep_enabled": False}}
-_PRELOAD = {"shared_preload_libraries": "pg_stat_statements"}
-_START_TIMEOUT = 30.0
-_SQLITE_KEYS = 20_000
+_SYNAPSE_CONFIG = {"background_updates": {"sleep_enabled": False}}
+_POSTGRES_SETTINGS = {"shared_preload_libraries": "pg_stat_statements"}
+_START_TIMEOUT_SECONDS = 30.0
+_MAX_SQLITE_KEYS = 20_000
 
 
 @contextlib.contextmanager
-def on_postgres(directory: Path, plan: Plan) -> Iterator[Stage]:
-    """Start everything on PostgreSQL."""
+def postgres_testbed(directory: Path, plan: Plan) -> Iterator[Testbed]:
+    """Run PostgreSQL, two Synapses, the service and the limit."""
     with contextlib.ExitStack() as stack:
-        progress("starting PostgreSQL, two Synapses, the service and the limit")
+        log_progress("starting PostgreSQL, two Synapses, the service and the limit")
         postgres = PostgresServer(
-            directory / "postgres", durable=True, settings=_PRELOAD
+            directory / "postgres", durable=True, settings=_POSTGRES_SETTINGS
         )
         stack.enter_context(postgres)
         databases = {name: postgres.create_database() for name in (STOCK, PLUGIN)}
-        subjects = _start_synapses(
+        servers = _start_synapses(
             stack,
             {
-                name: _synapse(directory / name, name, arguments)
+                name: _configure_synapse(directory / name, name, arguments)
                 for name, arguments in databases.items()
             },
         )
-        for name, start in ((SERVICE, _service), (LIMIT, _limit)):
-            subject = start(directory, postgres.create_database())
-            subjects[name] = stack.enter_context(subject)
-        yield _filled(plan, subjects, postgres)
+        for name, start in ((SERVICE, _start_service), (LIMIT, _start_limit)):
+            server = start(directory, postgres.create_database())
+            servers[name] = stack.enter_context(server)
+        yield _load_databases(plan, servers, postgres)
 
 
-def _filled(
-    plan: Plan, subjects: dict[str, Subject], postgres: PostgresServer
-) -> Stage:
-    """Give all databases the keys that backups are filled from."""
-    progress(f"filling {len(subjects)} databases with {plan.keys} keys each")
-    source = KeySource()
-    master = source.take(plan.keys)
-    for subject in subjects.values():
-        subject.database.load(master)
-    limit = subjects[LIMIT].database
+def _load_databases(
+    plan: Plan, servers: dict[str, MeasuredServer], postgres: PostgresServer
+) -> Testbed:
+    """Store the template keys in all databases and return the testbed."""
+    log_progress(f"filling {len(servers)} databases with {plan.keys} keys each")
+    key_source = KeySource()
+    template_keys = key_source.next_keys(plan.keys)
+    for server in servers.values():
+        server.database.load_template_keys(template_keys)
+    limit = servers[LIMIT].database
     assert isinstance(limit, PostgresDatabase)
-    room = [key for key in master if key.room_id == source.big_room]
-    limit.load_answers(master, room)
-    return Stage(
-        "PostgreSQL", plan, plan.keys, subjects, source, master, postgres=postgres
+    room = [key for key in template_keys if key.room_id == key_source.big_room]
+    limit.load_responses(template_keys, room)
+    return Testbed(
+        "PostgreSQL",
+        plan,
+        plan.keys,
+        servers,
+        key_source,
+        template_keys,
+        postgres=postgres,
     )
 
 
 @contextlib.contextmanager
-def on_sqlite(directory: Path, plan: Plan) -> Iterator[Stage]:
-    """Start two Synapses on SQLite."""
+def sqlite_testbed(directory: Path, plan: Plan) -> Iterator[Testbed]:
+    """Run two Synapses on SQLite."""
     with contextlib.ExitStack() as stack:
-        progress("starting two Synapses on SQLite")
+        log_progress("starting two Synapses on SQLite")
         synapses = {
-            name: _synapse(directory / f"sqlite-{name}", name, None)
+            name: _configure_synapse(directory / f"sqlite-{name}", name, None)
             for name in (STOCK, PLUGIN)
         }
-        subjects = _start_synapses(stack, synapses)
-        size = min(plan.keys, _SQLITE_KEYS)
-        source = KeySource()
-        master = source.take(size)
-        for subject in subjects.values():
-            subject.database.load(master)
-        yield Stage("SQLite", plan, size, subjects, source, master, on_sqlite=True)
+        servers = _start_synapses(stack, synapses)
+        full_size = min(plan.keys, _MAX_SQLITE_KEYS)
+        key_source = KeySource()
+        template_keys = key_source.next_keys(full_size)
+        for server in servers.values():
+            server.database.load_template_keys(template_keys)
+        yield Testbed(
+            "SQLite",
+            plan,
+            full_size,
+            servers,
+            key_source,
+            template_keys,
+            on_sqlite=True,
+        )
 
 
-def _synapse(
+def _configure_synapse(
     directory: Path, name: str, arguments: Mapping[str, object] | None
 ) -> Synapse:
-    """Describe one of the two homeservers."""
+    """Return a Synapse, not yet started, with the module if it is the plugin's."""
     return Synapse(
         directory,
         database=arguments,
         module_config={} if name == PLUGIN else None,
-        extra_config=_CONFIG,
+        extra_config=_SYNAPSE_CONFIG,
     )
 
 
 def _start_synapses(
     stack: contextlib.ExitStack, synapses: Mapping[str, Synapse]
-) -> dict[str, Subject]:
-    """Start homeservers at once, each to be stopped with the stack."""
+) -> dict[str, MeasuredServer]:
+    """Start Synapses in parallel; the stack stops them."""
     for synapse in synapses.values():
         stack.callback(synapse.stop)
     with ThreadPoolExecutor() as pool:
         list(pool.map(Synapse.start, synapses.values()))
-    subjects = {}
+    servers = {}
     for name, synapse in synapses.items():
         database: Database
         if synapse.database is None:
@@ -114,17 +128,19 @@ def _start_synapses(
         else:
             database = PostgresDatabase(synapse.database)
         stack.callback(database.close)
-        database.wait_for_background_work()
+        database.wait_for_background_updates()
         connection = stack.enter_context(Connection(synapse.port))
-        subjects[name] = Subject(
+        servers[name] = MeasuredServer(
             name, synapse.port, synapse.pid, database, connection, synapse
         )
-    return subjects
+    return servers
 
 
 @contextlib.contextmanager
-def _service(directory: Path, arguments: Mapping[str, object]) -> Iterator[Subject]:
-    """Start the service of its own, and the homeserver that it asks for users."""
+def _start_service(
+    directory: Path, arguments: Mapping[str, object]
+) -> Iterator[MeasuredServer]:
+    """Run the service, and the minimal homeserver that authenticates users."""
     homeserver, port = free_port(), free_port()
     config = directory / "roomkeys.yaml"
     config.write_text(
@@ -138,71 +154,82 @@ def _service(directory: Path, arguments: Mapping[str, object]) -> Iterator[Subje
     )
     serve = ("synapse_roomkeys.service", "serve", "--config", str(config))
     with (
-        _running(directory, homeserver, "benchmarks.homeserver", str(homeserver)),
+        _running(directory, homeserver, "benchmarks.whoami_server", str(homeserver)),
         _running(directory, port, *serve) as process,
         contextlib.closing(PostgresDatabase(arguments)) as database,
         Connection(port) as connection,
     ):
-        yield Subject(SERVICE, port, process.pid, database, connection)
+        yield MeasuredServer(SERVICE, port, process.pid, database, connection)
 
 
 @contextlib.contextmanager
-def _limit(directory: Path, arguments: Mapping[str, object]) -> Iterator[Subject]:
-    """Start the bare site over a database with bare tables."""
+def _start_limit(
+    directory: Path, arguments: Mapping[str, object]
+) -> Iterator[MeasuredServer]:
+    """Run the limit on a database with the two key tables alone."""
     port = free_port()
     settings = directory / "limit.json"
     settings.write_text(json.dumps(arguments))
     with (
         contextlib.closing(PostgresDatabase(arguments)) as database,
-        _running(directory, port, "benchmarks.limit", str(port), str(settings)) as it,
+        _running(
+            directory, port, "benchmarks.limit_server", str(port), str(settings)
+        ) as process,
         Connection(port) as connection,
     ):
         database.create_bare_tables()
-        yield Subject(LIMIT, port, it.pid, database, connection)
+        yield MeasuredServer(LIMIT, port, process.pid, database, connection)
 
 
 @contextlib.contextmanager
-def _running(directory: Path, port: int, module: str, *words: str) -> Iterator[Process]:
-    """Run a module until it is no longer needed, from when it accepts connections."""
+def _running(
+    directory: Path, port: int, module: str, *arguments: str
+) -> Iterator[Process]:
+    """Run a module as a process that accepts connections, and kill it at the exit."""
     process = Process(
-        [sys.executable, "-m", module, *words],
+        [sys.executable, "-m", module, *arguments],
         output=directory / f"{module}.txt",
         cwd=_REPOSITORY,
     )
     try:
-        process.wait_until(lambda: _accepts(port), _START_TIMEOUT)
+        process.wait_until(lambda: _accepts_connections(port), _START_TIMEOUT_SECONDS)
         yield process
     finally:
         process.kill()
 
 
-def _accepts(port: int) -> bool:
-    """Tell whether a port answers yet."""
+def _accepts_connections(port: int) -> bool:
+    """Return whether a port accepts connections."""
     with socket.socket() as probe:
         return probe.connect_ex((HOST, port)) == 0
 
 
 @contextlib.contextmanager
-def downloading(backup: Backup, directory: Path) -> Iterator[None]:
-    """Have another process download a backup over and over."""
+def download_in_background(backup: Backup, directory: Path) -> Iterator[None]:
+    """Download a backup in a loop in another process.
+
+    Raises RuntimeError at the exit if the process has ended by itself.
+    """
     request = directory / "request.bin"
     request.write_bytes(backup.get_whole())
     process = Process(
         [
             sys.executable,
             "-m",
-            "benchmarks.restorer",
-            str(backup.subject.port),
+            "benchmarks.download_loop",
+            str(backup.server.port),
             str(request),
         ],
-        output=directory / "restorer.txt",
+        output=directory / "download_loop.txt",
         cwd=_REPOSITORY,
     )
     try:
-        process.wait_until(lambda: bool(process.output()), _START_TIMEOUT)
+        process.wait_until(lambda: bool(process.output()), _START_TIMEOUT_SECONDS)
         time.sleep(0.05)
         yield
         if process.poll() is not None:
-            raise RuntimeError(f"the download ended: {process.output()}")
+            raise RuntimeError(
+                f"the background download ended early: {process.output()}"
+            )
     finally:
         process.kill()

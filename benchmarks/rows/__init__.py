@@ -1,38 +1,38 @@
-"""What is measured, by name; the order is that of a run."""
+"""Measurements by name ("rows"), in the order of a run."""
 
 from collections.abc import Callable
 from types import MappingProxyType
 
 from ..results import Results
-from ..stage import Stage
+from ..testbed import Testbed
 from . import (
     costs,
-    crowd,
     deletion,
     downloads,
+    many_users,
     million,
     restore,
     statements,
     uploads,
 )
 
-Row = Callable[[Stage, Results], None]
+Row = Callable[[Testbed, Results], None]
 
 ON_POSTGRES: MappingProxyType[str, Row] = MappingProxyType(
     {
         "batches": uploads.batches,
         "sizes": uploads.sizes,
-        "unvacuumed": uploads.just_stored,
+        "unvacuumed": uploads.unvacuumed,
         "merges": uploads.merges,
-        "whole": downloads.whole,
+        "whole": downloads.whole_backup,
         "reads": downloads.reads,
         "restore": restore.restore,
-        "users": crowd.users,
+        "users": many_users.concurrent_uploads,
         "delete": deletion.delete,
         "statements": statements.statements,
         "costs": costs.costs,
         "million": million.million,
-        "crowd": crowd.crowd,
+        "crowd": many_users.large_table,
     }
 )
 ON_SQLITE: MappingProxyType[str, Row] = MappingProxyType(
@@ -40,7 +40,7 @@ ON_SQLITE: MappingProxyType[str, Row] = MappingProxyType(
         "batches": uploads.batches,
         "sizes": uploads.sizes,
         "merges": uploads.merges,
-        "whole": downloads.whole,
+        "whole": downloads.whole_backup,
         "reads": downloads.reads,
         "delete": deletion.delete,
     }

@@ -1,24 +1,32 @@
-"""What new keys cost the machine: write-ahead log and processor time."""
+"""Resources per new key: write-ahead log and processor time."""
 
 from collections.abc import Sequence
+
+import attrs
 
 from ..backups import Backup
 from ..keys import BATCH, Key
 from ..results import Results, compare
 from ..sampling import children, cpu_seconds, interleave
-from ..stage import Stage
-from .statements import postgres
+from ..testbed import Testbed
+from .statements import postgres_database
 
-_LOTS = 20
-_LSN = "SELECT pg_current_wal_insert_lsn() - '0/0'"
+_BATCHES = 20
+_READ_LSN = "SELECT pg_current_wal_insert_lsn() - '0/0'"
 
 
-def costs(stage: Stage, results: Results) -> None:
-    """Measure log and processor time while each server alone stores keys."""
-    meters = {name: Meter(stage, backup) for name, backup in stage.backup(0).items()}
-    lots = 5 if stage.plan.quick else _LOTS
-    materials = (list(stage.source.batches(lots)) for _ in range(stage.plan.heavy))
-    interleave({name: meter.measure for name, meter in meters.items()}, materials)
+def costs(testbed: Testbed, results: Results) -> None:
+    """Measure write-ahead log and processor time, one server uploading at a time."""
+    meters = {
+        name: ResourceMeter(testbed, backup)
+        for name, backup in testbed.create_backups(0).items()
+    }
+    batches = 5 if testbed.plan.quick else _BATCHES
+    inputs = (
+        list(testbed.key_source.batches(batches))
+        for _ in range(testbed.plan.heavy_samples)
+    )
+    interleave({name: meter.measure for name, meter in meters.items()}, inputs)
     log = {name: meter.log for name, meter in meters.items()}
     server = {name: meter.server for name, meter in meters.items()}
     database = {name: meter.database for name, meter in meters.items()}
@@ -28,38 +36,60 @@ def costs(stage: Stage, results: Results) -> None:
         compare("8", f"processor, server, {title}", "s/1,000 keys", server),
         compare("8", f"processor, PostgreSQL, {title}", "s/1,000 keys", database),
     ]
-    stage.settle()
+    testbed.run_maintenance()
 
 
-class Meter:
-    """Reads off what one server and the database use."""
+class ResourceMeter:
+    """Meter of the write-ahead log and processor time of one server's uploads.
 
-    def __init__(self, stage: Stage, backup: Backup) -> None:
-        """Measure the uploads to one backup."""
-        assert stage.postgres is not None
+    Samples are in ``log`` (bytes a key), ``server`` and ``database`` (seconds of
+    processor time for 1,000 keys).
+    """
+
+    def __init__(self, testbed: Testbed, backup: Backup) -> None:
+        """Meter the uploads to one backup."""
+        assert testbed.postgres is not None
         self.log: list[float] = []
         self.server: list[float] = []
         self.database: list[float] = []
         self._backup = backup
-        self._postmaster = stage.postgres.pid
+        self._postmaster = testbed.postgres.pid
 
-    def measure(self, lots: Sequence[Sequence[Key]]) -> float:
-        """Upload some batches, and note what was used per key."""
-        requests = [self._backup.upload(keys) for keys in lots]
-        thousands = sum(map(len, lots)) / 1e3
-        log, server, before = self._read()
+    def measure(self, batches: Sequence[Sequence[Key]]) -> float:
+        """Upload batches and store a sample of each; return bytes of log a key."""
+        requests = [self._backup.upload(keys) for keys in batches]
+        thousands = sum(map(len, batches)) / 1e3
+        before = self._read()
         for request in requests:
             self._backup.send(request)
-        log_after, server_after, after = self._read()
-        used = sum(spent - before.get(pid, 0.0) for pid, spent in after.items())
-        self.log.append((log_after - log) / thousands / 1e3)
-        self.server.append((server_after - server) / thousands)
+        after = self._read()
+        used = sum(
+            seconds - before.postgres.get(pid, 0.0)
+            for pid, seconds in after.postgres.items()
+        )
+        self.log.append((after.log - before.log) / thousands / 1e3)
+        self.server.append((after.server - before.server) / thousands)
         self.database.append(used / thousands)
         return self.log[-1]
 
-    def _read(self) -> tuple[int, float, dict[int, float]]:
-        """Return the log's end, and the processor time of server and database."""
-        ((position,),) = postgres(self._backup.subject).query(_LSN)
-        server = cpu_seconds(self._backup.subject.pid)
+    def _read(self) -> "_Counters":
+        """Read all counters."""
+        ((position,),) = postgres_database(self._backup.server).query(_READ_LSN)
+        server = cpu_seconds(self._backup.server.pid)
         pids = (self._postmaster, *children(self._postmaster))
-        return int(position), server, {pid: cpu_seconds(pid) for pid in pids}
+        return _Counters(int(position), server, {pid: cpu_seconds(pid) for pid in pids})
+
+
+@attrs.frozen
+class _Counters:
+    """Counters that grow with a server's work.
+
+    Args:
+        log: The position of the write-ahead log's end, in bytes.
+        server: The server's processor time, in seconds.
+        postgres: The processor time of each PostgreSQL process by id, in seconds.
+    """
+
+    log: int
+    server: float
+    postgres: dict[int, float]

@@ -1,4 +1,4 @@
-"""The deletion of a large backup, and what another user feels of it."""
+"""Deletion of a large backup, and the latency of another user meanwhile."""
 
 import threading
 import time
@@ -7,27 +7,27 @@ from functools import partial
 
 from ..backups import Backup, Backups
 from ..client import Connection
-from ..results import Results, compare, state
+from ..results import Results, compare, state_values
 from ..sampling import interleave
-from ..stage import Stage
+from ..testbed import Testbed
 
-_PAUSE = 0.002
-_GONE_TIMEOUT = 60.0
+_POLL_PAUSE_SECONDS = 0.002
+_DELETE_TIMEOUT_SECONDS = 60.0
 
 
-class Onlooker:
-    """Another user, who looks at the own version again and again."""
+class VersionPoller:
+    """Another user who polls GET version; ``samples`` has the milliseconds."""
 
     def __init__(self, backup: Backup) -> None:
-        """Act for the owner of a backup."""
+        """Poll as the owner of a backup."""
         self.samples: list[float] = []
         self._backup = backup
         self._done = threading.Event()
 
-    def during(self, action: Callable[[], float]) -> float:
-        """Look while something else is done."""
+    def poll_during(self, action: Callable[[], float]) -> float:
+        """Run an action, poll until it returns, and return its result."""
         self._done.clear()
-        thread = threading.Thread(target=self._look, daemon=True)
+        thread = threading.Thread(target=self._poll, daemon=True)
         thread.start()
         try:
             return action()
@@ -35,46 +35,51 @@ class Onlooker:
             self._done.set()
             thread.join()
 
-    def _look(self) -> None:
-        """Look until told to stop, at least once."""
-        with Connection(self._backup.subject.port) as connection:
+    def _poll(self) -> None:
+        """Poll at least once, until the action has ended."""
+        with Connection(self._backup.server.port) as connection:
             request = self._backup.get_version()
             while True:
                 self.samples.append(connection.send(request).seconds * 1e3)
-                if self._done.wait(_PAUSE):
+                if self._done.wait(_POLL_PAUSE_SECONDS):
                     return
 
 
-def delete(stage: Stage, results: Results) -> None:
-    """Delete full backups one after the other."""
-    accounts = stage.register()
-    others = stage.backup(0)
-    onlookers = {name: Onlooker(others[name]) for name in stage.subjects}
+def delete(testbed: Testbed, results: Results) -> None:
+    """Measure the deletion of full backups, one after the other."""
+    accounts = testbed.register_users()
+    others = testbed.create_backups(0)
+    pollers = {name: VersionPoller(others[name]) for name in testbed.servers}
     samplers: dict[str, Callable[[Backups], float]] = {
-        name: partial(_delete, name, onlookers[name]) for name in stage.subjects
+        name: partial(_delete, name, pollers[name]) for name in testbed.servers
     }
-    rounds = range(max(stage.plan.heavy - 2, 2))
-    fills = (stage.refill(accounts, stage.size) for _ in rounds)
-    seconds = interleave(samplers, fills)
-    title = f"DELETE a version of {stage.size:,} keys"
-    seen = {name: onlookers[name].samples for name in stage.servers}
-    longest = {name: max(samples) for name, samples in seen.items()}
+    rounds = range(max(testbed.plan.heavy_samples - 2, 2))
+    full_backups = (
+        testbed.create_backups_for(accounts, testbed.full_size) for _ in rounds
+    )
+    seconds = interleave(samplers, full_backups)
+    title = f"DELETE a version of {testbed.full_size:,} keys"
+    polled = {name: pollers[name].samples for name in testbed.without_limit}
+    longest = {name: max(samples) for name, samples in polled.items()}
     results.lines += [
-        compare("7", title, "s", seconds, goal=stage.speedup(3)),
-        compare("7", f"{title}: another's GET version", "ms", seen),
-        state("7", f"{title}: the longest of these", "ms", longest),
+        compare("7", title, "s", seconds, goal=testbed.speedup_goal(3)),
+        compare("7", f"{title}: another's GET version", "ms", polled),
+        state_values("7", f"{title}: the longest of these", "ms", longest),
     ]
-    stage.settle()
+    testbed.run_maintenance()
 
 
-def _delete(name: str, onlooker: Onlooker, backups: Backups) -> float:
-    """Delete one server's backup, and wait until its keys are gone."""
+def _delete(name: str, poller: VersionPoller, backups: Backups) -> float:
+    """Delete a server's backup, wait until its keys are gone, return the seconds.
+
+    The seconds exclude the wait. Raises AssertionError if keys stay in the database.
+    """
     backup = backups[name]
     time.sleep(0.1)
-    taken = onlooker.during(lambda: backup.send(backup.delete()).seconds)
-    deadline = time.monotonic() + _GONE_TIMEOUT
-    while backup.subject.database.count(backup.account.user_id, backup.version):
+    seconds = poller.poll_during(lambda: backup.send(backup.delete()).seconds)
+    deadline = time.monotonic() + _DELETE_TIMEOUT_SECONDS
+    while backup.server.database.count_keys(backup.account.user_id, backup.version):
         if time.monotonic() > deadline:
-            raise AssertionError(f"{name} left keys behind")
+            raise AssertionError(f"{name}: keys remain in the database after DELETE")
         time.sleep(0.05)
-    return taken
+    return seconds

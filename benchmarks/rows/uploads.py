@@ -1,10 +1,10 @@
-"""Uploads: of new keys, to backups of all sizes, and of keys already there."""
+"""Uploads of new keys to backups of all sizes, and of keys already stored."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 
 from ..backups import Backup, Backups
-from ..checks import check_count, check_key
+from ..checks import check_key, check_key_count
 from ..keys import BATCH, Key
 from ..results import (
     PLUGIN,
@@ -14,106 +14,112 @@ from ..results import (
     Results,
     Samples,
     at_most,
+    at_most_times_limit,
     compare,
-    state,
-    within,
+    state_values,
 )
 from ..sampling import BURST, SHORT_BURST, Summary, interleave
-from ..stage import Stage
+from ..testbed import Testbed
 
 Operation = Callable[[Backup, Sequence[Key]], float]
 
 
-def batches(stage: Stage, results: Results) -> None:
-    """Fill empty backups batch by batch."""
-    backups = stage.backup(0)
-    count = stage.size // BATCH
+def batches(testbed: Testbed, results: Results) -> None:
+    """Measure the upload of new keys, from an empty backup to the full size."""
+    backups = testbed.create_backups(0)
+    count = testbed.full_size // BATCH
     samples = interleave(
-        _each(backups, upload),
-        stage.source.batches(count),
+        _bind(backups, upload),
+        testbed.key_source.batches(count),
         burst=SHORT_BURST,
-        skip_first=False,
+        discard_first=False,
     )
-    check_count(backups, count * BATCH)
-    goal = stage.unless_sqlite(at_most(1.15))
+    check_key_count(backups, count * BATCH)
+    goal = testbed.postgres_goal(at_most(1.15))
     title = f"{BATCH} new keys, up to {count * BATCH:,}"
-    whole = f"{title}: all of it"
-    tenths = "last tenth of these against the first"
+    overall_title = f"{title}: all of it"
+    slowdown_title = "last tenth of these against the first"
     results.lines += [
-        _rates(title, samples, stage.speedup(2.5)),
-        compare("1", title, "ms", samples, service_goal=within(1.5)),
-        state("1", whole, "keys/s", _overall(samples)),
-        state("1", tenths, "", _slowdown(samples), goal=goal),
+        _compare_rates(title, samples, testbed.speedup_goal(2.5)),
+        compare("1", title, "ms", samples, service_goal=at_most_times_limit(1.5)),
+        state_values("1", overall_title, "keys/s", _overall_rates(samples)),
+        state_values("1", slowdown_title, "", _slowdown(samples), goal=goal),
     ]
-    stage.settle()
+    testbed.run_maintenance()
 
 
-def sizes(stage: Stage, results: Results) -> None:
-    """Measure what depends on the size of the backup in a poor implementation."""
-    counts = (0, stage.size // 100, stage.size // 10, stage.size)
-    backups = {count: stage.backup(count) for count in counts}
-    plan, source = stage.plan, stage.source
-    lookups: Iterable[Sequence[Key]] = [()] * plan.fast
-    lots = source.batches(plan.slow // 2)
-    version = _across(backups, look, lookups)
-    single = _across(backups, upload_one, source.batches(plan.fast, 1))
-    batch = _across(backups, upload, lots, SHORT_BURST)
-    if not stage.on_sqlite:
+def sizes(testbed: Testbed, results: Results) -> None:
+    """Measure operations whose cost may grow with the backup, at four sizes."""
+    counts = (0, testbed.full_size // 100, testbed.full_size // 10, testbed.full_size)
+    backups = {count: testbed.create_backups(count) for count in counts}
+    plan, source = testbed.plan, testbed.key_source
+    no_keys: Iterable[Sequence[Key]] = [()] * plan.fast_samples
+    key_batches = source.batches(plan.slow_samples // 2)
+    version = _sample_sizes(backups, get_version, no_keys)
+    single = _sample_sizes(backups, upload_one, source.batches(plan.fast_samples, 1))
+    batch = _sample_sizes(backups, upload, key_batches, SHORT_BURST)
+    if not testbed.on_sqlite:
         results.points += [
-            *_points(version, "look", 0),
-            *_points(single, "upload_one", 1),
-            *_points(batch, "upload", BATCH),
+            *_points_of(version, "get_version", 0),
+            *_points_of(single, "upload_one", 1),
+            *_points_of(batch, "upload", BATCH),
         ]
-    empty, full = single[0], single[stage.size]
-    goal = stage.unless_sqlite(at_most(1.3))
+    empty, full = single[0], single[testbed.full_size]
+    goal = testbed.postgres_goal(at_most(1.3))
     title = "a single new key: full against empty"
     results.lines += [
-        _single("empty backup", empty, stage.speedup(1.8)),
-        _single(f"{stage.size:,} keys", full, stage.speedup(8)),
-        state("2", title, "", growth(empty, full), goal=goal),
-        _version(f"{stage.size:,} keys", version[stage.size], stage),
+        _compare_single("empty backup", empty, testbed.speedup_goal(1.8)),
+        _compare_single(f"{testbed.full_size:,} keys", full, testbed.speedup_goal(8)),
+        state_values("2", title, "", median_quotients(empty, full), goal=goal),
+        _compare_version(
+            f"{testbed.full_size:,} keys", version[testbed.full_size], testbed
+        ),
     ]
 
 
-def just_stored(stage: Stage, results: Results) -> None:
-    """Measure again what depends on it before the table was ever vacuumed."""
-    backups = {stage.size: stage.backup(stage.size, vacuumed=False)}
-    lookups: Iterable[Sequence[Key]] = [()] * stage.plan.slow
-    version = _across(backups, look, lookups)
-    single = _across(backups, upload_one, stage.source.batches(stage.plan.slow, 1))
-    at = f"{stage.size:,} keys just stored (not vacuumed)"
+def unvacuumed(testbed: Testbed, results: Results) -> None:
+    """Measure GET version and a single upload before the table's first vacuum."""
+    backups = {
+        testbed.full_size: testbed.create_backups(testbed.full_size, vacuumed=False)
+    }
+    no_keys: Iterable[Sequence[Key]] = [()] * testbed.plan.slow_samples
+    version = _sample_sizes(backups, get_version, no_keys)
+    single = _sample_sizes(
+        backups, upload_one, testbed.key_source.batches(testbed.plan.slow_samples, 1)
+    )
+    at = f"{testbed.full_size:,} keys just stored (not vacuumed)"
     results.lines += [
-        _single(at, single[stage.size], stage.speedup(8)),
-        _version(at, version[stage.size], stage),
+        _compare_single(at, single[testbed.full_size], testbed.speedup_goal(8)),
+        _compare_version(at, version[testbed.full_size], testbed),
     ]
-    stage.settle()
+    testbed.run_maintenance()
 
 
-def merges(stage: Stage, results: Results) -> None:
-    """Upload keys that are there already, better ones and the same ones."""
-    backups = stage.backup(stage.size)
-    update = _each(backups, partial(upload, work="update"))
-    ignore = _each(backups, partial(upload, work="compare"))
-    lots = [
-        stage.master[start : start + BATCH]
-        for start in range(0, stage.size - BATCH + 1, BATCH)
+def merges(testbed: Testbed, results: Results) -> None:
+    """Measure uploads of keys already stored: better keys and equal keys."""
+    backups = testbed.create_backups(testbed.full_size)
+    update = _bind(backups, partial(upload, statement="update"))
+    ignore = _bind(backups, partial(upload, statement="compare"))
+    key_batches = [
+        testbed.template_keys[start : start + BATCH]
+        for start in range(0, testbed.full_size - BATCH + 1, BATCH)
     ]
-    half = min(len(lots) // 2, stage.plan.slow)
-    better = ([key.better() for key in lot] for lot in lots[:half])
+    half = min(len(key_batches) // 2, testbed.plan.slow_samples)
+    better = ([key.better() for key in batch] for batch in key_batches[:half])
     improved = interleave(update, better, burst=SHORT_BURST)
-    check_key(backups, stage.master[0].better())
-    same = interleave(ignore, lots[half : 2 * half], burst=SHORT_BURST)
-    better_title = f"{BATCH} better keys in {stage.size:,}"
-    equal_title = f"{BATCH} equal keys in {stage.size:,}"
+    check_key(backups, testbed.template_keys[0].better())
+    same = interleave(ignore, key_batches[half : 2 * half], burst=SHORT_BURST)
+    better_title = f"{BATCH} better keys in {testbed.full_size:,}"
+    equal_title = f"{BATCH} equal keys in {testbed.full_size:,}"
     results.lines += [
-        compare("3", better_title, "ms", improved, goal=stage.speedup(13)),
-        compare("3", equal_title, "ms", same, goal=stage.speedup(5)),
+        compare("3", better_title, "ms", improved, goal=testbed.speedup_goal(13)),
+        compare("3", equal_title, "ms", same, goal=testbed.speedup_goal(5)),
     ]
-    stage.settle()
+    testbed.run_maintenance()
 
 
-def _rates(title: str, samples: Samples, goal: Goal) -> Line:
-    """Compare keys per second."""
+def _compare_rates(title: str, samples: Samples, goal: Goal) -> Line:
+    """Return the line that compares keys per second."""
     rates = {
         name: [1e3 * BATCH / milliseconds for milliseconds in taken]
         for name, taken in samples.items()
@@ -121,84 +127,90 @@ def _rates(title: str, samples: Samples, goal: Goal) -> Line:
     return compare("1", title, "keys/s", rates, goal=goal, more_is_better=True)
 
 
-def _single(at: str, samples: Samples, goal: Goal) -> Line:
-    """Compare uploads of a single key."""
+def _compare_single(at: str, samples: Samples, goal: Goal) -> Line:
+    """Return the line that compares uploads of a single key."""
     title = f"a single new key, {at}"
-    return compare("2", title, "ms", samples, goal=goal, service_goal=within(4))
+    return compare(
+        "2", title, "ms", samples, goal=goal, service_goal=at_most_times_limit(4)
+    )
 
 
-def _version(at: str, samples: Samples, stage: Stage) -> Line:
-    """Compare looks at the current version."""
-    goal = stage.speedup(10)
+def _compare_version(at: str, samples: Samples, testbed: Testbed) -> Line:
+    """Return the line that compares GET version."""
+    goal = testbed.speedup_goal(10)
     return compare("4", f"GET version, {at}", "ms", samples, goal=goal)
 
 
-def upload(backup: Backup, keys: Sequence[Key], work: str = "insert") -> float:
-    """Upload keys at once."""
-    return backup.milliseconds(backup.upload(keys, work))
+def upload(backup: Backup, keys: Sequence[Key], statement: str = "insert") -> float:
+    """Upload keys in a single request and return the milliseconds."""
+    return backup.milliseconds(backup.upload(keys, statement))
 
 
 def upload_one(backup: Backup, keys: Sequence[Key]) -> float:
-    """Upload a single key."""
+    """Upload a single key and return the milliseconds."""
     (key,) = keys
     return backup.milliseconds(backup.upload_one(key))
 
 
-def look(backup: Backup, _: Sequence[Key]) -> float:
-    """Look at the current version."""
+def get_version(backup: Backup, _: Sequence[Key]) -> float:
+    """Request the current version and return the milliseconds."""
     return backup.milliseconds(backup.get_version())
 
 
-def growth(empty: Samples, full: Samples) -> dict[str, float]:
-    """Divide what it costs at a full backup by what it costs at an empty one."""
+def median_quotients(empty: Samples, full: Samples) -> dict[str, float]:
+    """Divide each server's median on a full backup by the median on an empty backup."""
     return {
         name: Summary.of(full[name]).median / Summary.of(empty[name]).median
         for name in full
     }
 
 
-def _each(
+def _bind(
     backups: Backups, operation: Operation
 ) -> dict[str, Callable[[Sequence[Key]], float]]:
     """Bind an operation to each server's backup."""
     return {name: partial(operation, backup) for name, backup in backups.items()}
 
 
-def _across(
+def _sample_sizes(
     backups: Mapping[int, Backups],
     operation: Operation,
-    materials: Iterable[Sequence[Key]],
+    inputs: Iterable[Sequence[Key]],
     burst: int = BURST,
 ) -> dict[int, dict[str, list[float]]]:
-    """Sample one operation at all sizes and servers in turn."""
+    """Sample an operation at all backup sizes on all servers, interleaved."""
     samplers = {
         (count, name): partial(operation, backup)
         for count, each in backups.items()
         for name, backup in each.items()
     }
     by_size: dict[int, dict[str, list[float]]] = {count: {} for count in backups}
-    for (count, name), taken in interleave(samplers, materials, burst=burst).items():
+    for (count, name), taken in interleave(samplers, inputs, burst=burst).items():
         by_size[count][name] = taken
     return by_size
 
 
-def _points(
+def _points_of(
     by_size: Mapping[int, Samples], operation: str, added: int
 ) -> Iterator[Point]:
-    """Make points of the samples, each at the mean size during the sampling."""
+    """Yield a plot point for each size and server.
+
+    An operation that adds keys enlarges the backup: the point is at the mean size
+    during the sampling.
+    """
     for count, samples in by_size.items():
         for name, taken in samples.items():
             size = count + len(taken) * added // 2
             yield Point(operation, size, name, Summary.of(taken))
 
 
-def _overall(samples: Samples) -> dict[str, float]:
-    """Divide all keys by the time that all uploads took."""
+def _overall_rates(samples: Samples) -> dict[str, float]:
+    """Return keys per second over all uploads of each server."""
     return {name: 1e3 * BATCH * len(each) / sum(each) for name, each in samples.items()}
 
 
 def _slowdown(samples: Samples) -> dict[str, float]:
-    """Compare the medians of the last and the first tenth of the uploads."""
+    """Divide the median of the last tenth of the uploads by that of the first."""
     tenth = max(len(samples[PLUGIN]) // 10, 1)
     return {
         name: Summary.of(taken[-tenth:]).median / Summary.of(taken[:tenth]).median

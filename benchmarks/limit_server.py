@@ -1,8 +1,8 @@
-"""The physical limit: a bare site that runs one statement a request.
+"""The physical limit: a bare Twisted site that runs one SQL statement per request.
 
-It checks nothing and knows no users: the bearer token is the user's id, and the
-header ``Work`` names the statement. Run as a script with the port and a file that
-says how to connect to the database.
+No request is validated and no user is authenticated: the bearer token is the user id,
+and the header ``Statement`` names the statement. Script arguments are the port and a
+JSON file with psycopg2's connection arguments.
 """
 
 import json
@@ -10,7 +10,7 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import psycopg2
@@ -23,7 +23,7 @@ from twisted.web.resource import Resource
 from twisted.web.server import NOT_DONE_YET, Request, Site
 
 _THREADS = 20
-_PIECE_BYTES = 1 << 18
+_MIN_WRITE_BYTES = 1 << 18
 
 _INSERT = """
 INSERT INTO e2e_room_keys
@@ -67,11 +67,11 @@ SELECT algorithm, auth_data, version, etag
 FROM e2e_room_keys_versions WHERE user_id = %s ORDER BY version DESC LIMIT 1
 """
 _DELETE = "DELETE FROM e2e_room_keys WHERE user_id = %s AND version = %s"
-_DONE = b'{"etag":"2","count":1}'
+_UPLOAD_RESPONSE = b'{"etag":"2","count":1}'
 
 
 class _Key(msgspec.Struct):
-    """A key as uploaded, its data left as it is."""
+    """An uploaded key; session_data stays undecoded."""
 
     first_message_index: int
     forwarded_count: int
@@ -80,43 +80,51 @@ class _Key(msgspec.Struct):
 
 
 class _Room(msgspec.Struct):
-    """The keys of one room."""
+    """The keys of one room by session id."""
 
     sessions: dict[str, _Key]
 
 
 class _Upload(msgspec.Struct):
-    """A whole upload."""
+    """The body of an upload: rooms by room id."""
 
     rooms: dict[str, _Room]
 
 
 _decode_upload = msgspec.json.Decoder(_Upload).decode
 _decode_key = msgspec.json.Decoder(_Key).decode
-_Columns = tuple[
-    list[str], list[str], list[int], list[int], list[bool], list[str]
-]  # room, session, index, forwarded, verified, data
+
+
+class _Columns(NamedTuple):
+    """The keys of an upload as a list per column, in the order of the statements."""
+
+    room_id: list[str]
+    session_id: list[str]
+    first_message_index: list[int]
+    forwarded_count: list[int]
+    is_verified: list[bool]
+    session_data: list[str]
 
 
 def _columns(content: bytes) -> _Columns:
-    """Turn an upload into one list for each column."""
-    columns: _Columns = ([], [], [], [], [], [])
+    """Decode an upload and transpose it into a list per column."""
+    columns = _Columns([], [], [], [], [], [])
     for room_id, room in _decode_upload(content).rooms.items():
         for session_id, key in room.sessions.items():
-            columns[0].append(room_id)
-            columns[1].append(session_id)
-            columns[2].append(key.first_message_index)
-            columns[3].append(key.forwarded_count)
-            columns[4].append(key.is_verified)
-            columns[5].append(bytes(key.session_data).decode())
+            columns.room_id.append(room_id)
+            columns.session_id.append(session_id)
+            columns.first_message_index.append(key.first_message_index)
+            columns.forwarded_count.append(key.forwarded_count)
+            columns.is_verified.append(key.is_verified)
+            columns.session_data.append(bytes(key.session_data).decode())
     return columns
 
 
 class _Job:
-    """One request's work, done in a thread."""
+    """Statement and parameters of a request; the methods run in a database thread."""
 
     def __init__(self, request: Request) -> None:
-        """Read the request off before leaving the reactor's thread."""
+        """Read user, path, version and body of the request in the reactor's thread."""
         self.request = request
         authorization = request.getHeader("Authorization") or ""
         self.user_id = authorization.partition(" ")[2]
@@ -126,33 +134,36 @@ class _Job:
         self.content: bytes = request.content.read() if request.content else b""
 
     def insert(self, cursor: Any) -> bytes:
-        """Store new keys."""
+        """Insert new keys."""
         cursor.execute(_INSERT, (self.user_id, self.version, *_columns(self.content)))
-        return _DONE
+        return _UPLOAD_RESPONSE
 
     def update(self, cursor: Any) -> bytes:
-        """Replace keys."""
+        """Update existing keys."""
         cursor.execute(_UPDATE, (*_columns(self.content), self.user_id, self.version))
-        return _DONE
+        return _UPLOAD_RESPONSE
 
     def compare(self, cursor: Any) -> bytes:
-        """Read what is needed to find that all keys are there."""
-        rooms, sessions, *_ = _columns(self.content)
-        cursor.execute(_COMPARE, (rooms, sessions, self.user_id, self.version))
+        """Read the stored keys that an upload of equal keys is compared with."""
+        columns = _columns(self.content)
+        cursor.execute(
+            _COMPARE,
+            (columns.room_id, columns.session_id, self.user_id, self.version),
+        )
         cursor.fetchall()
-        return _DONE
+        return _UPLOAD_RESPONSE
 
     def insert_one(self, cursor: Any) -> bytes:
-        """Store one new key."""
+        """Insert a new key."""
         key = _decode_key(self.content)
         values = (key.first_message_index, key.forwarded_count, key.is_verified)
         data = bytes(key.session_data).decode()
         where = (self.user_id, self.version, *self.path[-2:])
         cursor.execute(_INSERT_ONE, (*where, *values, data))
-        return _DONE
+        return _UPLOAD_RESPONSE
 
     def key(self, cursor: Any) -> bytes:
-        """Read one key."""
+        """Return a key as JSON."""
         cursor.execute(_KEY, (self.user_id, self.version, *self.path[-2:]))
         index, forwarded, verified, data = cursor.fetchone()
         return (
@@ -160,8 +171,8 @@ class _Job:
             f'"is_verified":{"true" if verified else "false"},"session_data":{data}}}'
         ).encode()
 
-    def backup(self, cursor: Any) -> bytes:
-        """Read the newest backup's description."""
+    def newest_version(self, cursor: Any) -> bytes:
+        """Return the description of the newest version as JSON."""
         cursor.execute(_VERSION, (self.user_id,))
         algorithm, auth_data, version, etag = cursor.fetchone()
         return (
@@ -175,88 +186,91 @@ class _Job:
         return b"{}"
 
     def whole(self, cursor: Any) -> bytes:
-        """Pass on a whole backup that is stored ready to be read out."""
-        return self._copy(cursor, "benchmark.backup")
+        """Stream a whole backup that is stored as finished JSON."""
+        return self._stream_table(cursor, "benchmark.backup")
 
     def room(self, cursor: Any) -> bytes:
-        """Pass on a room that is stored ready to be read out."""
-        return self._copy(cursor, "benchmark.room")
+        """Stream a room that is stored as finished JSON."""
+        return self._stream_table(cursor, "benchmark.room")
 
-    def _copy(self, cursor: Any, table: str) -> bytes:
-        """Pass on a table while it is read."""
-        sink = _Sink(self.request)
+    def _stream_table(self, cursor: Any, table: str) -> bytes:
+        """Copy a table to the client while PostgreSQL reads it."""
+        sink = _CopyToClient(self.request)
         cursor.copy_expert(f"COPY {table} TO STDOUT", sink)
         sink.flush()
         return b""
 
 
-_WORK: dict[str, Callable[[_Job, Any], bytes]] = {
+_STATEMENTS: dict[str, Callable[[_Job, Any], bytes]] = {
     "insert": _Job.insert,
     "update": _Job.update,
     "compare": _Job.compare,
     "insert-one": _Job.insert_one,
     "key": _Job.key,
-    "version": _Job.backup,
+    "version": _Job.newest_version,
     "delete": _Job.delete,
     "whole": _Job.whole,
     "room": _Job.room,
 }
 
 
-class _Sink:
-    """A file that COPY writes into and that the client reads out of."""
+class _CopyToClient:
+    """File-like target for COPY that sends its data to the client."""
 
     def __init__(self, request: Request) -> None:
-        """Begin with nothing."""
+        """Begin with an empty buffer."""
         self._request = request
         self._pieces: list[bytes] = []
         self._size = 0
 
     def write(self, data: bytes) -> None:
-        """Take in a line, and send what is long enough."""
+        """Buffer data, and flush a full buffer."""
         self._pieces.append(data)
         self._size += len(data)
-        if self._size >= _PIECE_BYTES:
+        if self._size >= _MIN_WRITE_BYTES:
             self.flush()
 
     def flush(self) -> None:
-        """Hand over to the reactor's thread what has been gathered."""
+        """Have the reactor's thread write the buffer to the client."""
         piece = b"".join(self._pieces)
         self._pieces.clear()
         self._size = 0
         IReactorThreads(reactor).callFromThread(self._request.write, piece)
 
 
-class _Bare(Resource):
-    """Every path there is."""
+class _LimitResource(Resource):
+    """Resource that answers every path."""
 
     isLeaf = True
 
     def __init__(self, arguments: dict[str, Any]) -> None:
-        """Keep how to connect; each thread does so once."""
+        """Store the connection arguments; each thread connects once, on first use."""
         super().__init__()  # type: ignore[no-untyped-call]
         self._arguments = arguments
         self._local = threading.local()
 
     def render(self, request: HttpRequest) -> int:
-        """Do the work in a thread and answer."""
+        """Run the statement in a thread, then send the response."""
         assert isinstance(request, Request)
-        work = _WORK[request.getHeader("Work") or ""]
-        done = deferToThread(self._run, work, _Job(request))
+        statement = _STATEMENTS[request.getHeader("Statement") or ""]
+        done = deferToThread(self._run, statement, _Job(request))
         done.addCallbacks(self._finish, self._fail, (request,), {}, (request,), {})
         return NOT_DONE_YET
 
-    def _run(self, work: Callable[[_Job, Any], bytes], job: _Job) -> bytes:
-        """Run the statement on this thread's connection."""
+    def _run(self, statement: Callable[[_Job, Any], bytes], job: _Job) -> bytes:
+        """Run the statement on this thread's connection and return the response body.
+
+        The body is empty if the statement has streamed the response already.
+        """
         if not hasattr(self._local, "cursor"):
             connection = psycopg2.connect(**self._arguments)
             connection.autocommit = True
             self._local.cursor = connection.cursor()
-        return work(job, self._local.cursor)
+        return statement(job, self._local.cursor)
 
     @staticmethod
     def _finish(answer: bytes, request: Request) -> None:
-        """Send what is not sent yet."""
+        """Send a body that isn't empty, and finish the request."""
         if answer:
             request.setHeader("Content-Length", str(len(answer)))
             request.write(answer)
@@ -264,7 +278,7 @@ class _Bare(Resource):
 
     @staticmethod
     def _fail(failure: Failure, request: Request) -> None:
-        """Tell what went wrong."""
+        """Respond with 500 and the traceback."""
         request.setResponseCode(500)
         request.write(failure.getTraceback().encode())
         request.finish()
@@ -274,7 +288,7 @@ def main(port: int, arguments: dict[str, Any]) -> None:
     """Serve until killed."""
     host: Any = reactor
     host.suggestThreadPoolSize(_THREADS)
-    host.listenTCP(port, Site(_Bare(arguments)), interface="127.0.0.1")
+    host.listenTCP(port, Site(_LimitResource(arguments)), interface="127.0.0.1")
     host.run()
 
 

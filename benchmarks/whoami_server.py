@@ -1,6 +1,6 @@
-"""A homeserver that knows everybody: the bearer token is the user's id.
+"""Minimal homeserver that only answers whoami: the bearer token is the user id.
 
-Run as a script with the port.
+The script argument is the port.
 """
 
 import json
@@ -13,12 +13,12 @@ from twisted.web.server import Request, Site
 
 
 class Whoami(Resource):
-    """Answers who sends a request."""
+    """Resource that answers every path with the sender's user id."""
 
     isLeaf = True
 
     def render_GET(self, request: Request) -> bytes:
-        """Answer with the token."""
+        """Return the token as the user id."""
         token = (request.getHeader("Authorization") or "").removeprefix("Bearer ")
         request.setHeader("Content-Type", "application/json")
         return json.dumps({"user_id": token, "device_id": "DEVICE"}).encode()

@@ -1,4 +1,4 @@
-"""Downloads a backup over and over, run as a script with a port and a request."""
+"""Script that downloads a backup in a loop: arguments are a port and a request file."""
 
 import sys
 from pathlib import Path
@@ -7,7 +7,7 @@ from .client import Connection
 
 
 def main(port: int, request: bytes) -> None:
-    """Download until killed; tell when it begins."""
+    """Print a line at the start, then send the request in a loop until killed."""
     with Connection(port) as connection:
         print("downloading", flush=True)
         while True:

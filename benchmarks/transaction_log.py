@@ -1,8 +1,8 @@
-"""Counts transactions in PostgreSQL's log, autocommitted ones as well.
+"""Transaction counter over PostgreSQL's log; autocommitted statements count too.
 
-With ``log_duration`` each statement leaves a line when it is done, and the ``%v`` in
-front of it ends in ``/0`` when it was the last of its transaction. So one such line is
-one transaction.
+With ``log_duration`` each completed statement writes a line. Its prefix has the virtual
+transaction id (``%v``), which ends in ``/0`` after the last statement of a transaction.
+So each such line stands for a transaction.
 """
 
 import contextlib
@@ -14,27 +14,27 @@ from pathlib import Path
 from .databases import PostgresDatabase
 
 _PREFIX = "db=%d vxid=%v "
-_ON = (
+_ENABLE = (
     "ALTER SYSTEM SET log_duration = on",
     f"ALTER SYSTEM SET log_line_prefix = '{_PREFIX}'",
     "SELECT pg_reload_conf()",
 )
-_OFF = ("ALTER SYSTEM RESET ALL", "SELECT pg_reload_conf()")
+_DISABLE = ("ALTER SYSTEM RESET ALL", "SELECT pg_reload_conf()")
 _RELOAD_SECONDS = 0.3
 
 
 class TransactionLog:
-    """A server's log, read from where the last look at it ended."""
+    """Reader of a PostgreSQL log; its position is kept between counts."""
 
     def __init__(self, file: Path, database: str) -> None:
-        """Follow one database in a log."""
+        """Read a log for the transactions of a database."""
         name = re.escape(database)
         self._pattern = re.compile(rf"^db={name} vxid=\d+/0 LOG:  duration", re.M)
         self._file = file
         self._position = 0
 
-    def count(self) -> int:
-        """Count transactions since the last look."""
+    def count_new(self) -> int:
+        """Return the number of transactions logged since the last call."""
         with self._file.open("rb") as stream:
             stream.seek(self._position)
             text = stream.read()
@@ -43,13 +43,13 @@ class TransactionLog:
 
 
 @contextlib.contextmanager
-def logging(database: PostgresDatabase) -> Iterator[None]:
-    """Have the ends of transactions logged for a while."""
-    for statement in _ON:
+def log_transactions(database: PostgresDatabase) -> Iterator[None]:
+    """Have PostgreSQL log the end of every transaction inside the context."""
+    for statement in _ENABLE:
         database.execute(statement)
     time.sleep(_RELOAD_SECONDS)
     try:
         yield
     finally:
-        for statement in _OFF:
+        for statement in _DISABLE:
             database.execute(statement)
