@@ -1,5 +1,6 @@
 """Resources per new key: write-ahead log and processor time."""
 
+import contextlib
 from collections.abc import Sequence
 
 import attrs
@@ -76,8 +77,12 @@ class ResourceMeter:
         """Read all counters."""
         ((position,),) = postgres_database(self._backup.server).query(_READ_LSN)
         server = cpu_seconds(self._backup.server.pid)
-        pids = (self._postmaster, *children(self._postmaster))
-        return _Counters(int(position), server, {pid: cpu_seconds(pid) for pid in pids})
+        postgres = {}
+        for pid in (self._postmaster, *children(self._postmaster)):
+            # A PostgreSQL process may end between its listing and this.
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                postgres[pid] = cpu_seconds(pid)
+        return _Counters(int(position), server, postgres)
 
 
 @attrs.frozen
