@@ -8,8 +8,8 @@ from operator import attrgetter
 
 import attrs
 
+# Keys in an upload of many.
 BATCH = 200
-BIG_ROOM_PERCENT = 12
 _ROOM_COUNT = 400
 _CIPHERTEXT_BYTES = 585
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"

@@ -23,6 +23,8 @@ from twisted.web.resource import Resource
 from twisted.web.server import NOT_DONE_YET, Request, Site
 
 _THREADS = 20
+# COPY writes a line at a time. Each write to the client is a call in the reactor's
+# thread, so lines are collected until they have this size.
 _MIN_WRITE_BYTES = 1 << 18
 
 _INSERT = """

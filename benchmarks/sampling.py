@@ -13,8 +13,10 @@ from typing import TypeVar
 
 import attrs
 
+# Samples that a sampler takes in a row: of single requests, and of batches.
 BURST = 10
 SHORT_BURST = 5
+# Units of /proc on Linux.
 _PAGE_BYTES = 4096
 _TICKS_PER_SECOND = 100
 _MEMORY_INTERVAL_SECONDS = 0.01

@@ -20,6 +20,7 @@ _ENABLE = (
     "SELECT pg_reload_conf()",
 )
 _DISABLE = ("ALTER SYSTEM RESET ALL", "SELECT pg_reload_conf()")
+# Time for the server's processes to reload the configuration.
 _RELOAD_SECONDS = 0.3
 
 

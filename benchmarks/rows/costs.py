@@ -12,6 +12,7 @@ from ..sampling import children, cpu_seconds, interleave
 from ..testbed import Testbed
 from .statements import postgres_database
 
+# Uploads in a sample: enough for the resolution of processor time, which is 10 ms.
 _BATCHES = 20
 _READ_LSN = "SELECT pg_current_wal_insert_lsn() - '0/0'"
 

@@ -16,6 +16,7 @@ from ..servers import download_in_background
 from ..testbed import Testbed
 
 _PAUSE_SECONDS = 0.005
+# Duration of the idle probes, as a share of the probes during the restore.
 _IDLE_SHARE = 0.5
 _KINDS = ("upload", "whoami")
 _TITLES = {"upload": "another user's single upload", "whoami": "GET whoami"}
@@ -73,6 +74,8 @@ def restore(testbed: Testbed, results: Results) -> None:
     owners = testbed.create_backups(testbed.full_size)
     backups = testbed.create_backups(0)
     plan = testbed.plan
+    # With pauses of 5 ms a round of 1.5 * restore_seconds has at most 300 uploads for
+    # each of these seconds; the other keys are a reserve.
     key_count = int(plan.rounds * plan.restore_seconds * 400) + 1000
     probed_server = {**{name: name for name in testbed.synapses}, LIMIT: PLUGIN}
     probes = {

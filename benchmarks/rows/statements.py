@@ -27,6 +27,7 @@ _COUNT_TRANSACTIONS = """
 SELECT xact_commit + xact_rollback FROM pg_stat_database
 WHERE datname = current_database()
 """
+# An idle process of PostgreSQL publishes its statistics after at most 10 s.
 _STATISTICS_DELAY_SECONDS = 11.0
 _CROSS_CHECK_UPLOADS = 300
 
