@@ -12,8 +12,7 @@ from . import app
 from .check import Check
 from .config import example, load_config, load_database, read_yaml
 from .logs import set_up_logs
-from .migrate import MigrateError, migrate, synapse_database
-from .progress import Progress
+from .migration import MigrateError, Progress, migrate, synapse_database
 
 #: What the process ends with when the configuration is wrong, as argparse has it.
 _USAGE = 2

@@ -21,8 +21,7 @@ import pytest
 from twisted.internet.defer import Deferred, inlineCallbacks
 
 from synapse_roomkeys.service.config import DatabaseConfig
-from synapse_roomkeys.service.migrate import MigrateError, migrate
-from synapse_roomkeys.service.progress import Progress, Result
+from synapse_roomkeys.service.migration import MigrateError, Progress, Result, migrate
 
 from ..backup_client import Api
 from ..contract import Client
@@ -446,8 +445,8 @@ PROGRAM = """
 import re, sys
 from pathlib import Path
 from synapse_roomkeys.service.config import DatabaseConfig
-from synapse_roomkeys.service.migrate import migrate
-from synapse_roomkeys.service.progress import Progress
+from synapse_roomkeys.service.migration import migrate
+from synapse_roomkeys.service.migration import Progress
 small, large, target = map(eval, sys.argv[1:])
 peaks = []
 for source in (small, large):

@@ -10,14 +10,14 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from synapse_roomkeys.config import OptionError
 from synapse_roomkeys.service.config import DatabaseConfig
-from synapse_roomkeys.service.migrate import (
+from synapse_roomkeys.service.migration import Progress, Result
+from synapse_roomkeys.service.migration.run import (
     Verdict,
     changes,
     judge,
     synapse_database,
 )
-from synapse_roomkeys.service.progress import Progress, Result
-from synapse_roomkeys.service.sides import Held, Version
+from synapse_roomkeys.service.migration.side import Held, Version
 
 COPY = Version("@user:test.example", 1, "algorithm", "{}", False, 3, 5)
 #: Every way in which a version can be another one, but for its count.

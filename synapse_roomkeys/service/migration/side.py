@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import attrs
 
-from ..storage import sql
+from ...storage import sql
 
 #: How many versions are looked at together.
 PAGE_VERSIONS = 1000

@@ -4,8 +4,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from io import BytesIO
 from typing import Any
 
-from ..storage import PAGE_KEYS, postgres, sql, upgrade_tables, with_timeouts
-from .sides import (
+from ...storage import PAGE_KEYS, postgres, sql, upgrade_tables, with_timeouts
+from .side import (
     HELD,
     HELD_ONE,
     KEY_COLUMNS,

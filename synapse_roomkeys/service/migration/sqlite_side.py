@@ -5,8 +5,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..storage import SQLITE, sql, upgrade_tables
-from .sides import (
+from ...storage import SQLITE, sql, upgrade_tables
+from .side import (
     HELD_ONE,
     KEY_COLUMNS,
     KEYS,

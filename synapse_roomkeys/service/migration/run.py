@@ -16,13 +16,13 @@ from contextlib import closing
 from enum import Enum
 from typing import Any
 
-from ..config import OptionError
-from ..describe import error_line
-from ..storage import PAGE_KEYS, SQLITE, SchemaError, postgres
-from .config import DatabaseConfig, check_arguments
+from ...config import OptionError
+from ...describe import error_line
+from ...storage import PAGE_KEYS, SQLITE, SchemaError, postgres
+from ..config import DatabaseConfig, check_arguments
 from .postgres_side import PostgresSide
-from .progress import Progress, Result
-from .sides import Held, Row, Side, Version, parse_version
+from .report import Progress, Result
+from .side import Held, Row, Side, Version, parse_version
 from .sqlite_side import SqliteSide
 
 #: How many rows are written before they are committed, about. A backup is never split.
