@@ -10,12 +10,38 @@ from ..config import OptionError
 from ..version import __version__
 from . import app
 from .check import Check
-from .config import example, load_config, load_database, read_yaml
+from .config import DatabaseConfig, example, load_config, load_database, read_yaml
 from .logs import set_up_logs
-from .migration import MigrateError, Progress, migrate, synapse_database
+from .migration import (
+    Keep,
+    MigrateError,
+    Options,
+    Progress,
+    migrate,
+    synapse_database,
+)
 
 #: What the process ends with when the configuration is wrong, as argparse has it.
 _USAGE = 2
+#: Exit code after Ctrl-C, as shells have it: 128 and the number of SIGINT.
+_INTERRUPTED = 130
+
+_MIGRATE = """\
+Copy key backups between the service's database and a Synapse's, in either direction,
+while the servers run. Each run brings what has changed since the last one; a run that
+was interrupted goes on where it ended.
+"""
+_MIGRATE_EXAMPLES = """\
+examples:
+  synapse-roomkeys migrate --config roomkeys.yaml --from homeserver.yaml --dry-run
+  synapse-roomkeys migrate --config roomkeys.yaml --from homeserver.yaml
+  synapse-roomkeys migrate --config roomkeys.yaml --to homeserver.yaml
+  synapse-roomkeys migrate --config roomkeys.yaml --from homeserver.yaml \\
+      --keep better --user @alice:example.org
+
+exit codes: 0 done, 1 something is left to do (the last line says what), 2 wrong usage
+or configuration, 3 a database can't be reached, 130 interrupted by Ctrl-C
+"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -69,15 +95,48 @@ def _parser() -> argparse.ArgumentParser:
     config.set_defaults(run=_config)
 
     move = commands.add_parser(
-        "migrate", parents=[files], help="copy the backups of a Synapse's database"
+        "migrate",
+        parents=[files],
+        help="copy the backups of a Synapse, or back to it",
+        description=_MIGRATE,
+        epilog=_MIGRATE_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    move.add_argument(
+    synapse = move.add_mutually_exclusive_group(required=True)
+    synapse.add_argument(
         "--from",
         dest="source",
         type=Path,
-        required=True,
         metavar="FILE",
-        help="the Synapse's homeserver.yaml",
+        help="homeserver.yaml of the Synapse to copy from",
+    )
+    synapse.add_argument(
+        "--to",
+        dest="target",
+        type=Path,
+        metavar="FILE",
+        help="homeserver.yaml of the Synapse to copy back to",
+    )
+    move.add_argument(
+        "--keep",
+        type=Keep,
+        choices=list(Keep),
+        metavar="|".join(keep.value for keep in Keep),
+        help="where the target has changed: overwrite it with the source, leave the"
+        " target, or merge the better keys of both; without it nothing is done there",
+    )
+    move.add_argument(
+        "--user",
+        dest="users",
+        action="append",
+        default=[],
+        metavar="USER",
+        help="copy this user only, such as @alice:example.org; may be repeated",
+    )
+    move.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="write nothing, say what would be done",
     )
     move.set_defaults(run=_migrate)
     return parser
@@ -106,15 +165,41 @@ def _config(options: argparse.Namespace) -> int:
 
 
 def _migrate(options: argparse.Namespace) -> int:
-    target = load_database(options.config, os.environ)
     try:
-        source = synapse_database(read_yaml(options.source))
-    except OptionError as error:
-        raise OptionError(str(options.source), str(error)) from None
-    try:
-        result = migrate(source, target, Progress(sys.stderr))
+        service = load_database(options.config, os.environ)
+        synapse = _synapse(options.source or options.target)
+        to_service = options.source is not None
+        result = migrate(
+            *((synapse, service) if to_service else (service, synapse)),
+            Progress(sys.stderr),
+            Options(
+                keep=options.keep,
+                users=tuple(options.users),
+                dry_run=options.dry_run,
+                make_tables=to_service,
+            ),
+        )
     except MigrateError as error:
         print(f"synapse-roomkeys: {error}", file=sys.stderr)
-        return 1
+        return error.exit_code
+    except KeyboardInterrupt:
+        print(
+            "synapse-roomkeys: interrupted: the backups committed so far stay; run the"
+            " same command again to go on",
+            file=sys.stderr,
+        )
+        return _INTERRUPTED
     print("\n".join(result.lines()))
-    return 0 if result.is_equal else 1
+    return 0 if result.is_done else 1
+
+
+def _synapse(path: Path) -> DatabaseConfig:
+    """Read the database of a Synapse's configuration.
+
+    Raises:
+        OptionError: it names the file.
+    """
+    try:
+        return synapse_database(read_yaml(path))
+    except OptionError as error:
+        raise OptionError(str(path), str(error)) from None

@@ -159,12 +159,21 @@ def load_config(
 
 
 def load_database(paths: Sequence[Path], environ: Mapping[str, str]) -> DatabaseConfig:
-    """Read what `load_config` does, and need nothing but the database.
+    """Read the database alone, which must be named: the default is a file in the
+    working directory, and a command run elsewhere would make another one.
 
     Raises:
-        OptionError: as `load_config`.
+        OptionError: as `load_config`, or no database is named.
     """
-    return _database(_read(paths, environ))
+    values = _read(paths, environ)
+    is_named = any(name.startswith(_ARGS) for name in values)
+    if not is_named and values.get("database.name") != "psycopg2":
+        raise OptionError(
+            "database.args",
+            "must name the service's database: give its file with --config, or set"
+            f" {PREFIX}DATABASE_NAME and {PREFIX}DATABASE_ARGS_...",
+        )
+    return _database(values)
 
 
 def read_yaml(path: Path) -> Any:

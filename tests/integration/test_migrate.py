@@ -21,7 +21,13 @@ import pytest
 from twisted.internet.defer import Deferred, inlineCallbacks
 
 from synapse_roomkeys.service.config import DatabaseConfig
-from synapse_roomkeys.service.migration import MigrateError, Progress, Result, migrate
+from synapse_roomkeys.service.migration import (
+    MigrateError,
+    Options,
+    Progress,
+    Result,
+    migrate,
+)
 
 from ..backup_client import Api
 from ..contract import Client
@@ -152,10 +158,14 @@ def fill(source: Place) -> None:
     )
 
 
-def run(source: Place, target: Place) -> tuple[Result, str]:
-    """A run, and what it told."""
+def run(
+    source: Place, target: Place, options: Options | None = None
+) -> tuple[Result, str]:
+    """Run a migration; return the result, and the lines after the two about the
+    sides."""
     told = io.StringIO()
-    return migrate(source.config, target.config, Progress(told)), told.getvalue()
+    result = migrate(source.config, target.config, Progress(told), options)
+    return result, told.getvalue().split("\n", 2)[2]
 
 
 def same(source: Place, target: Place) -> bool:
@@ -185,10 +195,8 @@ def test_all_of_it_is_copied(pair: tuple[Place, Place]) -> None:
     result, told = run(source, target)
     assert same(source, target) and len(target.run(KEYS)) == 1246
     assert result == Result(copied=5, written=1246, checked=5, checked_keys=1246)
-    assert result.is_equal and told == ""
-    assert result.lines()[-1] == (
-        "checked etag and count of 5 backups with 1246 keys: equal"
-    )
+    assert result.is_done and told == ""
+    assert result.lines()[-1] == "DONE: compared 5 backups, 1246 keys: equal"
     again, _ = run(source, target)
     assert again == Result(unchanged=5, checked=5, checked_keys=1246)
     assert (source.run(VERSIONS), source.run(KEYS)) == before
@@ -215,8 +223,7 @@ def test_what_changed_follows(pair: tuple[Place, Place]) -> None:
     result, _ = run(source, target)
     assert same(source, target)
     assert result == Result(
-        **{"copied": 2, "unchanged": 3, "written": 5, "deleted": 3},
-        **{"checked": 5, "checked_keys": 1246},
+        copied=2, unchanged=3, written=5, deleted=3, checked=5, checked_keys=1246
     )
 
 
@@ -245,7 +252,7 @@ def test_versions_that_come_and_go(pair: tuple[Place, Place]) -> None:
     )
     result, _ = run(source, target)
     assert same(source, target)
-    assert (result.copied, result.unchanged, result.is_equal) == (6, 1, True)
+    assert (result.copied, result.unchanged, result.is_done) == (6, 1, True)
     assert target.run("SELECT * FROM roomkeys_counts") == []
 
 
@@ -258,7 +265,7 @@ def test_others_at_the_target_stay(pair: tuple[Place, Place]) -> None:
     target.run(ADD_KEY, *keys_of("@own:x", 1, 9), *keys_of(ALICE, 1800000000, 9))
     before = target.run(VERSIONS), target.run(KEYS)
     result, _ = run(source, target)
-    assert result.is_equal and result.unchanged == 5
+    assert result.is_done and result.unchanged == 5
     assert (target.run(VERSIONS), target.run(KEYS)) == before
 
 
@@ -301,12 +308,12 @@ def test_what_the_target_served_stays(
     before = [target.run(statement) for statement in own]
     result, told = run(source, target)
     assert [target.run(statement) for statement in own] == before
-    assert (result.kept, result.copied, result.unchanged) == (1, 1, 3)
-    assert not result.is_equal and result.differing == 0
+    assert (result.undecided, result.copied, result.unchanged) == (1, 1, 3)
+    assert not result.is_done and result.differing == 0
     changed = "on both sides" if moves else "at the target"
     assert told == (
-        f"{ALICE} version 2: has changed {changed} since it was copied: left as it is"
-        " there\n"
+        f"{ALICE} version 2: has changed {changed} since it was copied: left as the"
+        " target has it until you decide\n"
     )
 
 
@@ -315,8 +322,13 @@ class Meddling(Progress):
 
     target: Place
 
-    def step(self, text: str) -> None:
-        if text.startswith("1 of 5 "):
+    def begin(self, keys: int) -> None:
+        super().begin(keys)
+        self.was_served = False
+
+    def advance(self, keys: int) -> None:
+        if not self.was_served:
+            self.was_served = True
             serve_upload(self.target)
 
 
@@ -330,7 +342,7 @@ def test_what_is_served_meanwhile_stays(pair: tuple[Place, Place]) -> None:
     progress = Meddling(told)
     progress.target = target
     result = migrate(source.config, target.config, progress)
-    assert (result.kept, result.unchanged, result.is_equal) == (1, 4, False)
+    assert (result.undecided, result.unchanged, result.is_done) == (1, 4, False)
     assert "on both sides" in told.getvalue()
     assert target.run("SELECT 1 FROM e2e_room_keys WHERE session_id = 'served'")
 
@@ -341,11 +353,11 @@ def test_what_is_there_already(pair: tuple[Place, Place]) -> None:
     make_synapses_tables(target)
     fill(target)
     result, _ = run(source, target)
-    assert result.is_equal and result.unchanged == 5
+    assert result.is_done and result.unchanged == 5
     move(source, ALICE, 2)
     result, told = run(source, target)
-    assert (result.kept, result.unchanged, result.is_equal) == (1, 4, False)
-    assert "wasn't copied there" in told
+    assert (result.undecided, result.unchanged, result.is_done) == (1, 4, False)
+    assert "was never copied there" in told
 
 
 def test_rows_that_no_database_should_hold(new_place: NewPlace, target: Place) -> None:
@@ -379,7 +391,7 @@ def test_rows_that_no_database_should_hold(new_place: NewPlace, target: Place) -
     )
     for _ in range(2):
         result, told = run(source, target)
-        assert result.is_equal
+        assert result.is_done
         held = target.run(
             "SELECT session_id, first_message_index, forwarded_count, is_verified"
             " FROM e2e_room_keys WHERE user_id = '@m:x' AND session_id IN ('1', '2')"
@@ -423,7 +435,7 @@ def test_a_run_that_ends_early(pair: tuple[Place, Place]) -> None:
     drop = " ON e2e_room_keys" if target.config.name == "psycopg2" else ""
     target.run(f"DROP TRIGGER fail{drop}")
     result, _ = run(source, target)
-    assert result.is_equal and same(source, target)
+    assert result.is_done and same(source, target)
 
 
 def test_databases_that_are_not_as_expected(new_place: NewPlace, target: Place) -> None:
@@ -453,7 +465,7 @@ for source in (small, large):
     result = migrate(source, target, Progress(sys.stderr))
     status = Path("/proc/self/status").read_text()
     peaks.append(int(re.search(r"VmHWM:\\s*(\\d+) kB", status)[1]))
-print(result.written, result.is_equal, peaks[1] - peaks[0])
+print(result.written, result.is_done, peaks[1] - peaks[0])
 """
 MANY = 100_000
 ADD_MANY = {
@@ -524,12 +536,12 @@ def test_a_running_synapse(
         for api, version in zip(apis, versions, strict=True):
             api.upload(version, {f"!{i}": {f"s{i}": key(i)} for i in range(150)})
         result, _ = run(source, target)
-        assert result.is_equal and same(source, target)
+        assert result.is_done and same(source, target)
         apis[0].delete(f"/version/{gone}")
         apis[1].delete(f"/keys/!3?version={versions[1]}")
         apis[1].upload(versions[1], {"!more": {"s": key(3, 2, True)}})
         result, _ = run(source, target)
-        assert (result.copied, result.is_equal) == (2, True)
+        assert (result.copied, result.is_done) == (2, True)
         assert same(source, target)
 
 
@@ -547,19 +559,19 @@ def test_the_service_goes_on_with_it(pair: tuple[Place, Place]) -> Steps:
     user = client.user.user_id
     source.run(ADD_VERSION, (user, 3, "a", "{}", 1, 1), (user, 4, "a", "[]", 0, None))
     source.run(ADD_KEY, *keys_of(user, 4, 1500), (user, 4, ROOM, "s", 0, 0, True, DATA))
-    assert run(source, target)[0].is_equal
+    assert run(source, target)[0].is_done
     rooms = yield client.download("4")
     assert rooms[ROOM] == {"s": key(0, 0, True, json.loads(DATA))}
     assert (yield client.tally("4")) == (0, 1501)
     source.run(
         "DELETE FROM e2e_room_keys WHERE user_id = ? AND room_id = ?", (user, ROOM)
     )
-    assert run(source, target)[0].is_equal
+    assert run(source, target)[0].is_done
     assert (yield client.tally("4")) == (0, 1500)
     yield client.upload("4", {ROOM: {"later": key()}})
     assert (yield client.tally("4")) == (1, 1501)
     result, _ = run(source, target)
-    assert (result.kept, result.is_equal) == (1, False)
+    assert (result.undecided, result.is_done) == (1, False)
     assert (yield client.tally("4")) == (1, 1501)
     newer: str = yield client.create_version()
     assert int(newer) > 4

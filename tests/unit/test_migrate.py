@@ -3,32 +3,53 @@
 from __future__ import annotations
 
 import io
-from typing import Any
+from collections.abc import Sequence
+from itertools import product
+from typing import Any, ClassVar
 
 import attrs
 from twisted.trial.unittest import SynchronousTestCase
 
 from synapse_roomkeys.config import OptionError
 from synapse_roomkeys.service.config import DatabaseConfig
-from synapse_roomkeys.service.migration import Progress, Result
-from synapse_roomkeys.service.migration.run import (
-    Verdict,
-    changes,
-    judge,
+from synapse_roomkeys.service.migration import (
+    Keep,
+    Progress,
+    Result,
     synapse_database,
 )
-from synapse_roomkeys.service.migration.side import Held, Version
+from synapse_roomkeys.service.migration.decisions import (
+    Action,
+    Change,
+    Verdict,
+    changes,
+    decide,
+    joining_changes,
+    judge,
+)
+from synapse_roomkeys.service.migration.values import (
+    Held,
+    KeysDigest,
+    Row,
+    SourceVersion,
+    Version,
+    digest_keys,
+)
 
-COPY = Version("@user:test.example", 1, "algorithm", "{}", False, 3, 5)
-#: Every way in which a version can be another one, but for its count.
+KEYS = digest_keys([("!r", "s", 0, 0, True, "{}"), ("!r", "t", 1, 0, False, "{}")])
+COPY = Version("@user:test.example", 1, "algorithm", "{}", False, 3, KEYS)
+#: Every way in which a version can be another one.
 OTHERS = [
     attrs.evolve(COPY, algorithm="other"),
     attrs.evolve(COPY, auth_data="[]"),
     attrs.evolve(COPY, deleted=True),
     attrs.evolve(COPY, etag=2),
     attrs.evolve(COPY, etag=4),
+    attrs.evolve(COPY, keys=KeysDigest(KEYS.count, KEYS.total + 1)),
+    attrs.evolve(COPY, keys=KeysDigest(KEYS.count + 1, KEYS.total)),
 ]
-PURGED = attrs.evolve(COPY, count=4)
+#: The version, changed twice.
+LATER = attrs.evolve(COPY, etag=5, auth_data="7")
 
 
 class Terminal(io.StringIO):
@@ -38,115 +59,297 @@ class Terminal(io.StringIO):
         return True
 
 
+def held(version: Version | None, copied: str | None = None) -> Held:
+    return Held(version, copied, version.keys.count if version else 0)
+
+
+class DigestTests(SynchronousTestCase):
+    """`digest_keys` and `Version.digest`."""
+
+    ROW = ("!room", "session", 1, 2, True, '"data"')
+
+    def test_any_field_changes_it(self) -> None:
+        """Two keys that differ in one field, or have a field split otherwise, have two
+        digests."""
+        rows = [
+            self.ROW,
+            ("!rooms", "ession", 1, 2, True, '"data"'),
+            ("!room", 'session"', 1, 2, True, 'data"'),
+            ("!room", "session", 12, None, True, '"data"'),
+            ("!room", "session", 1, 2, None, '"data"'),
+            ("!room", "session", None, 2, True, '"data"'),
+            ("!room", "session", "1", 2, True, '"data"'),
+            ("!room", "session", 1, 2, False, '"data"'),
+            ("!room", "session", 1, 2, True, '"date"'),
+        ]
+        self.assertEqual(len({digest_keys([row]) for row in rows}), len(rows))
+
+    def test_the_order_and_the_engine_do_not(self) -> None:
+        """Keys in another order, or with SQLite's 1 for a boolean, are the same."""
+        other = ("!a", "b", None, None, None, "null")
+        stored = ("!room", "session", 1, 2, 1, '"data"')
+        self.assertEqual(digest_keys([self.ROW, other]), digest_keys([other, stored]))
+
+    def test_sums(self) -> None:
+        """Digests of disjoint keys can be added and subtracted."""
+        other = ("!a", "b", None, None, None, "null")
+        both = digest_keys([self.ROW, other])
+        self.assertEqual(both, digest_keys([self.ROW]) + digest_keys([other]))
+        self.assertEqual(both - digest_keys([other]), digest_keys([self.ROW]))
+
+    def test_a_version_changes_with_all_of_it(self) -> None:
+        """Each difference between two versions shows in the digest."""
+        digests = {version.digest for version in (COPY, LATER, *OTHERS)}
+        self.assertEqual(len(digests), len(OTHERS) + 2)
+
+
 class JudgeTests(SynchronousTestCase):
     """`judge`."""
 
-    def check(self, source: Version, held: Held | None, verdict: Verdict) -> None:
-        self.assertIs(judge(source, held), verdict, (source, held))
+    def check(
+        self, source: Version, there: Held | None, verdict: Verdict, back: str = ""
+    ) -> None:
+        found = judge(SourceVersion(source, back or None), there)
+        self.assertIs(found, verdict, (source, there))
 
     def test_new(self) -> None:
-        """What isn't at the target is copied."""
+        """A version that was never at the target is copied."""
         self.check(COPY, None, Verdict.COPY)
+        self.check(COPY, Held(None, None, 3), Verdict.COPY)
 
     def test_nothing_has_changed(self) -> None:
-        """What is equal stays, whoever brought it."""
-        self.check(COPY, Held(COPY, COPY.digest), Verdict.SAME)
-        self.check(COPY, Held(COPY, None), Verdict.SAME)
+        """Equal versions stay, whoever brought them."""
+        self.check(COPY, held(COPY, COPY.digest), Verdict.SAME)
+        self.check(COPY, held(COPY), Verdict.SAME)
+        self.check(LATER, held(LATER, COPY.digest), Verdict.SAME)
 
     def test_the_source_has_changed(self) -> None:
-        """A copy gives way to whatever is at the source, with more keys or less."""
-        for source in (*OTHERS, PURGED, attrs.evolve(COPY, count=6)):
-            self.check(source, Held(COPY, COPY.digest), Verdict.COPY)
+        """A copy gives way to any change at the source, also one that moved no etag."""
+        for source in OTHERS:
+            self.check(source, held(COPY, COPY.digest), Verdict.COPY)
 
     def test_the_target_has_changed(self) -> None:
-        """What is no copy any more stays."""
+        """A version that isn't as it was copied stays, also if no etag moved."""
         for there in OTHERS:
-            self.check(COPY, Held(there, COPY.digest), Verdict.AHEAD)
+            self.check(COPY, held(there, COPY.digest), Verdict.AHEAD)
 
     def test_both_have_changed(self) -> None:
-        """Even if they look alike, as they do after one upload at each."""
+        """Two changes, each on one side, need a decision."""
         for source in OTHERS:
-            for there in OTHERS:
-                self.check(source, Held(there, COPY.digest), Verdict.BOTH)
+            self.check(source, held(LATER, COPY.digest), Verdict.BOTH)
 
-    def test_what_was_not_copied(self) -> None:
-        """It stays, however old it looks."""
-        for there in (*OTHERS, PURGED):
-            self.check(COPY, Held(there, None), Verdict.FOREIGN)
+    def test_a_version_that_was_not_copied(self) -> None:
+        """A different version of the same number needs a decision, however old."""
+        for there in OTHERS:
+            self.check(COPY, held(there), Verdict.FOREIGN)
+
+    def test_an_erased_version(self) -> None:
+        """A version that was copied once and is no longer there was deleted there."""
+        self.check(COPY, held(None, LATER.digest), Verdict.ERASED)
+
+    def test_the_way_back(self) -> None:
+        """The record that a migration left at the source counts like the target's."""
+        self.check(LATER, held(COPY), Verdict.COPY, back=COPY.digest)
+        self.check(COPY, held(LATER), Verdict.AHEAD, back=COPY.digest)
+        for there in OTHERS:
+            self.check(LATER, held(there), Verdict.BOTH, back=COPY.digest)
+        # Back and forth: of two records, the one that fits decides.
+        held_here = held(COPY, OTHERS[0].digest)
+        self.check(LATER, held_here, Verdict.COPY, back=COPY.digest)
+
+
+class DecideTests(SynchronousTestCase):
+    """`decide`."""
+
+    #: The state at the target, by verdict, of a source that is COPY.
+    STATES: ClassVar[dict[Verdict, Held | None]] = {
+        Verdict.SAME: held(COPY),
+        Verdict.COPY: None,
+        Verdict.ERASED: held(None, COPY.digest),
+        Verdict.AHEAD: held(OTHERS[3], COPY.digest),
+        Verdict.BOTH: held(OTHERS[4], OTHERS[3].digest),
+        Verdict.FOREIGN: held(OTHERS[3]),
+    }
+
+    def actions(self, keep: Keep | None, is_named: bool = False) -> list[Action]:
+        source = SourceVersion(COPY)
+        for verdict, state in self.STATES.items():
+            self.assertIs(judge(source, state), verdict)
+        return [
+            decide(source, state, keep, is_named).action
+            for state in self.STATES.values()
+        ]
+
+    def test_each_choice(self) -> None:
+        """Without a choice the operator is asked; with one, it decides."""
+        start = [Action.NOTHING, Action.COPY, Action.ERASED]
+        for keep, rest in (
+            (None, [Action.ASK] * 3),
+            (Keep.SOURCE, [Action.COPY] * 3),
+            (Keep.TARGET, [Action.KEEP] * 3),
+            (Keep.BETTER, [Action.KEEP, Action.JOIN, Action.JOIN]),
+        ):
+            self.assertEqual(self.actions(keep), start + rest, keep)
+
+    def test_an_erased_version_of_a_named_user(self) -> None:
+        """It comes back by ``--keep source --user``, and by nothing less."""
+        for keep in (None, *Keep):
+            action = Action.COPY if keep is Keep.SOURCE else Action.ERASED
+            self.assertIs(self.actions(keep, is_named=True)[2], action)
+
+    def test_versions_that_cannot_be_merged(self) -> None:
+        """Keys of two algorithms or auth_data belong to two backups, and a deleted
+        version has none: the operator reads why."""
+        for other, why in zip(
+            OTHERS, ("algorithms", "auth_data", "deleted"), strict=False
+        ):
+            found = decide(SourceVersion(COPY), held(other), Keep.BETTER, False)
+            self.assertIs(found.action, Action.ASK)
+            self.assertIn(why, found.reason)
+
+
+def lists(*digits: int) -> list[list[Row]]:
+    """Lists of up to three keys, each absent or of one of some values."""
+    ids = [("a", "x"), ("a", "y"), ("b", "x")]
+    return [
+        [(*both, value) for both, value in zip(ids, values, strict=True) if value]
+        for values in product((0, *digits), repeat=3)
+    ]
 
 
 class ChangesTests(SynchronousTestCase):
-    """`changes`."""
+    """`changes` and `joining_changes`."""
 
-    def test_each_set_becomes_each_other(self) -> None:
-        """Deleting and adding what it says makes one list of keys the other."""
-        ids = [("a", "x"), ("a", "y"), ("b", "x")]
-        wholes = [
-            [(*both, data) for both, data in zip(ids, digits, strict=True) if data]
-            for digits in (
-                (i, j, k) for i in range(3) for j in range(3) for k in (0, 2)
-            )
-        ]
-        for new in wholes:
-            for old in wholes:
-                left: dict[tuple[str, str], Any] = {row[:2]: row for row in old}
+    def apply(self, old: Any, done: Sequence[Change]) -> list[Row]:
+        left = {row[:2]: row for row in old}
+        for gone, come in done:
+            if gone is not None:
+                self.assertEqual(left.pop(gone[:2]), gone)
+            if come is not None:
+                self.assertNotIn(come[:2], left)
+                left[come[:2]] = come
+        return sorted(left.values())
+
+    def test_each_list_becomes_each_other(self) -> None:
+        """The changes make one list of keys the other, and touch no key in vain."""
+        for new in lists(1, 2):
+            for old in lists(1, 2):
                 done = list(changes(new, iter(old)))
-                for gone, come in done:
-                    if gone is not None:
-                        del left[gone]
-                    if come is not None:
-                        self.assertNotIn(come[:2], left)
-                        left[come[:2]] = come
-                self.assertEqual(sorted(left.values()), new)
-                touched = {gone or (come and come[:2]) for gone, come in done}
+                self.assertEqual(self.apply(old, done), new)
                 differing = {row[:2] for row in set(new) ^ set(old)}
-                self.assertEqual(touched, differing)
                 self.assertEqual(len(done), len(differing))
+
+    def test_merging_takes_the_better_of_each(self) -> None:
+        """No key goes but for a better one, by the rule of uploads; the side that is
+        merged into wins a tie."""
+        good = (0, 0, True, '"good"')
+        verified, unverified = (5, 0, True, '"v"'), (0, 0, False, '"u"')
+        forwarded, broken = (0, 1, True, '"f"'), (0, 0, True, '"broken')
+        empty, number = (0, 0, True, "null"), (None, 0, True, '"n"')
+        for row, old, better in (
+            (good, verified, good),
+            (verified, good, good),
+            (verified, unverified, verified),
+            (forwarded, good, good),
+            (good, forwarded, good),
+            ((0, 0, True, '"tie"'), good, good),
+            *((good, bad, good) for bad in (broken, empty, number)),
+            *((bad, unverified, unverified) for bad in (broken, empty, number)),
+            *((bad, empty, empty) for bad in (broken, number)),
+        ):
+            done = list(joining_changes([("r", "s", *row)], iter([("r", "s", *old)])))
+            found = self.apply([("r", "s", *old)], done)
+            self.assertEqual(found, [("r", "s", *better)], (row, old))
+
+    def test_merging_keeps_the_keys_of_either_side(self) -> None:
+        """A key that one side lacks is there afterwards."""
+        keys = [("r", name, 0, 0, True, "{}") for name in "abc"]
+        done = list(joining_changes(keys[:2], iter(keys[1:])))
+        self.assertEqual(self.apply(keys[1:], done), keys)
 
 
 class ProgressTests(SynchronousTestCase):
     """`Progress` and `Result`."""
 
     def test_a_terminal_shows_one_line(self) -> None:
-        """It is written over every now and then, and makes room for a warning."""
-        times = iter([0.0, 0.1, 0.6, 0.6, 0.7])
+        """It has the keys, percent and the time left, is updated twice a second, and
+        makes room for a line that stays."""
+        times = iter([0.0, 0.0, 0.1, 1.0, 400.0])
         stream = Terminal()
         progress = Progress(stream, times.__next__)
-        for text in ("one", "two", "three"):
-            progress.step(text)
+        progress.begin(40_000)
+        for keys in (1000, 1000, 18_000):
+            progress.advance(keys)
         progress.warn("careful")
         progress.clear()
         self.assertEqual(
-            stream.getvalue(), "\rtwo\x1b[K" + "\r\x1b[K" + "careful\n" + "\r\x1b[K"
+            stream.getvalue(),
+            "\r2,000 of 40,000 keys (5 %), 19 s left\x1b[K"
+            "\r20,000 of 40,000 keys (50 %), 7 min left\x1b[K"
+            "\r\x1b[Kcareful\n\r\x1b[K",
         )
 
-    def test_a_file_holds_warnings_alone(self) -> None:
-        """Nobody looks at a file while it is written."""
-        stream = io.StringIO()
-        progress = Progress(stream, iter([0.0, 1e9]).__next__)
-        progress.step("one")
-        progress.warn("careful")
-        progress.clear()
-        self.assertEqual(stream.getvalue(), "careful\n")
+    def test_more_keys_than_there_were(self) -> None:
+        """Keys that were uploaded since they were counted make no 101 percent."""
+        stream = Terminal()
+        progress = Progress(stream, iter([0.0, 0.0, 9000.0]).__next__)
+        progress.begin(10)
+        progress.advance(20)
+        self.assertIn("20 of 20 keys (100 %), 0 s left", stream.getvalue())
 
-    def test_equal(self) -> None:
-        """What is lost or mended is told, and is no failure; the rest is one."""
-        told = Result(lost_keys=1, lost_versions=2, mended=3)
-        self.assertTrue(told.is_equal)
+    def test_a_long_time(self) -> None:
+        """It is told in hours and minutes."""
+        stream = Terminal()
+        progress = Progress(stream, iter([0.0, 0.0, 7500.0]).__next__)
+        progress.begin(20)
+        progress.advance(10)
+        self.assertIn("2 h 5 min left", stream.getvalue())
+
+    def test_a_file_holds_warnings_alone(self) -> None:
+        """Nobody looks at a file while it is written, nor reads 10,000 lines."""
+        stream = io.StringIO()
+        progress = Progress(stream, iter([0.0, 0.0, 1e9]).__next__)
+        progress.begin(1)
+        progress.advance(1)
+        for _ in range(10_000):
+            progress.warn("careful")
+        progress.clear()
+        lines = stream.getvalue().splitlines()
+        self.assertEqual(lines[:100], ["careful"] * 100)
+        self.assertEqual(len(lines), 101)
+
+    def test_done(self) -> None:
+        """Keys that the target cannot hold, erased and kept backups are told, and leave
+        nothing to do."""
+        result = Result(lost_keys=1, lost_versions=2, mended=3, erased=4, kept=5)
+        self.assertTrue(result.is_done)
         self.assertEqual(
-            told.lines(),
+            result.lines(),
             [
-                "0 backups copied, 0 unchanged; 0 keys written, 0 deleted",
+                "0 backups copied, 0 merged, 0 unchanged; 0 keys written, 0 deleted",
                 "3 keys had numbers that the target can't hold: now NULL",
                 "1 keys left out: the target can't hold them",
                 "2 backups left out: the target can't hold them",
-                "checked etag and count of 0 backups with 0 keys: equal",
+                "5 backups left as the target has them, by --keep",
+                "4 backups not copied: they were deleted at the target after they had"
+                " been copied (--keep source --user USER copies a user's again)",
+                "DONE: compared 0 backups, 0 keys: equal",
             ],
         )
-        for result in (Result(kept=1), Result(differing=1)):
-            self.assertFalse(result.is_equal)
-        self.assertIn("1 backups left as they are", Result(kept=1).lines()[1])
-        self.assertTrue(Result(differing=4).lines()[-1].endswith(": 4 differ"))
+
+    def test_not_done(self) -> None:
+        """The last line has each thing that is left to do."""
+        for result, todo in (
+            (Result(undecided=1), "1 backups have changed at the target: run again"),
+            (Result(differing=4), "4 backups differ after the copy"),
+            (Result(missing_users=("@a:b",)), "check the names"),
+        ):
+            self.assertFalse(result.is_done)
+            self.assertIn(f"NOT DONE: {todo}", result.lines()[-1])
+            again = attrs.evolve(result, dry_run=True)
+            self.assertFalse(again.is_done)
+            self.assertIn(f"DRY RUN: nothing was written; {todo}", again.lines()[-1])
+        self.assertIn("No backup at the source: @a:b", result.lines())
 
 
 SQLITE: dict[str, Any] = {

@@ -1,6 +1,17 @@
 """The command ``migrate``: backups copied from one database into another."""
 
+from .decisions import Keep
 from .report import Progress, Result
-from .run import MigrateError, migrate, synapse_database
+from .run import Options, migrate
+from .side import MigrateError
+from .synapse_config import synapse_database
 
-__all__ = ["MigrateError", "Progress", "Result", "migrate", "synapse_database"]
+__all__ = [
+    "Keep",
+    "MigrateError",
+    "Options",
+    "Progress",
+    "Result",
+    "migrate",
+    "synapse_database",
+]

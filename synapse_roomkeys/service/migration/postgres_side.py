@@ -1,156 +1,339 @@
 """A PostgreSQL server's database as a side of a migration."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from io import BytesIO
 from typing import Any
 
+import psycopg2
+import psycopg2.errors
+import psycopg2.extensions
+
 from ...storage import PAGE_KEYS, postgres, sql, upgrade_tables, with_timeouts
 from .side import (
-    HELD,
-    HELD_ONE,
+    COUNTS,
     KEY_COLUMNS,
     KEYS,
+    LOCK_SECONDS,
     MAKE_MIGRATED,
+    MIGRATED,
     PAGE_VERSIONS,
-    VERSIONS,
-    Held,
-    Row,
-    Version,
-    is_text,
+    TABLES,
+    Ids,
+    MigrateError,
+    Page,
+    Target,
+    UnreachableError,
+    failure,
+    has_sound_version,
+    missing_tables,
+    pages_of,
     parse_held,
+    parse_version,
     saving,
 )
+from .values import Held, KeysDigest, Row, SourceVersion, Version, is_text
+
+#: The digest of the keys of a version v, as `values.digest_keys` computes it.
+_DIGEST = """
+    SELECT COUNT(*), COALESCE(SUM(('x' || LEFT(ENCODE(SHA256(CONVERT_TO(CONCAT(
+        LENGTH(room_id), ',', LENGTH(session_id), ',', first_message_index, ',',
+        forwarded_count, ',', is_verified::int, ',', room_id, session_id, session_data
+    ), 'UTF8')), 'hex'), 16))::bit(64)::bigint), 0)
+    FROM e2e_room_keys AS k WHERE k.user_id = v.user_id AND k.version = v.version"""
+_COPIED = f"""(SELECT m.copied FROM {MIGRATED} AS m
+    WHERE m.user_id = v.user_id AND m.version = v.version)"""
+_VERSIONS = """
+    SELECT v.user_id, v.version, v.algorithm, v.auth_data, v.deleted, v.etag,
+        {copied}, k.*
+    FROM e2e_room_keys_versions AS v CROSS JOIN LATERAL ({digest}) AS k {where}"""
+_FIND = """
+    SELECT v.user_id, v.version, h.algorithm, h.auth_data, h.deleted, h.etag,
+        {copied}, k.*
+    FROM unnest(?::text[], ?::bigint[]) AS v (user_id, version)
+    LEFT JOIN e2e_room_keys_versions AS h
+        ON h.user_id = v.user_id AND h.version = v.version
+    CROSS JOIN LATERAL ({digest}) AS k"""
+_LOCK = """
+    SELECT 1 FROM e2e_room_keys_versions WHERE user_id = ? AND version = ? FOR UPDATE"""
+_OF_USERS = "WHERE {table}.user_id = ANY (?)"
+_FIND_TABLES = """
+    SELECT name FROM unnest(?::text[]) AS name WHERE to_regclass(name) IS NOT NULL"""
+#: The cluster, the database, and the table that the search path leads to.
+_IDENTIFY = """
+    SELECT c.system_identifier, d.oid, to_regclass('e2e_room_keys')::oid
+    FROM pg_control_system() AS c, pg_database AS d
+    WHERE d.datname = current_database()"""
+_CLAIM = "SELECT pg_try_advisory_xact_lock(hashtext('roomkeys migration'))"
+#: A side may idle for as long as the other one takes.
+_SETTINGS = f"""
+    SET idle_in_transaction_session_timeout TO 0; SET statement_timeout TO 0;
+    SET lock_timeout TO '{LOCK_SECONDS}s'"""
 
 
-class PostgresSide:
-    """A database of a PostgreSQL server."""
+class _PostgresSide:
+    """A connection to a database of a PostgreSQL server.
 
-    def __init__(self, args: Mapping[str, Any], source: bool) -> None:
+    Attributes:
+        place: as `Keys.place`.
+    """
+
+    def __init__(
+        self, role: str, args: Mapping[str, Any], snapshot: bool, readonly: bool
+    ) -> None:
         """
         Args:
-            args: those of ``psycopg2.connect``, and those of adbapi's pool, which are
-                of no use here.
-            source: what is read is as it was at one moment, and nothing is written.
+            role: "source" or "target".
+            args: the arguments of ``psycopg2.connect``, and those of adbapi's pool,
+                which are of no use here.
+            snapshot: all is read as it was at one moment.
         """
-        import psycopg2
-
-        self._unfit = (psycopg2.DataError, psycopg2.errors.ProgramLimitExceeded)
         own = {name: v for name, v in args.items() if not name.startswith("cp_")}
-        self._connection = psycopg2.connect(**with_timeouts(own))
-        self._connection.set_client_encoding("UTF8")
-        self._connection.set_session(
-            isolation_level="REPEATABLE READ" if source else "READ COMMITTED",
-            readonly=source,
-        )
-        # Each side waits for the other, for as long as the largest backup takes.
-        self._execute("SET idle_in_transaction_session_timeout TO 0")
-        self._execute("SET statement_timeout TO 0")
-        self._connection.commit()
+        self._args = with_timeouts(own)
+        self._role = role
+        self.place = f"{role}, {_described(own)}"
+        self._connection = self._connect()
+        info = self._connection.info
+        self.place = f"{role}, {_address(info.dbname, info.host, info.port)}"
+        with self._errors():
+            self._connection.set_session(
+                isolation_level="REPEATABLE READ" if snapshot else "READ COMMITTED",
+                readonly=readonly,
+            )
+        self._find_tables()
 
     def close(self) -> None:
-        """As `Side.close`."""
+        """As `Keys.close`."""
         self._connection.close()
 
-    def count_versions(self) -> int:
-        """As `Side.count_versions`."""
-        ((number,),) = self._execute("SELECT COUNT(*) FROM e2e_room_keys_versions")
+    def identity(self) -> Hashable | None:
+        """As `Keys.identity`."""
+        ((*whole, table),) = self._execute(_IDENTIFY)
+        return None if table is None else (*whole, table)
+
+    def keys(self, ids: Ids, count: int, ordered: bool) -> Iterator[Row]:
+        """As `Keys.keys`."""
+        order = ' ORDER BY room_id COLLATE "C", session_id COLLATE "C"'
+        # A cursor on the server bounds the memory, and takes two more round trips.
+        name = "roomkeys_keys" if count > PAGE_KEYS else None
+        statement = KEYS + order if ordered else KEYS
+        return self._stream(statement, ids, name, PAGE_KEYS)
+
+    def _find_tables(self) -> None:
+        """Note which of the tables exist."""
+        names = [*TABLES, MIGRATED, COUNTS]
+        self._tables = {name for (name,) in self._execute(_FIND_TABLES, (names,))}
+
+    def _versions(self, statement: str, **parts: str) -> str:
+        copied = _COPIED if MIGRATED in self._tables else "NULL::text"
+        return statement.format(copied=copied, digest=_DIGEST, **parts)
+
+    def _connect(self) -> Any:
+        try:
+            connection = psycopg2.connect(**self._args)
+            connection.set_client_encoding("UTF8")
+            with connection, connection.cursor() as cursor:
+                cursor.execute(_SETTINGS)
+            return connection
+        except psycopg2.ProgrammingError:
+            # libpq quotes the text around its complaint, which may be the password.
+            raise MigrateError(
+                f"{self.place}: database.args can't be read as a connection to"
+                " PostgreSQL: check the names of the options, and the quotes in a dsn"
+            ) from None
+        except psycopg2.Error as error:
+            if "dsn" in self._args and not getattr(error, "pgcode", None):
+                raise UnreachableError(
+                    f"{self.place}: no connection. Try the dsn with psql; the message"
+                    " isn't shown here because it may hold a part of the dsn"
+                ) from None
+            raise failure(self.place, error, True) from error
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        """Turn the driver's exceptions into those of the migration."""
+        passing = (psycopg2.OperationalError, psycopg2.InterfaceError)
+        try:
+            yield
+        except psycopg2.Error as error:
+            raise failure(self.place, error, isinstance(error, passing)) from error
+        except UnicodeDecodeError as error:
+            raise MigrateError(
+                f"{self.place}: it holds text that isn't UTF-8"
+            ) from error
+
+    def _execute(self, statement: str, parameters: Sequence[Any] = ()) -> list[Row]:
+        with self._errors(), self._connection.cursor() as cursor:
+            cursor.execute(statement.replace("?", "%s"), parameters)
+            return list(cursor.fetchall()) if cursor.description else []
+
+    def _stream(
+        self, statement: str, parameters: Sequence[Any], name: str | None, size: int
+    ) -> Iterator[Row]:
+        """Yield the rows of a query.
+
+        Args:
+            name: of a cursor on the server, or None to fetch all rows at once.
+            size: rows that a round trip of that cursor fetches.
+        """
+        with self._errors(), self._connection.cursor(name) as cursor:
+            if name is not None:
+                cursor.itersize = size
+            cursor.execute(statement.replace("?", "%s"), parameters)
+            yield from cursor
+
+
+class PostgresSource(_PostgresSide):
+    """A `Source` in a database of a PostgreSQL server."""
+
+    def __init__(self, args: Mapping[str, Any], users: Sequence[str]) -> None:
+        """
+        Args:
+            args: the arguments of ``psycopg2.connect``.
+            users: the only ones to read, or none for all.
+        """
+        super().__init__("source", args, snapshot=True, readonly=True)
+        self._users = [list(users)] if users else []
+        error = missing_tables(self.place, self._tables)
+        if error is not None:
+            self.close()
+            raise error
+
+    def count_keys(self) -> int:
+        """As `Source.count_keys`."""
+        where = _OF_USERS.format(table="k") if self._users else ""
+        statement = f"SELECT COUNT(*) FROM e2e_room_keys AS k {where}"
+        ((number,),) = self._execute(statement, self._users)
         found: int = number
         return found
 
-    def versions(self) -> Iterator[list[Row]]:
-        """As `Side.versions`."""
-        with self._connection.cursor("roomkeys_versions") as cursor:
-            cursor.execute(VERSIONS)
-            while page := cursor.fetchmany(PAGE_VERSIONS):
-                yield page
+    def versions(self, target: Target) -> Iterator[Page]:
+        """As `Source.versions`."""
+        where = _OF_USERS.format(table="v") if self._users else ""
+        statement = self._versions(_VERSIONS, where=where)
+        rows = self._stream(statement, self._users, "roomkeys_versions", PAGE_VERSIONS)
+        for page in pages_of(rows, PAGE_VERSIONS):
+            sound = [row for row in page if has_sound_version(row, target)]
+            versions = [
+                SourceVersion(parse_version(row, KeysDigest(*row[7:])), row[6])
+                for row in sound
+            ]
+            yield Page(versions, len(page) - len(sound))
 
-    def keys(self, version: Version, count: int, ordered: bool) -> Iterator[Row]:
-        """As `Side.keys`."""
-        order = ' ORDER BY room_id COLLATE "C", session_id COLLATE "C"'
-        statement = (KEYS + order if ordered else KEYS).replace("?", "%s")
-        # A cursor of the server's takes more round trips, and bounds the memory.
-        name = "roomkeys_keys" if count > PAGE_KEYS else None
-        with self._connection.cursor(name) as cursor:
-            if name is not None:
-                cursor.itersize = PAGE_KEYS
-            cursor.execute(statement, version.ids)
-            yield from cursor
 
-    def prepare(self) -> None:
-        """As `Side.prepare`."""
-        with self._connection.cursor() as cursor:
-            upgrade_tables(_Transaction(cursor), postgres(), True)
+class PostgresTarget(_PostgresSide):
+    """A `Target` in a database of a PostgreSQL server."""
+
+    def __init__(self, args: Mapping[str, Any], dry_run: bool) -> None:
+        """
+        Args:
+            args: the arguments of ``psycopg2.connect``.
+            dry_run: the server refuses each write.
+        """
+        super().__init__("target", args, snapshot=False, readonly=dry_run)
+        self._claim: Any = None
+
+    def close(self) -> None:
+        """As `Keys.close`."""
+        super().close()
+        if self._claim is not None:
+            self._claim.close()
+
+    def claim(self) -> None:
+        """As `Target.claim`."""
+        # A lock of a transaction, on a connection of its own: it lasts for all of the
+        # transactions, and works through a pooler too.
+        self._claim = self._connect()
+        with self._errors(), self._claim.cursor() as cursor:
+            cursor.execute(_CLAIM)
+            ((is_free,),) = cursor.fetchall()
+        if not is_free:
+            raise MigrateError(
+                f"{self.place}: another migration writes to it. Wait for its end, then"
+                " run this command again"
+            )
+
+    def prepare(self, make_tables: bool) -> None:
+        """As `Target.prepare`."""
+        with self._errors(), self._connection.cursor() as cursor:
+            if make_tables:
+                upgrade_tables(_Transaction(cursor), postgres(), True)
             cursor.execute(MAKE_MIGRATED)
-        self._connection.commit()
+        self._find_tables()
+        error = missing_tables(self.place, self._tables)
+        if error is not None:
+            raise error
+        self.commit()
 
     def holds(self, *texts: Any) -> bool:
-        """As `Side.holds`."""
+        """As `Target.holds`."""
         return all(map(is_text, texts)) and "\0" not in "".join(texts)
 
-    def fit(self, row: Row) -> Row:
-        """As `Side.fit`."""
+    def fit(self, row: Row) -> Row | None:
+        """As `Target.fit`."""
         room_id, session_id, index, forwarded, verified, data = row
-        return (
-            *(room_id, session_id, _int4(index), _int4(forwarded)),
-            *(bool(verified) if isinstance(verified, int) else None, data),
-        )
+        if not self.holds(room_id, session_id, data):
+            return None
+        is_verified = bool(verified) if isinstance(verified, int) else None
+        return (room_id, session_id, _int4(index), _int4(forwarded), is_verified, data)
 
-    def find(self, versions: Sequence[Version]) -> list[Held]:
-        """As `Side.find`."""
-        statement = f"""{HELD} JOIN unnest(?::text[], ?::bigint[])
-            AS u (user_id, version) USING (user_id, version)"""
-        parameters = sql.pack_arrays([version.ids for version in versions])
-        return [parse_held(row) for row in self._execute(statement, parameters)]
+    def find(self, ids: Sequence[Ids]) -> dict[Ids, Held]:
+        """As `Target.find`."""
+        if not set(TABLES) <= self._tables:
+            return {}
+        rows = self._execute(self._versions(_FIND), sql.pack_arrays(ids))
+        states = {
+            row[:2]: parse_held(row, row[6], KeysDigest(*row[7:])) for row in rows
+        }
+        return {ids: held for ids, held in states.items() if held is not None}
 
-    def lock(self, version: Version) -> Held | None:
-        """As `Side.lock`."""
-        rows = self._execute(f"{HELD_ONE} FOR UPDATE OF v", version.ids)
-        return parse_held(rows[0]) if rows else None
+    def lock(self, ids: Ids) -> Held | None:
+        """As `Target.lock`."""
+        self._execute(_LOCK, ids)
+        return self.find([ids]).get(ids)
 
-    def write(self, version: Version, rows: Sequence[Row]) -> int:
-        """As `Side.write`."""
+    def write(self, ids: Ids, rows: Sequence[Row]) -> list[Row]:
+        """As `Target.write`."""
         self._execute("SAVEPOINT roomkeys_rows")
-        try:
-            with self._connection.cursor() as cursor:
+        with self._errors(), self._connection.cursor() as cursor:
+            try:
                 cursor.copy_expert(
                     f"COPY e2e_room_keys (user_id, version, {KEY_COLUMNS}) FROM STDIN",
-                    BytesIO(_copy_text(version, rows).encode()),
+                    BytesIO(_copy_text(ids, rows).encode()),
                 )
-        except self._unfit:
-            self._execute("ROLLBACK TO SAVEPOINT roomkeys_rows")
-            if len(rows) == 1:
-                return 1
-            half = len(rows) // 2
-            return self.write(version, rows[:half]) + self.write(version, rows[half:])
+            except (psycopg2.DataError, psycopg2.errors.ProgramLimitExceeded):
+                cursor.execute("ROLLBACK TO SAVEPOINT roomkeys_rows")
+                if len(rows) == 1:
+                    return list(rows)
+                half = len(rows) // 2
+                return self.write(ids, rows[:half]) + self.write(ids, rows[half:])
         self._execute("RELEASE SAVEPOINT roomkeys_rows")
-        return 0
+        return []
 
-    def delete(self, version: Version, ids: Sequence[tuple[str, str]]) -> None:
-        """As `Side.delete`."""
+    def delete(self, ids: Ids, rows: Sequence[Row]) -> None:
+        """As `Target.delete`."""
         statement = """
             DELETE FROM e2e_room_keys AS k
             USING unnest(?::text[], ?::text[]) AS u (room_id, session_id)
             WHERE k.user_id = ? AND k.version = ?
             AND k.room_id = u.room_id AND k.session_id = u.session_id"""
-        self._execute(statement, [*sql.pack_arrays(ids), *version.ids])
+        pairs = [(row[0], row[1]) for row in rows]
+        self._execute(statement, [*sql.pack_arrays(pairs), *ids])
 
-    def clear(self, version: Version) -> None:
-        """As `Side.clear`."""
-        self._execute(sql.DELETE_KEYS, version.ids)
+    def clear(self, ids: Ids) -> None:
+        """As `Target.clear`."""
+        self._execute(sql.DELETE_KEYS, ids)
 
-    def save(self, version: Version, new: bool) -> None:
-        """As `Side.save`."""
-        for statement, parameters in saving(version, new):
+    def save(self, version: Version, copied: str, is_new: bool) -> None:
+        """As `Target.save`."""
+        has_counts = COUNTS in self._tables
+        for statement, parameters in saving(version, copied, is_new, has_counts):
             self._execute(statement, parameters)
 
     def commit(self) -> None:
-        """As `Side.commit`."""
-        self._connection.commit()
-
-    def _execute(self, statement: str, parameters: Sequence[Any] = ()) -> list[Row]:
-        with self._connection.cursor() as cursor:
-            cursor.execute(statement.replace("?", "%s"), parameters)
-            return list(cursor.fetchall()) if cursor.description else []
+        """As `Target.commit`."""
+        with self._errors():
+            self._connection.commit()
 
 
 class _Transaction:
@@ -183,14 +366,29 @@ class _Transaction:
         return list(self._cursor.fetchall())
 
 
+def _described(args: Mapping[str, Any]) -> str:
+    """Describe a database before there is a connection. A dsn isn't shown: where it is
+    malformed, any part of it may hold the password."""
+    if "dsn" in args:
+        return "PostgreSQL as database.args.dsn says"
+    name = args.get("dbname", args.get("database"))
+    return _address(name, args.get("host"), args.get("port", 5432))
+
+
+def _address(name: Any, host: Any, port: Any) -> str:
+    where = f" on {host}, port {port}" if host else ""
+    return f"PostgreSQL database {name or '(default)'}{where}"
+
+
 def _int4(value: Any) -> int | None:
     fits = isinstance(value, int) and -(2**31) <= value < 2**31
     return value if fits else None
 
 
-def _copy_text(version: Version, rows: Sequence[Row]) -> str:
-    """Rows in the text format of PostgreSQL's COPY."""
-    start = f"{_copy_value(version.user_id)}\t{version.version}\t"
+def _copy_text(ids: Ids, rows: Sequence[Row]) -> str:
+    """Write rows in the text format of PostgreSQL's COPY."""
+    user_id, version = ids
+    start = f"{_copy_value(user_id)}\t{version}\t"
     lines = (start + "\t".join(map(_copy_value, row)) for row in rows)
     return "\n".join(lines) + "\n"
 

@@ -1,65 +1,61 @@
-"""Copies the backups of a Synapse's database into the service's.
+"""Copies the backups of one database into another, and compares the two.
 
-It may run again and again, while Synapse serves: each time it brings what has changed
-since. Once nothing but the service serves the backups, it is over: the database of the
-service has gone on then. So whatever the target holds that isn't as a copy left it
-stays there, and is told: only an operator can know which side is the one to keep. To
-have the source's, its rows are deleted at the target, from `e2e_room_keys` and
-`e2e_room_keys_versions`, for the user and the version that were told.
-
-An etag moves with every change of the keys, but for Synapse's purge of a room, which
-deletes keys and leaves the etags: so the keys are counted too.
+It may run again and again while the source's server serves: each run brings the changes
+since the last one. The target's changes are never overwritten unless the operator says
+so: `decisions` has the rules.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import closing
-from enum import Enum
-from typing import Any
+from types import ModuleType
 
-from ...config import OptionError
-from ...describe import error_line
-from ...storage import PAGE_KEYS, SQLITE, SchemaError, postgres
-from ..config import DatabaseConfig, check_arguments
-from .postgres_side import PostgresSide
+import attrs
+
+from ...storage import PAGE_KEYS, SchemaError
+from ..config import DatabaseConfig
+from .decisions import (
+    Action,
+    Change,
+    Decision,
+    Keep,
+    changes,
+    decide,
+    joining_changes,
+)
 from .report import Progress, Result
-from .side import Held, Row, Side, Version, parse_version
-from .sqlite_side import SqliteSide
+from .side import Ids, MigrateError, RefusedError, Source, Target, pages_of
+from .sqlite_side import SqliteSource, SqliteTarget
+from .values import Held, KeysDigest, Row, SourceVersion, Version, digest_keys
 
-#: How many rows are written before they are committed, about. A backup is never split.
+#: Rows that are written before a commit, about. A backup is never split.
 _COMMIT_ROWS = 5000
-#: How many warnings are written out; all are counted.
-_WARNINGS = 100
+#: The decisions that change the target.
+_WRITING = (Action.COPY, Action.JOIN)
 
 
-class MigrateError(Exception):
-    """The migration can't go on; the message is for the operator."""
+@attrs.frozen
+class Options:
+    """The operator's choices for one run.
 
+    Attributes:
+        keep: the side that wins where the target has changed, or None to ask.
+        users: the only users to copy, or none for all.
+        dry_run: write nothing, and report the work of a run.
+        make_tables: make the service's tables at the target; a homeserver has made its
+            own.
+    """
 
-class Verdict(Enum):
-    """What is to be done with a version of the source, or why nothing is."""
-
-    SAME = "is the same on both sides"
-    COPY = "is to be copied"
-    AHEAD = "has changed at the target since it was copied"
-    BOTH = "has changed on both sides since it was copied"
-    FOREIGN = "is at the target already, is another there and wasn't copied there"
-
-
-def judge(version: Version, held: Held | None) -> Verdict:
-    """Compare a version of the source with what the target holds of it."""
-    if held is None:
-        return Verdict.COPY
-    there = held.version
-    same = version.digest == there.digest and version.count == there.count
-    if held.copied is None:
-        return Verdict.SAME if same else Verdict.FOREIGN
-    if held.copied == there.digest:
-        return Verdict.SAME if same else Verdict.COPY
-    return Verdict.AHEAD if held.copied == version.digest else Verdict.BOTH
+    keep: Keep | None = None
+    users: tuple[str, ...] = ()
+    dry_run: bool = False
+    make_tables: bool = True
 
 
 def migrate(
-    source: DatabaseConfig, target: DatabaseConfig, progress: Progress
+    source: DatabaseConfig,
+    target: DatabaseConfig,
+    progress: Progress,
+    options: Options | None = None,
 ) -> Result:
     """Copy the backups, and compare the two sides.
 
@@ -67,249 +63,234 @@ def migrate(
     only are left alone.
 
     Args:
-        source: an existing Synapse's database, which is only read.
-        target: the service's database, whose tables are made where they aren't there.
+        source: is only read.
+        target: gets the backups.
 
     Raises:
-        MigrateError: a database is away, or isn't as expected. What was copied until
-            then is there, and another run goes on from there.
+        MigrateError: a database is away, or isn't as expected. The backups committed
+            until then stay, and another run goes on from there.
     """
-    try:
-        errors = tuple(_error(config) for config in (source, target))
-    except ImportError as error:
-        raise MigrateError(str(error)) from None
+    chosen = Options() if options is None else options
     try:
         with (
-            closing(_open(source, source=True)) as read,
-            closing(_open(target, source=False)) as written,
+            closing(_open_source(source, chosen)) as read,
+            closing(_open_target(target, chosen)) as written,
         ):
-            written.prepare()
-            return _Migration(read, written, progress).run()
+            progress.say(f"From {read.place}\nto {written.place}")
+            identity = read.identity()
+            if identity is not None and identity == written.identity():
+                raise RefusedError(
+                    f"{read.place} and {written.place}: both are the same tables; name"
+                    " two different databases"
+                )
+            if not chosen.dry_run:
+                written.claim()
+                written.prepare(chosen.make_tables)
+            return _Migration(read, written, chosen, progress).run()
     except SchemaError as error:
-        raise MigrateError(f"the target can't be used: {error}") from None
-    except errors as error:
-        raise MigrateError(f"{type(error).__name__}: {error_line(error)}") from None
+        raise MigrateError(f"target: {error}") from None
     finally:
         progress.clear()
 
 
-def synapse_database(homeserver: Any) -> DatabaseConfig:
-    """The database with the backups, of a Synapse's configuration.
-
-    Args:
-        homeserver: what homeserver.yaml holds.
-
-    Raises:
-        OptionError: it doesn't say which database that is, or libpq can't take an
-            argument.
-    """
-    content = homeserver if isinstance(homeserver, Mapping) else {}
-    several = content.get("databases")
-    found = [content.get("database")]
-    if isinstance(several, Mapping):
-        found = [one for one in several.values() if _is_main(one)]
-    for one in found:
-        if isinstance(one, Mapping) and one.get("name") in ("sqlite3", "psycopg2"):
-            args = one.get("args")
-            if isinstance(args, Mapping) and (
-                one["name"] == "psycopg2" or "database" in args
-            ):
-                if one["name"] == "psycopg2":
-                    check_arguments(args)
-                return DatabaseConfig(one["name"], dict(args))
-    raise OptionError(
-        "database", "must be there, with a name of sqlite3 or psycopg2 and its args"
-    )
+def _open_source(config: DatabaseConfig, options: Options) -> Source:
+    if config.name == "sqlite3":
+        return SqliteSource(config.args, options.users)
+    source: Source = _postgres_side().PostgresSource(config.args, options.users)
+    return source
 
 
-def _is_main(database: Any) -> bool:
-    """Whether one of Synapse's databases is the one for all but the rooms' states."""
-    if not isinstance(database, Mapping):
-        return False
-    return "main" in (database.get("data_stores") or ["main"])
+def _open_target(config: DatabaseConfig, options: Options) -> Target:
+    if config.name == "sqlite3":
+        return SqliteTarget(config.args, options.dry_run)
+    target: Target = _postgres_side().PostgresTarget(config.args, options.dry_run)
+    return target
 
 
-def _error(config: DatabaseConfig) -> type[Exception]:
-    return (SQLITE if config.name == "sqlite3" else postgres()).error
-
-
-def _open(config: DatabaseConfig, source: bool) -> Side:
-    kind = SqliteSide if config.name == "sqlite3" else PostgresSide
-    return kind(config.args, source)
+def _postgres_side() -> ModuleType:
+    """Import the module that needs psycopg2, which SQLite's users may not have."""
+    try:
+        from . import postgres_side
+    except ImportError as error:
+        raise RefusedError(
+            f"PostgreSQL needs the package psycopg2 or psycopg2-binary: {error}"
+        ) from None
+    return postgres_side
 
 
 class _Migration:
     """One run, between two databases that are open."""
 
-    def __init__(self, source: Side, target: Side, progress: Progress) -> None:
+    def __init__(
+        self, source: Source, target: Target, options: Options, progress: Progress
+    ) -> None:
         self._source = source
         self._target = target
+        self._options = options
         self._progress = progress
-        self._result = Result()
-        self._warnings = 0
-        self._uncommitted = 0
-        #: How many keys the target goes without, by the ids of their versions.
-        self._lost: dict[tuple[str, int], int] = {}
-        self._kept: set[tuple[str, int]] = set()
+        self._result = Result(dry_run=options.dry_run)
+        self._uncommitted_rows = 0
+        #: The written versions that aren't committed, as the target must hold them.
+        self._expected: dict[Ids, Version] = {}
 
     def run(self) -> Result:
-        total = self._source.count_versions()
-        done = 0
-        for page in self._source.versions():
-            for version, held in self._pairs(page):
-                self._handle(version, held)
-                done += 1
-                written = self._result.written
-                self._progress.step(f"{done} of {total} backups, {written} keys")
+        """Copy or compare each version of the source, page by page."""
+        self._progress.begin(self._source.count_keys())
+        missing = set(self._options.users)
+        for page in self._source.versions(self._target):
+            held = self._target.find([one.version.ids for one in page.versions])
+            for source in page.versions:
+                self._handle(source, held.get(source.version.ids))
+                missing.discard(source.version.user_id)
+            self._result.lost_versions += page.lost
             self._commit()
-            self._result.lost_versions += len(page) - len(self._sound(page))
-        self._check()
+        self._result.missing_users = tuple(sorted(missing))
         return self._result
 
-    def _sound(self, page: Sequence[Row]) -> list[Version]:
-        """Those of the rows of a page that the target can hold."""
-        return [
-            parse_version(row)
-            for row in page
-            if type(row[1]) is int and self._target.holds(row[0], row[2], row[3])
-        ]
-
-    def _pairs(self, page: Sequence[Row]) -> Iterator[tuple[Version, Held | None]]:
-        """The versions of a page, with what the target holds of each."""
-        versions = self._sound(page)
-        found = {held.version.ids: held for held in self._target.find(versions)}
-        return ((version, found.get(version.ids)) for version in versions)
-
-    def _handle(self, version: Version, held: Held | None) -> None:
-        verdict = judge(version, held)
-        if verdict is Verdict.COPY:
-            # It may have changed since the page was looked at.
-            held = self._target.lock(version)
-            verdict = judge(version, held)
-        if verdict is Verdict.COPY:
-            self._copy(version, held)
-        elif verdict is Verdict.SAME:
-            self._result.unchanged += 1
+    def _handle(self, source: SourceVersion, held: Held | None) -> None:
+        decision = self._decide(source, held)
+        if decision.action in _WRITING and not self._options.dry_run:
+            # The target may have changed since the page was read.
+            held = self._target.lock(source.version.ids)
+            decision = self._decide(source, held)
+        self._count(source, decision)
+        if decision.action in _WRITING and not self._options.dry_run:
+            self._write(source.version, held, decision.action)
         else:
-            self._result.kept += 1
-            self._kept.add(version.ids)
-            self._warn(version, f"{verdict.value}: left as it is there")
+            self._progress.advance(source.version.keys.count)
 
-    def _copy(self, version: Version, held: Held | None) -> None:
-        """Make a version, which is locked where it is there, what it is at the
-        source."""
-        present = held.version.count if held else 0
-        if version.count:
-            self._copy_keys(version, present)
-        elif present:
-            self._target.clear(version)
-            self._result.deleted += present
-        self._target.save(version, new=held is None)
-        self._result.copied += 1
-        self._uncommitted += 1
-        if self._uncommitted >= _COMMIT_ROWS:
+    def _decide(self, source: SourceVersion, held: Held | None) -> Decision:
+        is_named = source.version.user_id in self._options.users
+        return decide(source, held, self._options.keep, is_named)
+
+    def _count(self, source: SourceVersion, decision: Decision) -> None:
+        """Note a decision in the result, and tell the operator of it if need be."""
+        result, action = self._result, decision.action
+        result.unchanged += action is Action.NOTHING
+        result.copied += action is Action.COPY
+        result.joined += action is Action.JOIN
+        result.kept += action is Action.KEEP
+        result.erased += action is Action.ERASED
+        result.undecided += action is Action.ASK
+        if action is Action.NOTHING:
+            self._note_checked(source.version)
+        if action is Action.NOTHING or action in _WRITING:
+            self._lose(source.version, source.lost_keys)
+        if action in (Action.ASK, Action.ERASED):
+            self._warn(source.version, f"{decision.reason}: {action.value}")
+        elif self._options.dry_run and action in _WRITING:
+            keys = source.version.keys.count
+            would = f"would be {action.value} ({keys} keys)"
+            self._warn(source.version, f"{decision.reason}: {would}")
+
+    def _write(self, version: Version, held: Held | None, action: Action) -> None:
+        """Copy a version, which is locked if it is there, or merge it."""
+        there = held.version if held else None
+        if action is Action.JOIN and there is not None:
+            expected = self._join(version, there)
+            # Not the digest of the result: the source still is what it was, so that the
+            # next run finds that the target has changed, and not the source.
+            copied = version.digest
+        else:
+            expected = self._copy(version, held.keys if held else 0)
+            copied = expected.digest
+        self._target.save(expected, copied, is_new=there is None)
+        self._expected[version.ids] = expected
+        self._uncommitted_rows += 1
+        if self._uncommitted_rows >= _COMMIT_ROWS:
             self._commit()
 
-    def _copy_keys(self, version: Version, present: int) -> None:
-        """Write the keys that aren't the same at the target, delete what isn't at the
-        source.
+    def _copy(self, version: Version, present: int) -> Version:
+        """Make the target's keys the source's; return the version as it must be then.
 
         Args:
-            present: how many the target holds.
+            present: how many keys the target holds.
         """
-        rows = self._fit(
-            version, self._source.keys(version, version.count, present > 0)
-        )
-        held = self._target.keys(version, present, True) if present else iter(())
-        deletes: list[tuple[str, str]] = []
-        writes: list[Row] = []
-        for old, row in changes(rows, held):
-            if old is not None:
-                deletes.append(old)
-                self._result.deleted += row is None
-            if row is not None:
-                writes.append(row)
-            if max(len(deletes), len(writes)) >= PAGE_KEYS:
-                self._write(version, deletes, writes)
-        self._write(version, deletes, writes)
+        if not version.keys.count:
+            if present:
+                self._target.clear(version.ids)
+                self._result.deleted += present
+            return version
+        rows = self._source_rows(version, present > 0)
+        held = self._target_rows(version.ids, present)
+        lost = self._apply(version, changes(rows, held))
+        return attrs.evolve(version, keys=version.keys - lost)
 
-    def _fit(self, version: Version, rows: Iterable[Row]) -> Iterator[Row]:
-        """The keys of a version as the target can hold them."""
-        lost = 0
-        for row in rows:
-            if not self._target.holds(row[0], row[1], row[5]):
-                lost += 1
-                continue
+    def _join(self, version: Version, there: Version) -> Version:
+        """Merge the source's keys into the target's; return the version as it must be
+        then. Its etag is above both, so that clients of either side see a change."""
+        keys = there.keys
+
+        def followed() -> Iterator[Change]:
+            nonlocal keys
+            rows = self._source_rows(version, True)
+            held = self._target_rows(version.ids, there.keys.count)
+            for old, row in joining_changes(rows, held):
+                keys += digest_keys([row] if row else [])
+                keys -= digest_keys([old] if old else [])
+                yield old, row
+
+        lost = self._apply(version, followed())
+        etag = max(version.etag, there.etag) + 1
+        return attrs.evolve(there, etag=etag, keys=keys - lost)
+
+    def _source_rows(self, version: Version, ordered: bool) -> Iterator[Row]:
+        """Yield the keys that the target can hold, and move the progress."""
+        number = 0
+        for row in self._source.keys(version.ids, version.keys.count, ordered):
             fitted = self._target.fit(row)
+            if fitted is None:
+                continue
+            number += 1
+            if number % PAGE_KEYS == 0:
+                self._progress.advance(PAGE_KEYS)
             self._result.mended += fitted != row
             yield fitted
-        self._lose(version, lost)
+        self._progress.advance(number % PAGE_KEYS)
 
-    def _write(
-        self, version: Version, deletes: list[tuple[str, str]], writes: list[Row]
-    ) -> None:
-        """Delete keys, then add keys; both lists are empty afterwards."""
-        if deletes:
-            self._target.delete(version, deletes)
-        if writes:
-            lost = self._target.write(version, writes)
-            self._result.written += len(writes) - lost
-            self._lose(version, lost)
-        self._uncommitted += len(deletes) + len(writes)
-        deletes.clear()
-        writes.clear()
+    def _target_rows(self, ids: Ids, present: int) -> Iterator[Row]:
+        return self._target.keys(ids, present, True) if present else iter(())
+
+    def _apply(self, version: Version, found: Iterable[Change]) -> KeysDigest:
+        """Change the target's keys; return the digest of those that it refused."""
+        lost = KeysDigest()
+        for part in pages_of(found, PAGE_KEYS):
+            gone = [old for old, _ in part if old is not None]
+            come = [row for _, row in part if row is not None]
+            refused: list[Row] = []
+            if gone:
+                self._target.delete(version.ids, gone)
+            if come:
+                refused = self._target.write(version.ids, come)
+            self._result.written += len(come) - len(refused)
+            self._result.deleted += len(part) - len(come)
+            self._uncommitted_rows += len(part)
+            self._lose(version, len(refused))
+            lost += digest_keys(refused)
+        return lost
 
     def _lose(self, version: Version, keys: int) -> None:
         if keys:
-            self._lost[version.ids] = self._lost.get(version.ids, 0) + keys
             self._result.lost_keys += keys
             self._warn(version, f"{keys} keys left out: the target can't hold them")
 
     def _commit(self) -> None:
+        """Compare the written versions with what they must be, then commit them: until
+        then nobody else can have changed them."""
+        found = self._target.find(list(self._expected)) if self._expected else {}
+        for ids, version in self._expected.items():
+            held = found.get(ids)
+            if held is None or held.version != version:
+                self._result.differing += 1
+                self._warn(version, "isn't the same on both sides after all")
+            self._note_checked(version)
         self._target.commit()
-        self._uncommitted = 0
+        self._expected.clear()
+        self._uncommitted_rows = 0
 
-    def _check(self) -> None:
-        """Compare what is on both sides now, but for what was left alone."""
-        result = self._result
-        for page in self._source.versions():
-            for version, held in self._pairs(page):
-                if version.ids in self._kept:
-                    continue
-                count = version.count - self._lost.get(version.ids, 0)
-                result.checked += 1
-                result.checked_keys += count
-                found = held and (held.version.etag, held.version.count)
-                if found != (version.etag, count):
-                    result.differing += 1
-                    self._warn(version, "isn't the same on both sides after all")
+    def _note_checked(self, version: Version) -> None:
+        self._result.checked += 1
+        self._result.checked_keys += version.keys.count
 
     def _warn(self, version: Version, text: str) -> None:
-        self._warnings += 1
-        if self._warnings <= _WARNINGS:
-            self._progress.warn(f"{version.user_id} version {version.version}: {text}")
-
-
-def changes(
-    rows: Iterable[Row], held: Iterator[Row]
-) -> Iterator[tuple[tuple[str, str] | None, Row | None]]:
-    """What is to be done to make one list of keys the other; both are in the order of
-    their ids, or there is none in the second.
-
-    Returns:
-        Of each change, the ids of the key that goes, and the key that comes.
-    """
-    old = next(held, None)
-    for row in rows:
-        while old is not None and old[:2] < row[:2]:
-            yield (old[0], old[1]), None
-            old = next(held, None)
-        if old is None or old[:2] != row[:2]:
-            yield None, row
-            continue
-        if old != row:
-            yield (old[0], old[1]), row
-        old = next(held, None)
-    while old is not None:
-        yield (old[0], old[1]), None
-        old = next(held, None)
+        self._progress.warn(f"{version.user_id} version {version.version}: {text}")

@@ -1,46 +1,44 @@
-"""What the two sides of a migration have in common, whichever engine each is of.
+"""The two sides of a migration, whichever engine each is of.
 
-Their connections are their own, and block.
+Each side has a connection of its own, which blocks.
 """
 
-import hashlib
-from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from itertools import islice
+from typing import Any, Protocol, TypeVar
 
 import attrs
 
+from ...describe import error_line
 from ...storage import sql
+from .values import Held, KeysDigest, Row, SourceVersion, Version
 
-#: How many versions are looked at together.
-PAGE_VERSIONS = 1000
+#: Versions that are compared together: few enough for the progress to move, many
+#: enough for the round trips not to count.
+PAGE_VERSIONS = 100
+#: Seconds that a statement waits for a lock that another program holds.
+LOCK_SECONDS = 60
 
-#: A key: room id, session id, first_message_index, forwarded_count, is_verified,
-#: session_data; whatever it was that a side held, where it comes from there.
-Row = tuple[Any, ...]
+#: A user and the number of a version.
+Ids = tuple[str, int]
 
 KEY_COLUMNS = """room_id, session_id,
     first_message_index, forwarded_count, is_verified, session_data"""
 KEYS = f"SELECT {KEY_COLUMNS} FROM e2e_room_keys WHERE user_id = ? AND version = ?"
 VERSION_COLUMNS = "user_id, version, algorithm, auth_data, deleted, etag"
-_INFO = """
-    SELECT v.user_id, v.version, v.algorithm, v.auth_data, v.deleted, v.etag,
-        (SELECT COUNT(*) FROM e2e_room_keys AS k
-        WHERE k.user_id = v.user_id AND k.version = v.version)"""
-VERSIONS = f"{_INFO} FROM e2e_room_keys_versions AS v"
-#: What the version was like when it was copied comes last.
-HELD = f"""{_INFO}, (SELECT m.copied FROM roomkeys_migrated AS m
-        WHERE m.user_id = v.user_id AND m.version = v.version)
-    FROM e2e_room_keys_versions AS v"""
-HELD_ONE = f"{HELD} WHERE v.user_id = ? AND v.version = ?"
+#: The homeserver's tables, and the one of the migration.
+TABLES = ("e2e_room_keys", "e2e_room_keys_versions")
+MIGRATED = "roomkeys_migrated"
+COUNTS = "roomkeys_counts"
 
-#: The digest of each version that was copied, as it was then: whoever finds another
-#: one knows that the target's service has changed the version since.
-MAKE_MIGRATED = """
-    CREATE TABLE IF NOT EXISTS roomkeys_migrated (
+#: The digest of each version that a migration wrote, as it was then. It outlives the
+#: version, so that a later run doesn't bring back what was erased.
+MAKE_MIGRATED = f"""
+    CREATE TABLE IF NOT EXISTS {MIGRATED} (
         user_id TEXT NOT NULL, version BIGINT NOT NULL, copied TEXT NOT NULL,
         PRIMARY KEY (user_id, version))"""
-_SAVE_MIGRATED = """
-    INSERT INTO roomkeys_migrated (user_id, version, copied) VALUES (?, ?, ?)
+_SAVE_MIGRATED = f"""
+    INSERT INTO {MIGRATED} (user_id, version, copied) VALUES (?, ?, ?)
     ON CONFLICT (user_id, version) DO UPDATE SET copied = excluded.copied"""
 _ADD_VERSION = """
     INSERT INTO e2e_room_keys_versions
@@ -51,130 +49,204 @@ _SET_VERSION = """
     SET algorithm = ?, auth_data = ?, deleted = ?, etag = ?
     WHERE user_id = ? AND version = ?"""
 
-
-@attrs.frozen
-class Version:
-    """One version of a user's backup.
-
-    Attributes:
-        etag: 0 for NULL.
-        count: how many keys it holds.
-    """
-
-    user_id: str
-    version: int
-    algorithm: str
-    auth_data: str
-    deleted: bool
-    etag: int
-    count: int
-
-    @property
-    def ids(self) -> tuple[str, int]:
-        """Which one it is."""
-        return self.user_id, self.version
-
-    @property
-    def digest(self) -> str:
-        """It, but for its count, in a few letters."""
-        text = f"{self.etag} {self.deleted:d} {self.algorithm}\n{self.auth_data}"
-        return hashlib.sha256(text.encode()).hexdigest()
+T = TypeVar("T")
 
 
-@attrs.frozen
-class Held:
-    """A version at the target.
+class MigrateError(Exception):
+    """The migration cannot go on; the message is for the operator.
 
     Attributes:
-        copied: its digest when it was copied there, or None if it wasn't.
+        exit_code: the exit code of the command.
     """
 
-    version: Version
-    copied: str | None
+    exit_code = 1
 
 
-class Side(Protocol):
-    """A database that is the source of a migration, or its target."""
+class RefusedError(MigrateError):
+    """The migration does not begin: the operator named the wrong databases."""
+
+    exit_code = 2
+
+
+class UnreachableError(MigrateError):
+    """A database is away, locked or full; the same command goes on later."""
+
+    exit_code = 3
+
+
+def failure(place: str, error: Exception, is_passing: bool) -> MigrateError:
+    """Return the error for an exception of a driver.
+
+    Args:
+        place: the side and its address.
+        is_passing: the same may succeed later.
+    """
+    line = error_line(error)
+    if not is_passing:
+        return MigrateError(f"{place}: {type(error).__name__}: {line}")
+    return UnreachableError(
+        f"{place}: {line}. See that the database runs, accepts these settings and has"
+        " room, then run the same command again: committed backups stay"
+    )
+
+
+class Keys(Protocol):
+    """The part that sources and targets share."""
+
+    #: The side and its address, never with a password: "source, SQLite file /a.db".
+    place: str
 
     def close(self) -> None:
         """Disconnect; what isn't committed is undone."""
 
-    def count_versions(self) -> int:
-        """How many versions there are."""
+    def identity(self) -> Hashable | None:
+        """Identify the table of keys, whatever name the operator used for its server or
+        file; None if there is no such table yet."""
 
-    def versions(self) -> Iterator[list[Row]]:
-        """The versions, a page of them at a time: the fields of a `Version`."""
-
-    def keys(self, version: Version, count: int, ordered: bool) -> Iterator[Row]:
-        """The keys of a version; at the target, as they were before the transaction.
+    def keys(self, ids: Ids, count: int, ordered: bool) -> Iterator[Row]:
+        """Yield the keys of a version; at the target, without the changes made since
+        the iteration began.
 
         Args:
             count: how many there are, about.
-            ordered: they come in the order of their ids, as Python has it.
+            ordered: order them by room and session id, by code points.
         """
 
-    def prepare(self) -> None:
-        """Make the tables.
+
+class Target(Keys, Protocol):
+    """The database that is written to, in transactions that `commit` ends.
+
+    A side that was opened for a dry run only has `find` called.
+    """
+
+    def claim(self) -> None:
+        """Keep other migrations from this target until `close`.
 
         Raises:
-            SchemaError: they are newer than this version of the plugin.
+            MigrateError: another one is running.
+        """
+
+    def prepare(self, make_tables: bool) -> None:
+        """Make the missing tables.
+
+        Args:
+            make_tables: make those of the service; else only the migration's own, in
+                the database of a Synapse, which has made the others.
+
+        Raises:
+            SchemaError: the tables are newer than this version of the plugin.
+            MigrateError: the homeserver's tables are missing.
         """
 
     def holds(self, *texts: Any) -> bool:
-        """Whether these are texts that it can hold."""
+        """Whether these are texts that the database can hold."""
 
-    def fit(self, row: Row) -> Row:
-        """A key with numbers that it can hold: NULL, which reads as 0, for others."""
+    def fit(self, row: Row) -> Row | None:
+        """Return a key as the database can hold it: with NULL, which reads as 0, for a
+        number out of range, and None for a key with an impossible text."""
 
-    def find(self, versions: Sequence[Version]) -> list[Held]:
-        """Those of some versions that are there."""
+    def find(self, ids: Sequence[Ids]) -> dict[Ids, Held]:
+        """Read the state of some versions; those without a trace are left out."""
 
-    def lock(self, version: Version) -> Held | None:
-        """A version, if it is there, which nobody else changes until the commit."""
+    def lock(self, ids: Ids) -> Held | None:
+        """Lock a version against other writers until the commit, and read its state."""
 
-    def write(self, version: Version, rows: Sequence[Row]) -> int:
-        """Add keys; how many of them the database can't hold, and goes without."""
+    def write(self, ids: Ids, rows: Sequence[Row]) -> list[Row]:
+        """Add keys; return those that the database refuses for their size or text."""
 
-    def delete(self, version: Version, ids: Sequence[tuple[str, str]]) -> None:
-        """Delete keys by their room and session ids."""
+    def delete(self, ids: Ids, rows: Sequence[Row]) -> None:
+        """Delete keys."""
 
-    def clear(self, version: Version) -> None:
+    def clear(self, ids: Ids) -> None:
         """Delete all keys of a version."""
 
-    def save(self, version: Version, new: bool) -> None:
-        """Write a version's row, note that it is a copy, forget its cached count."""
+    def save(self, version: Version, copied: str, is_new: bool) -> None:
+        """Write a version's row and the digest to recognise it by later, and drop its
+        cached count."""
 
     def commit(self) -> None:
-        """Have what was written stay."""
+        """Commit the transaction."""
 
 
-def is_text(value: Any) -> bool:
-    """Whether a value is text that can be encoded; SQLite lets in what is not."""
-    try:
-        return isinstance(value, str) and (value.isascii() or bool(value.encode()))
-    except UnicodeEncodeError:
-        return False
+@attrs.frozen
+class Page:
+    """Some versions of the source.
+
+    Attributes:
+        lost: versions on the same page that the target cannot hold.
+    """
+
+    versions: Sequence[SourceVersion]
+    lost: int
 
 
-def parse_version(row: Row) -> Version:
-    """A version of a row whose ids and texts are sound."""
-    user_id, version, algorithm, auth_data, deleted, etag, count = row[:7]
+class Source(Keys, Protocol):
+    """The database that is read, as it was when it was opened.
+
+    A source that was opened for some users has only their rows.
+    """
+
+    def count_keys(self) -> int:
+        """Count the keys."""
+
+    def versions(self, target: Target) -> Iterator[Page]:
+        """Yield the versions, with the digests of the keys that the target can hold."""
+
+
+def pages_of(rows: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Yield the rows in lists of a size."""
+    iterator = iter(rows)
+    while page := list(islice(iterator, size)):
+        yield page
+
+
+def has_sound_version(row: Row, target: Target) -> bool:
+    """Whether the target can hold a row of versions, which begins with
+    `VERSION_COLUMNS`."""
+    return type(row[1]) is int and target.holds(row[0], row[2], row[3])
+
+
+def parse_version(row: Row, keys: KeysDigest) -> Version:
+    """Return the version of a sound row, which begins with `VERSION_COLUMNS`."""
+    user_id, version, algorithm, auth_data, deleted, etag = row[:6]
     number = etag if type(etag) is int else 0
-    return Version(
-        *(user_id, version, algorithm, auth_data, bool(deleted), number, count)
-    )
+    return Version(user_id, version, algorithm, auth_data, bool(deleted), number, keys)
 
 
-def parse_held(row: Row) -> Held:
-    """A row of the target's, which is sound."""
-    return Held(parse_version(row), row[7])
+def parse_held(row: Row, copied: str | None, keys: KeysDigest) -> Held | None:
+    """Return the state of a version at the target, None if nothing is left of it.
+
+    Args:
+        row: begins with `VERSION_COLUMNS`; the algorithm is NULL if there is no such
+            version.
+    """
+    if row[2] is not None:
+        return Held(parse_version(row, keys), copied, keys.count)
+    return Held(None, copied, keys.count) if copied or keys.count else None
 
 
-def saving(version: Version, new: bool) -> list[tuple[str, tuple[Any, ...]]]:
-    """The statements that `Side.save` is made of."""
+def saving(
+    version: Version, copied: str, is_new: bool, has_counts: bool
+) -> list[tuple[str, tuple[Any, ...]]]:
+    """Return the statements of `Target.save`, and their parameters.
+
+    Args:
+        has_counts: the plugin's table of counts exists.
+    """
     values = (version.algorithm, version.auth_data, int(version.deleted), version.etag)
-    return [
-        (_ADD_VERSION if new else _SET_VERSION, (*values, *version.ids)),
-        (_SAVE_MIGRATED, (*version.ids, version.digest)),
-        (sql.FORGET_COUNT, version.ids),
+    statements: list[tuple[str, tuple[Any, ...]]] = [
+        (_ADD_VERSION if is_new else _SET_VERSION, (*values, *version.ids)),
+        (_SAVE_MIGRATED, (*version.ids, copied)),
     ]
+    return statements + [(sql.FORGET_COUNT, version.ids)] * has_counts
+
+
+def missing_tables(place: str, tables: Iterable[str]) -> MigrateError | None:
+    """Return the error for a database of a homeserver without its tables, or None."""
+    missing = [table for table in TABLES if table not in tables]
+    if not missing:
+        return None
+    return RefusedError(
+        f"{place}: there is no table {' or '.join(missing)}. Is it the database with a"
+        " homeserver's key backups?"
+    )

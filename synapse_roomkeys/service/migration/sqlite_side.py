@@ -1,150 +1,329 @@
 """An SQLite file as a side of a migration."""
 
+import fcntl
+import os
 import sqlite3
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ...storage import SQLITE, sql, upgrade_tables
+from ...storage import PAGE_KEYS, SQLITE, sql, upgrade_tables
 from .side import (
-    HELD_ONE,
+    COUNTS,
     KEY_COLUMNS,
     KEYS,
+    LOCK_SECONDS,
     MAKE_MIGRATED,
+    MIGRATED,
     PAGE_VERSIONS,
+    TABLES,
     VERSION_COLUMNS,
-    VERSIONS,
-    Held,
-    Row,
-    Version,
-    is_text,
+    Ids,
+    MigrateError,
+    Page,
+    Target,
+    UnreachableError,
+    failure,
+    has_sound_version,
+    missing_tables,
+    pages_of,
     parse_held,
+    parse_version,
     saving,
 )
+from .values import Held, Row, SourceVersion, Version, digest_keys, is_text
 
-#: Seconds to wait for somebody else's transaction.
-_TIMEOUT = 60.0
+_VERSIONS = f"SELECT {VERSION_COLUMNS} FROM e2e_room_keys_versions"
+_COPIED = f"SELECT copied FROM {MIGRATED} WHERE user_id = ? AND version = ?"
+_ORDER = " ORDER BY room_id, session_id"
+#: The texts of the position are bytes, so that broken UTF-8 passes unchanged.
+_AFTER = """
+    AND (room_id, session_id) > (CAST(? AS TEXT), CAST(? AS TEXT))"""
+_TABLES = "SELECT name FROM {database}.sqlite_master WHERE type = 'table'"
+#: The columns that a snapshot has of each table.
+_SNAPSHOT = {
+    "e2e_room_keys": f"user_id, version, {KEY_COLUMNS}",
+    "e2e_room_keys_versions": VERSION_COLUMNS,
+    MIGRATED: "user_id, version, copied",
+}
+_INDEXES = {
+    "e2e_room_keys": "user_id, version, room_id, session_id",
+    MIGRATED: "user_id, version",
+}
+#: Steps of SQLite's virtual machine between two chances for Ctrl-C: some milliseconds.
+_STEPS = 100_000
 
 
-class SqliteSide:
-    """A database in an SQLite file."""
+class _SqliteSide:
+    """A connection to a database in a file.
 
-    def __init__(self, args: Mapping[str, Any], source: bool) -> None:
+    Attributes:
+        place: as `Keys.place`.
+    """
+
+    def __init__(self, role: str, args: Mapping[str, Any]) -> None:
+        """
+        Args:
+            role: "source" or "target".
+            args: ``database``, the path of the file.
+        """
+        self._path = Path(args["database"]).absolute()
+        self.place = f"{role}, SQLite file {self._path}"
+
+    def close(self) -> None:
+        """As `Keys.close`."""
+        self._connection.close()
+
+    def identity(self) -> Hashable | None:
+        """As `Keys.identity`."""
+        try:
+            status = self._path.stat()
+        except OSError:
+            return None
+        return status.st_dev, status.st_ino
+
+    def _connect(self, database: str) -> None:
+        self._connection = sqlite3.connect(
+            database, timeout=LOCK_SECONDS, isolation_level=None, uri=True
+        )
+        self._connection.text_factory = lambda text: text.decode(
+            "utf-8", "surrogateescape"
+        )
+        # Python handles Ctrl-C between two of its own instructions: give it some.
+        self._connection.set_progress_handler(lambda: 0, _STEPS)
+
+    def _find_tables(self, database: str = "main") -> None:
+        """Note which tables there are."""
+        rows = self._execute(_TABLES.format(database=database))
+        self._tables = {name for (name,) in rows}
+
+    def _find_copied(self, ids: Ids) -> str | None:
+        rows = self._execute(_COPIED, ids) if MIGRATED in self._tables else ()
+        return next((copied for (copied,) in rows), None)
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        """Turn the driver's exceptions into those of the migration."""
+        try:
+            yield
+        except sqlite3.OperationalError as error:
+            if str(error) == "interrupted":
+                raise KeyboardInterrupt from error
+            raise failure(self.place, error, True) from error
+        except sqlite3.Error as error:
+            raise failure(self.place, error, False) from error
+
+    def _execute(self, statement: str, parameters: Sequence[Any] = ()) -> list[Row]:
+        with self._errors():
+            return self._connection.execute(statement, parameters).fetchall()
+
+
+class SqliteSource(_SqliteSide):
+    """A `Source` in an SQLite file.
+
+    What it needs is copied into a temporary file, where SQLite has those, so that
+    nobody waits for the migration.
+    """
+
+    def __init__(self, args: Mapping[str, Any], users: Sequence[str]) -> None:
         """
         Args:
             args: ``database``, the path of the file.
-            source: the file is only read, in one go: its two tables are put into a
-                temporary file, where SQLite has those, so that nobody waits long.
+            users: the only ones to read, or none for all.
         """
-        path = Path(args["database"])
-        if source:
-            self._connection = self._reader = _snapshot(path)
-        else:
-            self._connection = _connect(str(path))
-            self._reader = _connect(str(path))
-            # So that the reader reads while the other one writes.
-            self._connection.execute("PRAGMA journal_mode = WAL").fetchall()
+        super().__init__("source", args)
+        self._connect("")
+        try:
+            self._take_snapshot(users)
+        except BaseException:
+            self.close()
+            raise
 
-    def close(self) -> None:
-        """As `Side.close`."""
-        self._connection.close()
-        self._reader.close()
+    def _take_snapshot(self, users: Sequence[str]) -> None:
+        self._execute("ATTACH ? AS source", (f"{self._path.as_uri()}?mode=ro",))
+        self._execute("BEGIN")
+        self._find_tables("source")
+        error = missing_tables(self.place, self._tables)
+        if error is not None:
+            raise error
+        marks = ", ".join("?" * len(users))
+        where = f"WHERE user_id IN ({marks})" if users else ""
+        for table in self._tables & set(_SNAPSHOT):
+            self._execute(
+                f"CREATE TABLE main.{table} AS SELECT {_SNAPSHOT[table]}"
+                f" FROM source.{table} {where}",
+                users,
+            )
+        self._execute("COMMIT")
+        self._execute("DETACH source")
+        for table, columns in _INDEXES.items():
+            if table in self._tables:
+                self._execute(f"CREATE INDEX {table}_by_ids ON {table} ({columns})")
 
-    def count_versions(self) -> int:
-        """As `Side.count_versions`."""
-        count = "SELECT COUNT(*) FROM e2e_room_keys_versions"
-        ((number,),) = self._connection.execute(count)
+    def keys(self, ids: Ids, count: int, ordered: bool) -> Iterator[Row]:
+        """As `Keys.keys`."""
+        with self._errors():
+            # Not "yield from", which would close the cursor after the connection.
+            for row in self._connection.execute(KEYS + _ORDER * ordered, ids):
+                yield row  # noqa: UP028
+
+    def count_keys(self) -> int:
+        """As `Source.count_keys`."""
+        ((number,),) = self._execute("SELECT COUNT(*) FROM e2e_room_keys")
         found: int = number
         return found
 
-    def versions(self) -> Iterator[list[Row]]:
-        """As `Side.versions`."""
-        cursor = self._reader.execute(VERSIONS)
-        while page := cursor.fetchmany(PAGE_VERSIONS):
-            yield page
+    def versions(self, target: Target) -> Iterator[Page]:
+        """As `Source.versions`."""
+        for page in pages_of(self._execute(_VERSIONS), PAGE_VERSIONS):
+            sound = [row for row in page if has_sound_version(row, target)]
+            versions = [self._version(row, target) for row in sound]
+            yield Page(versions, len(page) - len(sound))
 
-    def keys(self, version: Version, count: int, ordered: bool) -> Iterator[Row]:
-        """As `Side.keys`."""
-        order = " ORDER BY room_id, session_id" if ordered else ""
-        return self._reader.execute(KEYS + order, version.ids)
+    def _version(self, row: Row, target: Target) -> SourceVersion:
+        ids = row[0], row[1]
+        lost = 0
 
-    def prepare(self) -> None:
-        """As `Side.prepare`."""
-        upgrade_tables(self._connection.cursor(), SQLITE, True)
-        self._connection.execute(MAKE_MIGRATED)
+        def fitted() -> Iterator[Row]:
+            nonlocal lost
+            for key in self.keys(ids, 0, False):
+                fit = target.fit(key)
+                if fit is None:
+                    lost += 1
+                else:
+                    yield fit
+
+        digest = digest_keys(fitted())
+        return SourceVersion(parse_version(row, digest), self._find_copied(ids), lost)
+
+
+class SqliteTarget(_SqliteSide):
+    """A `Target` in an SQLite file."""
+
+    def __init__(self, args: Mapping[str, Any], dry_run: bool) -> None:
+        """
+        Args:
+            args: ``database``, the path of the file.
+            dry_run: the file is only read, and not made.
+        """
+        super().__init__("target", args)
+        self._file: int | None = None
+        if not dry_run:
+            self._file = self._open_file()
+            self._connect(str(self._path))
+        else:
+            exists = self._path.exists()
+            self._connect(f"{self._path.as_uri()}?mode=ro" if exists else ":memory:")
+        self._find_tables()
+
+    def close(self) -> None:
+        """As `Keys.close`."""
+        super().close()
+        # Last: closing a file drops all of the process' locks on it, SQLite's too.
+        if self._file is not None:
+            os.close(self._file)
+
+    def claim(self) -> None:
+        """As `Target.claim`."""
+        assert self._file is not None, "opened for a dry run"
+        try:
+            # SQLite's own locks are of another kind, and don't meet this one.
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise MigrateError(
+                f"{self.place}: another migration writes to it. Wait for its end, then"
+                " run this command again"
+            ) from None
+
+    def prepare(self, make_tables: bool) -> None:
+        """As `Target.prepare`."""
+        if not make_tables:
+            error = missing_tables(self.place, self._tables)
+            if error is not None:
+                raise error
+        else:
+            # The service reads while the migration writes.
+            self._execute("PRAGMA journal_mode = WAL")
+            with self._errors():
+                upgrade_tables(self._connection.cursor(), SQLITE, True)
+        self._execute(MAKE_MIGRATED)
         self.commit()
+        self._find_tables()
+
+    def keys(self, ids: Ids, count: int, ordered: bool) -> Iterator[Row]:
+        """As `Keys.keys`; page by page, each read before the keys in it change."""
+        statement = KEYS + _ORDER + f" LIMIT {PAGE_KEYS}"
+        parameters: tuple[Any, ...] = ids
+        while rows := self._execute(statement, parameters):
+            yield from rows
+            statement = KEYS + _AFTER + _ORDER + f" LIMIT {PAGE_KEYS}"
+            last = (text.encode("utf-8", "surrogateescape") for text in rows[-1][:2])
+            parameters = (*ids, *last)
 
     def holds(self, *texts: Any) -> bool:
-        """As `Side.holds`."""
+        """As `Target.holds`."""
         return all(map(is_text, texts))
 
-    def fit(self, row: Row) -> Row:
-        """As `Side.fit`."""
-        return row
+    def fit(self, row: Row) -> Row | None:
+        """As `Target.fit`."""
+        return row if self.holds(row[0], row[1], row[5]) else None
 
-    def find(self, versions: Sequence[Version]) -> list[Held]:
-        """As `Side.find`."""
-        found = (self._find_one(version) for version in versions)
-        return [held for held in found if held is not None]
+    def find(self, ids: Sequence[Ids]) -> dict[Ids, Held]:
+        """As `Target.find`."""
+        if not set(TABLES) <= self._tables:
+            return {}
+        states = {one: self._find_one(one) for one in ids}
+        return {one: held for one, held in states.items() if held is not None}
 
-    def lock(self, version: Version) -> Held | None:
-        """As `Side.lock`."""
+    def lock(self, ids: Ids) -> Held | None:
+        """As `Target.lock`."""
         if not self._connection.in_transaction:
-            self._connection.execute("BEGIN IMMEDIATE")
-        return self._find_one(version)
+            self._execute("BEGIN IMMEDIATE")
+        return self._find_one(ids)
 
-    def write(self, version: Version, rows: Sequence[Row]) -> int:
-        """As `Side.write`."""
+    def write(self, ids: Ids, rows: Sequence[Row]) -> list[Row]:
+        """As `Target.write`."""
         statement = f"""
             INSERT INTO e2e_room_keys (user_id, version, {KEY_COLUMNS})
             VALUES (?, ?, ?, ?, ?, ?, ?, ?)"""
-        self._connection.executemany(statement, [(*version.ids, *row) for row in rows])
-        return 0
+        with self._errors():
+            self._connection.executemany(statement, [(*ids, *row) for row in rows])
+        return []
 
-    def delete(self, version: Version, ids: Sequence[tuple[str, str]]) -> None:
-        """As `Side.delete`."""
-        parameters = [(*version.ids, *pair) for pair in ids]
-        self._connection.executemany(sql.DELETE_ROOM_KEY, parameters)
+    def delete(self, ids: Ids, rows: Sequence[Row]) -> None:
+        """As `Target.delete`."""
+        parameters = [(*ids, *row[:2]) for row in rows]
+        with self._errors():
+            self._connection.executemany(sql.DELETE_ROOM_KEY, parameters)
 
-    def clear(self, version: Version) -> None:
-        """As `Side.clear`."""
-        self._connection.execute(sql.DELETE_KEYS, version.ids)
+    def clear(self, ids: Ids) -> None:
+        """As `Target.clear`."""
+        self._execute(sql.DELETE_KEYS, ids)
 
-    def save(self, version: Version, new: bool) -> None:
-        """As `Side.save`."""
-        for statement, parameters in saving(version, new):
-            self._connection.execute(statement, parameters)
+    def save(self, version: Version, copied: str, is_new: bool) -> None:
+        """As `Target.save`."""
+        has_counts = COUNTS in self._tables
+        for statement, parameters in saving(version, copied, is_new, has_counts):
+            self._execute(statement, parameters)
 
     def commit(self) -> None:
-        """As `Side.commit`."""
-        self._connection.commit()
+        """As `Target.commit`."""
+        with self._errors():
+            self._connection.commit()
 
-    def _find_one(self, version: Version) -> Held | None:
-        row = self._connection.execute(HELD_ONE, version.ids).fetchone()
-        return None if row is None else parse_held(row)
+    def _find_one(self, ids: Ids) -> Held | None:
+        """Read the state of a version; None without a trace of it."""
+        where = " WHERE user_id = ? AND version = ?"
+        rows = self._execute(_VERSIONS + where, ids) or [(*ids, None)]
+        with self._errors():
+            digest = digest_keys(self._connection.execute(KEYS, ids))
+        return parse_held(rows[0], self._find_copied(ids), digest)
 
-
-def _connect(path: str) -> sqlite3.Connection:
-    connection = sqlite3.connect(path, timeout=_TIMEOUT, isolation_level=None, uri=True)
-    connection.text_factory = lambda text: text.decode("utf-8", "surrogateescape")
-    return connection
-
-
-def _snapshot(path: Path) -> sqlite3.Connection:
-    """A temporary database with the two tables of a file."""
-    connection = _connect("")
-    connection.execute("ATTACH ? AS source", (f"{path.absolute().as_uri()}?mode=ro",))
-    connection.execute("BEGIN")
-    for table, columns in (
-        ("e2e_room_keys", f"user_id, version, {KEY_COLUMNS}"),
-        ("e2e_room_keys_versions", VERSION_COLUMNS),
-    ):
-        connection.execute(
-            f"CREATE TABLE main.{table} AS SELECT {columns} FROM source.{table}"
-        )
-    connection.execute("COMMIT")
-    connection.execute("DETACH source")
-    connection.execute(
-        "CREATE INDEX by_ids ON e2e_room_keys (user_id, version, room_id, session_id)"
-    )
-    return connection
+    def _open_file(self) -> int:
+        try:
+            return os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise UnreachableError(
+                f"{self.place}: {error.strerror}. Check the path and its permissions"
+            ) from None

@@ -1,0 +1,173 @@
+"""The decisions of a migration: functions on values, without any IO."""
+
+import json
+from collections.abc import Iterable, Iterator
+from enum import Enum
+
+import attrs
+
+from ...merge import is_better, is_sound
+from ...storage.rows import metadata
+from ...types import StoredKey
+from .values import Held, Row, SourceVersion, Version
+
+
+class Verdict(Enum):
+    """How a version of the source compares with the target's; the texts are for the
+    operator."""
+
+    SAME = "is the same on both sides"
+    COPY = "is to be copied"
+    ERASED = "was deleted at the target after it had been copied there"
+    AHEAD = "has changed at the target since it was copied"
+    BOTH = "has changed on both sides since it was copied"
+    FOREIGN = "is another one at the target, and was never copied there"
+
+
+class Keep(Enum):
+    """The side that wins where the target has changed; the operator's ``--keep``."""
+
+    SOURCE = "source"
+    TARGET = "target"
+    BETTER = "better"
+
+
+class Action(Enum):
+    """The work that a version needs."""
+
+    NOTHING = "nothing to do"
+    COPY = "copied"
+    JOIN = "merged"
+    KEEP = "left as the target has it, by --keep"
+    ERASED = "not copied again"
+    ASK = "left as the target has it until you decide"
+
+
+@attrs.frozen
+class Decision:
+    """The work that a version needs, and the reason for the operator."""
+
+    action: Action
+    reason: str
+
+
+def judge(source: SourceVersion, held: Held | None) -> Verdict:
+    """Compare a version of the source with the state at the target.
+
+    A migration records the digest of each version that it writes, in the database that
+    it writes to. So either side may know the last state that both had in common: the
+    target if the version came from the source, the source if it came from the target
+    (the way back). The target's version may be overwritten if it still is in that
+    state.
+    """
+    if held is None or (held.version is None and held.copied is None):
+        return Verdict.COPY
+    if held.version is None:
+        return Verdict.ERASED
+    if source.version == held.version:
+        return Verdict.SAME
+    common = {source.copied, held.copied} - {None}
+    if not common:
+        return Verdict.FOREIGN
+    if held.version.digest in common:
+        return Verdict.COPY
+    return Verdict.AHEAD if source.version.digest in common else Verdict.BOTH
+
+
+def decide(
+    source: SourceVersion, held: Held | None, keep: Keep | None, is_named: bool
+) -> Decision:
+    """Choose the work that a version needs.
+
+    Args:
+        keep: the operator's choice, or None.
+        is_named: the operator named this user (``--user``). Only then an erased version
+            may come back: a general ``--keep source`` must not undo erasures.
+    """
+    verdict = judge(source, held)
+    reason = verdict.value
+    if verdict is Verdict.SAME:
+        return Decision(Action.NOTHING, reason)
+    if verdict is Verdict.COPY or held is None or held.version is None:
+        comes_back = verdict is Verdict.COPY or (keep is Keep.SOURCE and is_named)
+        return Decision(Action.COPY if comes_back else Action.ERASED, reason)
+    if keep is not Keep.BETTER:
+        return Decision(_ACTIONS[keep], reason)
+    if verdict is Verdict.AHEAD:
+        # The target has all that the source has. Merging would bring back the keys that
+        # were deleted there.
+        return Decision(Action.KEEP, reason)
+    obstacle = _obstacle(source.version, held.version)
+    if obstacle is None:
+        return Decision(Action.JOIN, reason)
+    return Decision(Action.ASK, f"{reason}, and can't be merged: {obstacle}")
+
+
+_ACTIONS = {None: Action.ASK, Keep.SOURCE: Action.COPY, Keep.TARGET: Action.KEEP}
+
+
+def _obstacle(source: Version, target: Version) -> str | None:
+    """Return the reason why two versions cannot be merged, or None if they can."""
+    if source.deleted or target.deleted:
+        return "it is deleted on one side"
+    if source.algorithm != target.algorithm:
+        return "the algorithms differ"
+    if source.auth_data != target.auth_data:
+        return "auth_data differs"
+    return None
+
+
+#: The target's key that goes, and the source's key that comes; at least one of them.
+Change = tuple[Row | None, Row | None]
+
+
+def changes(rows: Iterable[Row], held: Iterator[Row]) -> Iterator[Change]:
+    """Return the changes that make the target's keys the source's.
+
+    Args:
+        rows: the source's keys, ordered by room and session id, or in any order if
+            ``held`` is empty.
+        held: the target's keys, ordered likewise.
+    """
+    return (change for change in _pairs(rows, held) if change[0] != change[1])
+
+
+def joining_changes(rows: Iterable[Row], held: Iterator[Row]) -> Iterator[Change]:
+    """Yield the changes that merge the source's keys into the target's: no key goes
+    but for a better one. Arguments as for `changes`."""
+    for old, row in _pairs(rows, held):
+        if row is not None and (old is None or _is_better(row, old)):
+            yield old, row
+
+
+def _pairs(rows: Iterable[Row], held: Iterator[Row]) -> Iterator[Change]:
+    """Yield each of the target's keys beside the source's key of the same ids, and None
+    where one side lacks it."""
+    old = next(held, None)
+    for row in rows:
+        while old is not None and old[:2] < row[:2]:
+            yield old, None
+            old = next(held, None)
+        if old is not None and old[:2] == row[:2]:
+            yield old, row
+            old = next(held, None)
+        else:
+            yield None, row
+    while old is not None:
+        yield old, None
+        old = next(held, None)
+
+
+def _is_better(row: Row, old: Row) -> bool:
+    """Tell whether the source's key replaces the target's, by the merge rule. A row
+    without usable data or with NULLs never replaces another."""
+    key = _stored(row)
+    return is_sound(key) and is_better(key.metadata, _stored(old))
+
+
+def _stored(row: Row) -> StoredKey:
+    try:
+        has_session_data = json.loads(row[5]) is not None
+    except (ValueError, RecursionError):
+        has_session_data = False
+    return StoredKey(metadata(row[2:5]), has_session_data, 0)
