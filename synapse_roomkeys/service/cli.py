@@ -119,9 +119,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     move.add_argument(
         "--keep",
-        type=Keep,
-        choices=list(Keep),
-        metavar="|".join(keep.value for keep in Keep),
+        choices=[keep.value for keep in Keep],
         help="where the target has changed: overwrite it with the source, leave the"
         " target, or merge the better keys of both; without it nothing is done there",
     )
@@ -173,7 +171,7 @@ def _migrate(options: argparse.Namespace) -> int:
             *((synapse, service) if to_service else (service, synapse)),
             Progress(sys.stderr),
             Options(
-                keep=options.keep,
+                keep=None if options.keep is None else Keep(options.keep),
                 users=tuple(options.users),
                 dry_run=options.dry_run,
                 make_tables=to_service,

@@ -22,6 +22,7 @@ from twisted.internet.defer import Deferred, inlineCallbacks
 
 from synapse_roomkeys.service.config import DatabaseConfig
 from synapse_roomkeys.service.migration import (
+    Keep,
     MigrateError,
     Options,
     Progress,
@@ -118,6 +119,15 @@ def make_synapses_tables(place: Place) -> Place:
 @pytest.fixture(params=list(product(ENGINES, ENGINES)), ids="-to-".join)
 def pair(request: pytest.FixtureRequest, new_place: NewPlace) -> tuple[Place, Place]:
     """A filled source and an empty target, of each engine."""
+    source, target = request.param
+    place = make_synapses_tables(new_place(source))
+    fill(place)
+    return place, new_place(target)
+
+
+@pytest.fixture(params=[ENGINES, ENGINES[::-1]], ids="-to-".join)
+def mixed(request: pytest.FixtureRequest, new_place: NewPlace) -> tuple[Place, Place]:
+    """A filled source and an empty target, of two engines."""
     source, target = request.param
     place = make_synapses_tables(new_place(source))
     fill(place)
@@ -315,6 +325,265 @@ def test_what_the_target_served_stays(
         f"{ALICE} version 2: has changed {changed} since it was copied: left as the"
         " target has it until you decide\n"
     )
+
+
+@pytest.mark.parametrize("keep", list(Keep))
+def test_what_the_operator_keeps(mixed: tuple[Place, Place], keep: Keep) -> None:
+    """Where both sides have changed, the operator's choice is carried out: one side's
+    keys, or the better ones of both, with an etag above both and no cached count. A
+    later run with the same choice has nothing to do."""
+    source, target = mixed
+    run(source, target)
+    both = ("!both", "better", 5, 0, False, "{}"), ("!both", "worse", 5, 0, False, "{}")
+    for place, index in ((source, 3), (target, 7)):
+        rows = [(*row[:2], index, *row[3:]) for row in both]
+        own = ("!own", f"{index}", 0, 0, False, "{}")
+        add_keys(place, ALICE, 2, *rows, own)
+    verify = "UPDATE e2e_room_keys SET is_verified = (1 = 1) WHERE session_id = ?"
+    target.run(verify, ("better",))
+    move(target, ALICE, 2)
+    target.run(
+        "INSERT INTO roomkeys_counts (user_id, version, etag, key_count, counted_ts)"
+        " VALUES (?, 2, 9, 99, 99)",
+        (ALICE,),
+    )
+    before = target.run(VERSIONS), target.run(KEYS)
+    options = Options(keep=keep)
+    result, _ = run(source, target, options)
+    assert result.is_done
+    where = f"WHERE user_id = '{ALICE}' AND version = 2"
+    found = target.run(
+        "SELECT session_id, first_message_index, is_verified"
+        f" FROM e2e_room_keys {where} AND room_id IN ('!both', '!own') ORDER BY 1"
+    )
+    keys = {(name, index, bool(verified)) for name, index, verified in found}
+    ((etag,),) = target.run(f"SELECT etag FROM e2e_room_keys_versions {where}")
+    counts = target.run("SELECT key_count FROM roomkeys_counts")
+    if keep is Keep.TARGET:
+        assert (target.run(VERSIONS), target.run(KEYS)) == before
+        assert (result.kept, counts) == (1, [(99,)])
+    elif keep is Keep.SOURCE:
+        assert same(source, target) and (result.copied, counts) == (1, [])
+    else:
+        assert keys == {
+            *(("3", 0, False), ("7", 0, False)),
+            *(("better", 7, True), ("worse", 3, False)),
+        }
+        # Both sides had 7; the source has 8, the target 9.
+        assert (result.joined, counts, etag) == (1, [], 10)
+    before = target.run(VERSIONS), target.run(KEYS)
+    again, _ = run(source, target, options)
+    assert again.is_done and (again.copied, again.joined, again.written) == (0, 0, 0)
+    assert (target.run(VERSIONS), target.run(KEYS)) == before
+
+
+def test_a_key_that_was_replaced_without_an_etag(pair: tuple[Place, Place]) -> None:
+    """A later run brings it, though etag and number of keys are the same; done at the
+    target, it is not overwritten."""
+    source, target = pair
+    run(source, target)
+    replace = (
+        "UPDATE e2e_room_keys SET session_data = '{\"other\": 1}'"
+        " WHERE user_id = ? AND version = 2 AND session_id = 'b0'"
+    )
+    source.run(replace, (ALICE,))
+    result, _ = run(source, target)
+    assert (result.copied, result.written, result.unchanged) == (1, 1, 4)
+    assert result.is_done and same(source, target)
+    target.run(replace.replace("other", "another"), (ALICE,))
+    result, told = run(source, target)
+    assert (result.undecided, result.unchanged) == (1, 4)
+    assert "changed at the target" in told
+
+
+def test_an_erased_user_stays_erased(mixed: tuple[Place, Place]) -> None:
+    """Backups that were deleted at the target after they had been copied don't come
+    back, unless the operator names the user and wants it."""
+    source, target = mixed
+    run(source, target)
+    for table in ("e2e_room_keys", "e2e_room_keys_versions"):
+        target.run(f"DELETE FROM {table} WHERE user_id = ?", (ALICE,))
+    move(source, ALICE, 2)
+    for options in (Options(), Options(keep=Keep.SOURCE), Options(users=(ALICE,))):
+        result, told = run(source, target, options)
+        assert result.is_done and (result.erased, result.copied) == (3, 0)
+        assert told.count("was deleted at the target") == 3
+    assert not any(user == ALICE for user, *_ in target.run(VERSIONS))
+    result, _ = run(source, target, Options(keep=Keep.SOURCE, users=(ALICE,)))
+    assert (result.copied, result.erased) == (3, 0) and same(source, target)
+
+
+def test_one_user(mixed: tuple[Place, Place]) -> None:
+    """Only the users that were named are copied; a name without a backup is told."""
+    source, target = mixed
+    result, _ = run(source, target, Options(users=(BOB, CAROL)))
+    assert (result.copied, result.is_done) == (2, True)
+    assert {user for user, *_ in target.run(VERSIONS)} == {BOB, CAROL}
+    result, _ = run(source, target, Options(users=("@bbo:test.example",)))
+    assert result.missing_users == ("@bbo:test.example",) and not result.is_done
+
+
+def test_a_dry_run(mixed: tuple[Place, Place]) -> None:
+    """It writes nothing, not even a table or a file, and tells the work of a run."""
+    source, target = mixed
+    result, told = run(source, target, Options(dry_run=True))
+    assert (result.copied, result.written, result.is_done) == (5, 0, True)
+    assert f"{ALICE} version 2: is to be copied: would be copied (1203 keys)" in told
+    if target.config.name == "sqlite3":
+        assert not Path(target.config.args["database"]).exists()
+    else:
+        assert target.tables == set()
+    run(source, target)
+    add_keys(source, BOB, 1, (ROOM, "new", 0, 0, False, "{}"))
+    for place in (source, target):
+        add_keys(place, ALICE, 2, ("!", place.config.name * 2, 0, 0, False, "{}"))
+        add_keys(place, ALICE, 2, ("!", f"{id(place)}", 0, 0, False, "{}"))
+    before = target.run(VERSIONS), target.run(KEYS)
+    result, told = run(source, target, Options(dry_run=True))
+    assert (result.copied, result.undecided, result.is_done) == (1, 1, False)
+    result, told = run(source, target, Options(dry_run=True, keep=Keep.BETTER))
+    assert (result.copied, result.joined, result.is_done) == (1, 1, True)
+    assert "would be merged" in told
+    assert (target.run(VERSIONS), target.run(KEYS)) == before
+
+
+def test_the_way_back(mixed: tuple[Place, Place]) -> None:
+    """What the service changed since it was copied goes back without a question; a
+    backup that both sides changed needs a decision. At the end both are equal."""
+    source, target = mixed
+    run(source, target)
+    serve_upload(target)
+    serve_deletion(target)
+    target.run(ADD_VERSION, ("@new:x", 9, "a", "{}", 0, 1))
+    for place in (source, target):
+        move(place, BOB, 1)
+    add_keys(target, BOB, 1, (ROOM, "new", 0, 0, False, "{}"))
+    back = Options(make_tables=False)
+    result, told = run(target, source, back)
+    assert (result.copied, result.undecided, result.unchanged) == (2, 1, 3)
+    assert told.startswith(f"{BOB} version 1: has changed on both sides")
+    result, _ = run(target, source, attrs.evolve(back, keep=Keep.SOURCE))
+    assert result.is_done and result.copied == 1 and same(source, target)
+    assert source.tables == {
+        *("e2e_room_keys", "e2e_room_keys_versions", "roomkeys_migrated"),
+    }
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_one_database_is_no_pair(
+    new_place: NewPlace, engine: str, tmp_path: Path
+) -> None:
+    """A database isn't copied into itself, whatever name it has on the other side."""
+    place = make_synapses_tables(new_place(engine))
+    fill(place)
+    before = place.run(VERSIONS), place.tables
+    args = dict(place.config.args)
+    if engine == "sqlite":
+        other = tmp_path / "link.db"
+        other.symlink_to(args["database"])
+        args["database"] = str(other)
+    else:
+        assert args["host"] == "127.0.0.1"
+        args["host"] = "localhost"
+    same_place = Place(DatabaseConfig(place.config.name, args))
+    for options in (Options(), Options(dry_run=True)):
+        with pytest.raises(MigrateError, match="same tables") as found:
+            run(place, same_place, options)
+        assert found.value.exit_code == 2
+    assert (place.run(VERSIONS), place.tables) == before
+
+
+def test_one_database_with_two_schemas(new_place: NewPlace) -> None:
+    """Two schemas of one database are two sides."""
+    source = make_synapses_tables(new_place("postgres"))
+    fill(source)
+    source.run("CREATE SCHEMA own")
+    args = {**source.config.args, "options": "-c search_path=own"}
+    target = Place(DatabaseConfig("psycopg2", args))
+    result, _ = run(source, target)
+    assert result.is_done and same(source, target)
+
+
+def test_two_at_once(mixed: tuple[Place, Place]) -> None:
+    """A run that finds another one at work on its target ends at once and says so; it
+    works when the other has ended."""
+    source, target = mixed
+
+    class Nested(Progress):
+        """Starts another run in the middle."""
+
+        def begin(self, keys: int) -> None:
+            with pytest.raises(MigrateError, match="another migration") as found:
+                run(source, target)
+            assert found.value.exit_code == 1
+            super().begin(keys)
+
+    result = migrate(source.config, target.config, Nested(io.StringIO()))
+    assert result.is_done and same(source, target)
+    assert run(source, target)[0].unchanged == 5
+
+
+def test_the_sides_are_told_first(mixed: tuple[Place, Place]) -> None:
+    """The operator reads from where to where, and no password."""
+    source, target = mixed
+    told = io.StringIO()
+    migrate(source.config, target.config, Progress(told))
+    first, second = told.getvalue().splitlines()[:2]
+    for line, role, place in (
+        (first, "From source", source),
+        (second, "to target", target),
+    ):
+        args = place.config.args
+        if place.config.name == "sqlite3":
+            assert line == f"{role}, SQLite file {args['database']}"
+        else:
+            assert line == (
+                f"{role}, PostgreSQL database {args['dbname']} on {args['host']},"
+                f" port {args['port']}"
+            )
+            assert args["password"] not in line
+
+
+def test_a_dsn_is_never_shown(new_place: NewPlace, target: Place) -> None:
+    """Where libpq can't read a dsn, or takes a part of the password for something else,
+    nothing of it is told."""
+    source = make_synapses_tables(new_place("sqlite"))
+    for dsn in (
+        "host=127.0.0.1 password=my s3cret pass",
+        "postgresql://user:my@s3cret@127.0.0.1:1/db",
+        "host=127.0.0.1 port=1 password=s3cret",
+    ):
+        wrong = Place(DatabaseConfig("psycopg2", {"dsn": dsn}))
+        for sides in ((wrong, target), (source, wrong)):
+            with pytest.raises(MigrateError) as found:
+                run(*sides)
+            assert "s3cret" not in str(found.value)
+            assert "database.args" in str(found.value)
+
+
+@pytest.mark.parametrize("role", ["source", "target"])
+def test_a_database_that_is_away(
+    new_place: NewPlace, role: str, tmp_path: Path
+) -> None:
+    """The operator reads which side it is, its address or file, and what to do; another
+    exit code tells a script to try again later."""
+    place = make_synapses_tables(new_place("sqlite"))
+    for config, address in (
+        (
+            DatabaseConfig("psycopg2", {"host": "127.0.0.1", "port": 1, "dbname": "d"}),
+            "PostgreSQL database d on 127.0.0.1, port 1",
+        ),
+        (
+            DatabaseConfig("sqlite3", {"database": f"{tmp_path}/none/x.db"}),
+            f"SQLite file {tmp_path}/none/x.db",
+        ),
+    ):
+        away = Place(config)
+        sides = (away, place) if role == "source" else (place, away)
+        with pytest.raises(MigrateError) as found:
+            run(*sides)
+        assert str(found.value).startswith(f"{role}, {address}: ")
+        assert found.value.exit_code == 3
 
 
 class Meddling(Progress):

@@ -293,8 +293,9 @@ def test_migrate(homeserver: Homeserver, tmp_path: Path) -> None:
     service.arguments += ("roomkeys.yaml",)
     code, output = service.run_to_end()
     assert code == 0, output
-    assert output.startswith("1 backups copied")
-    assert output.endswith("equal\n")
+    assert f"From source, SQLite file {source}\n" in output
+    assert "\n1 backups copied" in output
+    assert output.endswith("DONE: compared 1 backups, 0 keys: equal\n")
     configuration.write_text(f"database: {{password: {SECRET}}}")
     failure(service, 2, f"{configuration}: database: ")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sqlite3
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
@@ -396,3 +397,26 @@ def test_a_migration(new_database: NewDatabase, tmp_path: Path) -> None:
         assert same(source, target)
     print(f"{MIGRATION_KILLS} kills, {within} with a part copied")
     assert within >= MIGRATION_KILLS * LEAST_PART
+
+
+def test_an_interrupted_migration(new_database: NewDatabase, tmp_path: Path) -> None:
+    """Ctrl-C ends it with one line and an exit code of its own; no backup is there in
+    part, and the next run ends the work."""
+    source = source_in(tmp_path)
+    database = new_database()
+    directory = tmp_path / "target"
+    target = place_of(database, directory)
+    migration = new_migration(directory, source, database)
+    process = migration.spawn()
+    wait_until_copied(target, 1)
+    process.send(signal.SIGINT)
+    assert process.wait(DEADLINE) == 130, process.output()
+    assert process.output().splitlines()[2:] == [
+        "synapse-roomkeys: interrupted: the backups committed so far stay; run the same"
+        " command again to go on"
+    ]
+    assert 0 < copied(target) < USERS
+    assert is_in_whole_backups(source, target)
+    code, told = migration.run_to_end(DEADLINE)
+    assert code == 0, told
+    assert same(source, target)

@@ -165,8 +165,9 @@ class SqliteSource(_SqliteSide):
         """As `Keys.keys`."""
         with self._errors():
             # Not "yield from", which would close the cursor after the connection.
-            for row in self._connection.execute(KEYS + _ORDER * ordered, ids):
-                yield row  # noqa: UP028
+            rows = self._connection.execute(KEYS + _ORDER * ordered, ids)
+            for row in rows:  # noqa: UP028
+                yield row
 
     def count_keys(self) -> int:
         """As `Source.count_keys`."""
