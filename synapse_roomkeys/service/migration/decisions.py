@@ -13,8 +13,7 @@ from .values import Held, Row, SourceVersion, Version
 
 
 class Verdict(Enum):
-    """How a version of the source compares with the target's; the texts are for the
-    operator."""
+    """The comparison of a version with the target's; the texts are for the operator."""
 
     SAME = "is the same on both sides"
     COPY = "is to be copied"
@@ -54,11 +53,10 @@ class Decision:
 def judge(source: SourceVersion, held: Held | None) -> Verdict:
     """Compare a version of the source with the state at the target.
 
-    A migration records the digest of each version that it writes, in the database that
-    it writes to. So either side may know the last state that both had in common: the
-    target if the version came from the source, the source if it came from the target
-    (the way back). The target's version may be overwritten if it still is in that
-    state.
+    A migration records the digest of each written version at its target. Either side
+    may therefore know the last common state: the target if the version came from the
+    source, the source if the version came from the target (the way back). A target's
+    version in the common state has not changed, and may be overwritten.
     """
     if held is None or (held.version is None and held.copied is None):
         return Verdict.COPY
@@ -94,8 +92,8 @@ def decide(
     if keep is not Keep.BETTER:
         return Decision(_ACTIONS[keep], reason)
     if verdict is Verdict.AHEAD:
-        # The target has all that the source has. Merging would bring back the keys that
-        # were deleted there.
+        # The target has all of the source's keys. Merging would bring back the keys
+        # that were deleted at the target.
         return Decision(Action.KEEP, reason)
     obstacle = _obstacle(source.version, held.version)
     if obstacle is None:
@@ -117,12 +115,12 @@ def _obstacle(source: Version, target: Version) -> str | None:
     return None
 
 
-#: The target's key that goes, and the source's key that comes; at least one of them.
+#: The target's key to delete, and the source's key to write; one may be None.
 Change = tuple[Row | None, Row | None]
 
 
 def changes(rows: Iterable[Row], held: Iterator[Row]) -> Iterator[Change]:
-    """Return the changes that make the target's keys the source's.
+    """Return the changes that turn the target's keys into the source's.
 
     Args:
         rows: the source's keys, ordered by room and session id, or in any order if
@@ -133,16 +131,16 @@ def changes(rows: Iterable[Row], held: Iterator[Row]) -> Iterator[Change]:
 
 
 def joining_changes(rows: Iterable[Row], held: Iterator[Row]) -> Iterator[Change]:
-    """Yield the changes that merge the source's keys into the target's: no key goes
-    but for a better one. Arguments as for `changes`."""
+    """Yield the changes that merge the source's keys into the target's: a key is
+    replaced by a better key only. Arguments as for `changes`."""
     for old, row in _pairs(rows, held):
         if row is not None and (old is None or _is_better(row, old)):
             yield old, row
 
 
 def _pairs(rows: Iterable[Row], held: Iterator[Row]) -> Iterator[Change]:
-    """Yield each of the target's keys beside the source's key of the same ids, and None
-    where one side lacks it."""
+    """Pair the keys of equal ids, the target's first; None where a side has no such
+    key."""
     old = next(held, None)
     for row in rows:
         while old is not None and old[:2] < row[:2]:
@@ -159,8 +157,8 @@ def _pairs(rows: Iterable[Row], held: Iterator[Row]) -> Iterator[Change]:
 
 
 def _is_better(row: Row, old: Row) -> bool:
-    """Tell whether the source's key replaces the target's, by the merge rule. A row
-    without usable data or with NULLs never replaces another."""
+    """Apply the merge rule; a source's row with NULLs, or with data that isn't JSON,
+    replaces no other row."""
     key = _stored(row)
     return is_sound(key) and is_better(key.metadata, _stored(old))
 

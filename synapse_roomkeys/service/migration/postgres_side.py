@@ -65,10 +65,14 @@ _IDENTIFY = """
     FROM pg_control_system() AS c, pg_database AS d
     WHERE d.datname = current_database()"""
 _CLAIM = "SELECT pg_try_advisory_xact_lock(hashtext('roomkeys migration'))"
-#: A side may idle for as long as the other one takes.
+#: A statement may take as long as the largest backup needs. A side idles while the
+#: other side sorts such a backup: 10 minutes are enough, and release the locks of a
+#: stopped process.
 _SETTINGS = f"""
-    SET idle_in_transaction_session_timeout TO 0; SET statement_timeout TO 0;
+    SET idle_in_transaction_session_timeout TO '10min'; SET statement_timeout TO 0;
     SET lock_timeout TO '{LOCK_SECONDS}s'"""
+#: The transaction that holds the claim idles for as long as the migration runs.
+_IDLE_FOR_EVER = "SET LOCAL idle_in_transaction_session_timeout TO 0"
 
 
 class _PostgresSide:
@@ -194,9 +198,11 @@ class PostgresSource(_PostgresSide):
         """
         super().__init__("source", args, snapshot=True, readonly=True)
         self._users = [list(users)] if users else []
+
+    def take_snapshot(self) -> None:
+        """As `Source.take_snapshot`; the first query fixed the state."""
         error = missing_tables(self.place, self._tables)
         if error is not None:
-            self.close()
             raise error
 
     def count_keys(self) -> int:
@@ -241,10 +247,11 @@ class PostgresTarget(_PostgresSide):
 
     def claim(self) -> None:
         """As `Target.claim`."""
-        # A lock of a transaction, on a connection of its own: it lasts for all of the
-        # transactions, and works through a pooler too.
+        # A lock of a transaction on a separate connection: valid across the migration's
+        # transactions, and through a transaction pooler.
         self._claim = self._connect()
         with self._errors(), self._claim.cursor() as cursor:
+            cursor.execute(_IDLE_FOR_EVER)
             cursor.execute(_CLAIM)
             ((is_free,),) = cursor.fetchall()
         if not is_free:
@@ -367,8 +374,8 @@ class _Transaction:
 
 
 def _described(args: Mapping[str, Any]) -> str:
-    """Describe a database before there is a connection. A dsn isn't shown: where it is
-    malformed, any part of it may hold the password."""
+    """Describe a database before the connection. A dsn isn't shown: any part of a
+    malformed dsn may hold the password."""
     if "dsn" in args:
         return "PostgreSQL as database.args.dsn says"
     name = args.get("dbname", args.get("database"))

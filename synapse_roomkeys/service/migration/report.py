@@ -8,14 +8,14 @@ import attrs
 
 #: Seconds between two updates of the line on a terminal.
 _STEP_SECONDS = 0.5
-#: Warnings that are written out; all of them are counted.
+#: Maximum number of warnings on the terminal; the result counts all.
 _WARNINGS = 100
 
 
 class Progress:
-    """Report how far a migration is: on a terminal, in one line that is updated.
+    """Report the progress of a migration to a terminal, in one line with updates.
 
-    A file gets the lines that stay, and no progress.
+    A file gets the permanent lines and no progress.
     """
 
     def __init__(
@@ -30,13 +30,12 @@ class Progress:
         self._warnings = 0
 
     def begin(self, keys: int) -> None:
-        """Note the start, and how many keys there are to compare or to copy."""
+        """Start the clock; ``keys`` is the number of keys at the source."""
         self._began = self._now()
         self._total = keys
 
     def advance(self, keys: int) -> None:
-        """Note that some more keys are done, and update the line if the last update is
-        half a second ago."""
+        """Count more keys as done, and update the line twice a second at most."""
         self._settled += keys
         now = self._now()
         if now - self._shown >= _STEP_SECONDS:
@@ -45,7 +44,7 @@ class Progress:
             self._stream.flush()
 
     def _line(self, now: float) -> str:
-        # Keys that were added since they were counted make no 101 %.
+        # Keys uploaded after the count must not make 101 %.
         total = max(self._total, self._settled)
         line = f"{self._settled:,} of {total:,} keys"
         if self._settled:
@@ -54,13 +53,13 @@ class Progress:
         return line
 
     def say(self, text: str) -> None:
-        """Write a line that stays."""
+        """Write a permanent line."""
         self.clear()
         self._stream.write(f"{text}\n")
         self._stream.flush()
 
     def warn(self, text: str) -> None:
-        """Write a line that stays, unless there were a hundred."""
+        """Write a permanent line; after 100 of them, one last line says so."""
         self._warnings += 1
         if self._warnings <= _WARNINGS:
             self.say(text)
@@ -75,7 +74,7 @@ class Progress:
 
 
 def _duration(seconds: float) -> str:
-    """Write a time as an operator says it: "50 s", "3 min", "2 h 5 min"."""
+    """Format seconds as "50 s", "3 min" or "2 h 5 min"."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
@@ -89,26 +88,23 @@ class Result:
     """The outcome of a run; a dry run counts the backups that a run would write.
 
     Attributes:
-        dry_run: nothing was written.
-        unchanged: versions that were the same on both sides.
-        copied: versions that were written as the source has them.
-        joined: versions whose keys of both sides were merged (``--keep better``).
-        kept: versions that the target has changed, and that were left as ``--keep``
-            says.
-        erased: versions that were deleted at the target after they had been copied,
-            and were not copied again.
-        undecided: versions that the target has changed, and that the operator has to
-            decide about.
-        written: keys that were added or replaced.
-        deleted: keys that were deleted, without those that were replaced.
-        mended: keys written with NULL for a number that the target cannot hold; NULL
+        dry_run: no database was changed.
+        unchanged: versions with equal state on both sides.
+        copied: versions made equal to the source's.
+        joined: versions merged key by key (``--keep better``).
+        kept: versions changed at the target and left as ``--keep`` says.
+        erased: versions deleted at the target after an earlier copy, not copied again.
+        undecided: versions changed at the target, without a decision of the operator.
+        written: keys added or replaced.
+        deleted: keys deleted; replaced keys don't count.
+        mended: keys written with NULL for a number out of the target's range; NULL
             reads as 0.
-        lost_keys: keys that the target cannot hold at all, and that were left out.
-        lost_versions: versions that the target cannot hold, left out with their keys.
-        checked: versions that were compared, key by key, after the last write to them.
-        checked_keys: how many keys they hold.
+        lost_keys: keys left out because the target cannot hold a text in them.
+        lost_versions: versions left out, with all keys, for the same reason.
+        checked: versions compared by digest after the last write.
+        checked_keys: the keys of the checked versions.
         differing: versions whose comparison failed.
-        missing_users: users named by ``--user`` who have no backup at the source.
+        missing_users: users named by ``--user`` without a backup at the source.
     """
 
     dry_run: bool = False
@@ -134,8 +130,7 @@ class Result:
         return not (self.undecided or self.differing or self.missing_users)
 
     def lines(self) -> list[str]:
-        """Return the result in words; the last line begins with DONE, NOT DONE or DRY
-        RUN."""
+        """Describe the result; the last line begins with DONE, NOT DONE or DRY RUN."""
         return [self._first_line(), *self._remarks(), self._last_line()]
 
     def _first_line(self) -> str:

@@ -1,8 +1,8 @@
 """Copies the backups of one database into another, and compares the two.
 
-It may run again and again while the source's server serves: each run brings the changes
-since the last one. The target's changes are never overwritten unless the operator says
-so: `decisions` has the rules.
+A migration may be repeated while the source's server serves: each run brings the
+changes since the last run. Changes at the target are never overwritten without the
+operator's consent; `decisions` has the rules.
 """
 
 from collections.abc import Iterable, Iterator
@@ -59,16 +59,16 @@ def migrate(
 ) -> Result:
     """Copy the backups, and compare the two sides.
 
-    Each version is copied in one transaction. Users and versions that are at the target
-    only are left alone.
+    Each version is copied in one transaction. Users and versions of the target alone
+    stay unchanged.
 
     Args:
-        source: is only read.
-        target: gets the backups.
+        source: the database to read.
+        target: the database to write to.
 
     Raises:
-        MigrateError: a database is away, or isn't as expected. The backups committed
-            until then stay, and another run goes on from there.
+        MigrateError: a database is away or unsuitable. The backups committed until then
+            stay, and the next run copies the rest.
     """
     chosen = Options() if options is None else options
     try:
@@ -86,6 +86,7 @@ def migrate(
             if not chosen.dry_run:
                 written.claim()
                 written.prepare(chosen.make_tables)
+            read.take_snapshot()
             return _Migration(read, written, chosen, progress).run()
     except SchemaError as error:
         raise MigrateError(f"target: {error}") from None
@@ -108,7 +109,7 @@ def _open_target(config: DatabaseConfig, options: Options) -> Target:
 
 
 def _postgres_side() -> ModuleType:
-    """Import the module that needs psycopg2, which SQLite's users may not have."""
+    """Import the module for PostgreSQL, whose driver is an optional dependency."""
     try:
         from . import postgres_side
     except ImportError as error:
@@ -119,7 +120,7 @@ def _postgres_side() -> ModuleType:
 
 
 class _Migration:
-    """One run, between two databases that are open."""
+    """One run between two open databases."""
 
     def __init__(
         self, source: Source, target: Target, options: Options, progress: Progress
@@ -130,7 +131,7 @@ class _Migration:
         self._progress = progress
         self._result = Result(dry_run=options.dry_run)
         self._uncommitted_rows = 0
-        #: The written versions that aren't committed, as the target must hold them.
+        #: The expected state of each written version until the commit.
         self._expected: dict[Ids, Version] = {}
 
     def run(self) -> Result:
@@ -164,7 +165,8 @@ class _Migration:
         return decide(source, held, self._options.keep, is_named)
 
     def _count(self, source: SourceVersion, decision: Decision) -> None:
-        """Note a decision in the result, and tell the operator of it if need be."""
+        """Count a decision in the result, and warn the operator where a version needs
+        attention."""
         result, action = self._result, decision.action
         result.unchanged += action is Action.NOTHING
         result.copied += action is Action.COPY
@@ -184,12 +186,12 @@ class _Migration:
             self._warn(source.version, f"{decision.reason}: {would}")
 
     def _write(self, version: Version, held: Held | None, action: Action) -> None:
-        """Copy a version, which is locked if it is there, or merge it."""
+        """Copy or merge a version, after `Target.lock`."""
         there = held.version if held else None
         if action is Action.JOIN and there is not None:
             expected = self._join(version, there)
-            # Not the digest of the result: the source still is what it was, so that the
-            # next run finds that the target has changed, and not the source.
+            # The digest of the source, not of the result: the next run has to find
+            # that the target has changed since, and that the source has not.
             copied = version.digest
         else:
             expected = self._copy(version, held.keys if held else 0)
@@ -201,7 +203,7 @@ class _Migration:
             self._commit()
 
     def _copy(self, version: Version, present: int) -> Version:
-        """Make the target's keys the source's; return the version as it must be then.
+        """Make the target's keys the source's; return the expected state.
 
         Args:
             present: how many keys the target holds.
@@ -217,8 +219,8 @@ class _Migration:
         return attrs.evolve(version, keys=version.keys - lost)
 
     def _join(self, version: Version, there: Version) -> Version:
-        """Merge the source's keys into the target's; return the version as it must be
-        then. Its etag is above both, so that clients of either side see a change."""
+        """Merge the source's keys into the target's; return the expected state. The new
+        etag is above both, so that clients of either side see a change."""
         keys = there.keys
 
         def followed() -> Iterator[Change]:
@@ -235,7 +237,8 @@ class _Migration:
         return attrs.evolve(there, etag=etag, keys=keys - lost)
 
     def _source_rows(self, version: Version, ordered: bool) -> Iterator[Row]:
-        """Yield the keys that the target can hold, and move the progress."""
+        """Yield the source's keys without the impossible keys, and advance the
+        progress."""
         number = 0
         for row in self._source.keys(version.ids, version.keys.count, ordered):
             fitted = self._target.fit(row)
@@ -252,7 +255,7 @@ class _Migration:
         return self._target.keys(ids, present, True) if present else iter(())
 
     def _apply(self, version: Version, found: Iterable[Change]) -> KeysDigest:
-        """Change the target's keys; return the digest of those that it refused."""
+        """Change the target's keys; return the digest of the refused keys."""
         lost = KeysDigest()
         for part in pages_of(found, PAGE_KEYS):
             gone = [old for old, _ in part if old is not None]
@@ -275,8 +278,8 @@ class _Migration:
             self._warn(version, f"{keys} keys left out: the target can't hold them")
 
     def _commit(self) -> None:
-        """Compare the written versions with what they must be, then commit them: until
-        then nobody else can have changed them."""
+        """Compare the written versions with their expected state, then commit. Before
+        the commit, no other program can have changed the versions."""
         found = self._target.find(list(self._expected)) if self._expected else {}
         for ids, version in self._expected.items():
             held = found.get(ids)

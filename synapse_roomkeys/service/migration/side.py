@@ -14,7 +14,7 @@ from ...storage import sql
 from .values import Held, KeysDigest, Row, SourceVersion, Version
 
 #: Versions that are compared together: few enough for the progress to move, many
-#: enough for the round trips not to count.
+#: enough to make the round trips negligible.
 PAGE_VERSIONS = 100
 #: Seconds that a statement waits for a lock that another program holds.
 LOCK_SECONDS = 60
@@ -31,8 +31,8 @@ TABLES = ("e2e_room_keys", "e2e_room_keys_versions")
 MIGRATED = "roomkeys_migrated"
 COUNTS = "roomkeys_counts"
 
-#: The digest of each version that a migration wrote, as it was then. It outlives the
-#: version, so that a later run doesn't bring back what was erased.
+#: The digest of each version at the time of its copy. A row outlives the version, so
+#: that a later run doesn't bring an erased version back.
 MAKE_MIGRATED = f"""
     CREATE TABLE IF NOT EXISTS {MIGRATED} (
         user_id TEXT NOT NULL, version BIGINT NOT NULL, copied TEXT NOT NULL,
@@ -100,8 +100,8 @@ class Keys(Protocol):
         """Disconnect; what isn't committed is undone."""
 
     def identity(self) -> Hashable | None:
-        """Identify the table of keys, whatever name the operator used for its server or
-        file; None if there is no such table yet."""
+        """Identify the table of keys, independent of the server's name or the file's
+        path in the configuration; None without such a table."""
 
     def keys(self, ids: Ids, count: int, ordered: bool) -> Iterator[Row]:
         """Yield the keys of a version; at the target, without the changes made since
@@ -114,9 +114,9 @@ class Keys(Protocol):
 
 
 class Target(Keys, Protocol):
-    """The database that is written to, in transactions that `commit` ends.
+    """The database to write to, in transactions that `commit` ends.
 
-    A side that was opened for a dry run only has `find` called.
+    A dry run calls no method that writes, locks or prepares.
     """
 
     def claim(self) -> None:
@@ -139,20 +139,20 @@ class Target(Keys, Protocol):
         """
 
     def holds(self, *texts: Any) -> bool:
-        """Whether these are texts that the database can hold."""
+        """Whether the database can hold all of the texts."""
 
     def fit(self, row: Row) -> Row | None:
-        """Return a key as the database can hold it: with NULL, which reads as 0, for a
-        number out of range, and None for a key with an impossible text."""
+        """Adapt a key to the database: replace a number out of range by NULL, which
+        reads as 0. Return None for a key with an impossible text."""
 
     def find(self, ids: Sequence[Ids]) -> dict[Ids, Held]:
-        """Read the state of some versions; those without a trace are left out."""
+        """Read the state of some versions; leave out versions without a trace."""
 
     def lock(self, ids: Ids) -> Held | None:
-        """Lock a version against other writers until the commit, and read its state."""
+        """Lock a version against other writers until the commit; read the state."""
 
     def write(self, ids: Ids, rows: Sequence[Row]) -> list[Row]:
-        """Add keys; return those that the database refuses for their size or text."""
+        """Add keys; return the keys that the database refuses for size or text."""
 
     def delete(self, ids: Ids, rows: Sequence[Row]) -> None:
         """Delete keys."""
@@ -161,7 +161,7 @@ class Target(Keys, Protocol):
         """Delete all keys of a version."""
 
     def save(self, version: Version, copied: str, is_new: bool) -> None:
-        """Write a version's row and the digest to recognise it by later, and drop its
+        """Write a version's row, record the digest for later runs, and delete the
         cached count."""
 
     def commit(self) -> None:
@@ -181,10 +181,14 @@ class Page:
 
 
 class Source(Keys, Protocol):
-    """The database that is read, as it was when it was opened.
+    """The database to read, in one snapshot, of all users or of the named ones."""
 
-    A source that was opened for some users has only their rows.
-    """
+    def take_snapshot(self) -> None:
+        """Fix the state that the other methods read.
+
+        Raises:
+            RefusedError: the homeserver's tables are missing.
+        """
 
     def count_keys(self) -> int:
         """Count the keys."""

@@ -90,7 +90,7 @@ class _SqliteSide:
         self._connection.text_factory = lambda text: text.decode(
             "utf-8", "surrogateescape"
         )
-        # Python handles Ctrl-C between two of its own instructions: give it some.
+        # Python handles Ctrl-C between two Python instructions only, so run one.
         self._connection.set_progress_handler(lambda: 0, _STEPS)
 
     def _find_tables(self, database: str = "main") -> None:
@@ -122,8 +122,8 @@ class _SqliteSide:
 class SqliteSource(_SqliteSide):
     """A `Source` in an SQLite file.
 
-    What it needs is copied into a temporary file, where SQLite has those, so that
-    nobody waits for the migration.
+    The snapshot is a copy of the tables in a temporary database, so that other programs
+    don't wait for the migration.
     """
 
     def __init__(self, args: Mapping[str, Any], users: Sequence[str]) -> None:
@@ -133,14 +133,12 @@ class SqliteSource(_SqliteSide):
             users: the only ones to read, or none for all.
         """
         super().__init__("source", args)
+        self._users = users
         self._connect("")
-        try:
-            self._take_snapshot(users)
-        except BaseException:
-            self.close()
-            raise
 
-    def _take_snapshot(self, users: Sequence[str]) -> None:
+    def take_snapshot(self) -> None:
+        """As `Source.take_snapshot`."""
+        users = self._users
         self._execute("ATTACH ? AS source", (f"{self._path.as_uri()}?mode=ro",))
         self._execute("BEGIN")
         self._find_tables("source")

@@ -21,10 +21,10 @@ def _wrapped(total: Any) -> int:
 
 @attrs.frozen
 class KeysDigest:
-    """The number of a version's keys, and a sum that changes with any of them.
+    """The number of a version's keys, and a sum that changes with any key.
 
-    The sum does not depend on the order of the keys, so that a database can compute it
-    without sorting, and the keys that a target cannot hold can be subtracted.
+    The sum does not depend on the order of the keys: a database can compute the sum
+    without sorting, and the keys that a target refuses can be subtracted.
 
     Attributes:
         count: how many keys there are.
@@ -39,8 +39,7 @@ class KeysDigest:
         return KeysDigest(self.count + other.count, self.total + other.total)
 
     def __sub__(self, other: "KeysDigest") -> "KeysDigest":
-        """Return the digest of the keys without those of another, which are among
-        them."""
+        """Return the digest of the keys without a subset of them."""
         return KeysDigest(self.count - other.count, self.total - other.total)
 
 
@@ -56,8 +55,8 @@ def digest_keys(rows: Iterable[Row]) -> KeysDigest:
 def hash_key(row: Row) -> int:
     """Hash a key: the first 64 bits of a SHA-256.
 
-    The two lengths in front keep two different keys from being the same text.
-    PostgreSQL computes the same number, by the expression in `postgres_side`.
+    The two lengths in front make the hashed text unambiguous. PostgreSQL computes the
+    same number with the expression in `postgres_side`.
     """
     room_id, session_id, index, forwarded, verified, data = row
     text = (
@@ -68,14 +67,14 @@ def hash_key(row: Row) -> int:
 
 
 def _encode(text: str) -> bytes:
-    """Encode a text as it was in the database: an SQLite file may hold broken UTF-8,
-    which the connection decodes to surrogates."""
+    """Encode a text with the bytes of the database: a connection to SQLite decodes
+    broken UTF-8 to surrogates."""
     return text.encode("utf-8", "surrogateescape")
 
 
 def _text(value: Any) -> str:
-    """Write a number as PostgreSQL does, with nothing for NULL and 0 or 1 for a
-    boolean; any other value of an SQLite file as Python does."""
+    """Format a number like PostgreSQL: NULL as the empty text, a boolean as 0 or 1. Use
+    Python's format for any other value of an SQLite file."""
     if value is None:
         return ""
     return str(int(value)) if isinstance(value, int) else repr(value)
@@ -87,10 +86,10 @@ class Version:
 
     Attributes:
         auth_data: JSON text.
-        deleted: the user has deleted it; its row stays and its keys go.
+        deleted: the user has deleted the version; the row stays and the keys go.
         etag: 0 for NULL.
-        keys: the digest of its keys; at the source, of those that the target can hold,
-            with the values that the target can hold.
+        keys: the digest of the keys. At the source, the digest of the keys after
+            `Target.fit`, which makes both sides comparable.
     """
 
     user_id: str
@@ -119,8 +118,8 @@ class SourceVersion:
     """A version at the source.
 
     Attributes:
-        copied: its digest when the last migration wrote it there, or None.
-        lost_keys: how many keys the target cannot hold at all.
+        copied: the digest that the last migration into this database recorded, or None.
+        lost_keys: the number of keys that the target cannot hold at all.
     """
 
     version: Version
@@ -134,8 +133,8 @@ class Held:
 
     Attributes:
         version: None if the target has no such version.
-        copied: its digest when the last migration wrote it there, or None.
-        keys: how many keys the target holds of it, also without a version's row.
+        copied: the digest that the last migration into this database recorded, or None.
+        keys: the number of keys at the target, counted without a version's row too.
     """
 
     version: Version | None
