@@ -357,8 +357,10 @@ class ConfigTests(SynchronousTestCase):
         self.assertEqual(load_config([self.file("# no\n")], {}, URL), DEFAULTS)
 
     def test_the_database_alone(self) -> None:
-        """It needs no homeserver."""
+        """It needs no homeserver, but a name: the default depends on the working
+        directory."""
         path = self.file("database: {args: {database: a.db}}")
         found = load_database([path], {})
         self.assertEqual(found, DatabaseConfig("sqlite3", {"database": "a.db"}))
-        self.assertEqual(load_database([], {}), DatabaseConfig())
+        error = self.assertRaises(OptionError, load_database, [], {})
+        self.assertEqual(error.option, "database.args")

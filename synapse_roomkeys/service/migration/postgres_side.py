@@ -23,10 +23,9 @@ from .side import (
     MigrateError,
     Page,
     Target,
-    UnreachableError,
+    check_tables,
     failure,
     has_sound_version,
-    missing_tables,
     pages_of,
     parse_held,
     parse_version,
@@ -94,7 +93,6 @@ class _PostgresSide:
         """
         own = {name: v for name, v in args.items() if not name.startswith("cp_")}
         self._args = with_timeouts(own)
-        self._role = role
         self.place = f"{role}, {_described(own)}"
         self._connection = self._connect()
         info = self._connection.info
@@ -133,25 +131,12 @@ class _PostgresSide:
         return statement.format(copied=copied, digest=_DIGEST, **parts)
 
     def _connect(self) -> Any:
-        try:
+        with self._errors():
             connection = psycopg2.connect(**self._args)
             connection.set_client_encoding("UTF8")
             with connection, connection.cursor() as cursor:
                 cursor.execute(_SETTINGS)
             return connection
-        except psycopg2.ProgrammingError:
-            # libpq quotes the text around its complaint, which may be the password.
-            raise MigrateError(
-                f"{self.place}: database.args can't be read as a connection to"
-                " PostgreSQL: check the names of the options, and the quotes in a dsn"
-            ) from None
-        except psycopg2.Error as error:
-            if "dsn" in self._args and not getattr(error, "pgcode", None):
-                raise UnreachableError(
-                    f"{self.place}: no connection. Try the dsn with psql; the message"
-                    " isn't shown here because it may hold a part of the dsn"
-                ) from None
-            raise failure(self.place, error, True) from error
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
@@ -198,12 +183,14 @@ class PostgresSource(_PostgresSide):
         """
         super().__init__("source", args, snapshot=True, readonly=True)
         self._users = [list(users)] if users else []
+        try:
+            check_tables(self.place, self._tables)
+        except MigrateError:
+            self.close()
+            raise
 
     def take_snapshot(self) -> None:
-        """As `Source.take_snapshot`; the first query fixed the state."""
-        error = missing_tables(self.place, self._tables)
-        if error is not None:
-            raise error
+        """As `Source.take_snapshot`: the first query of the transaction took it."""
 
     def count_keys(self) -> int:
         """As `Source.count_keys`."""
@@ -267,9 +254,7 @@ class PostgresTarget(_PostgresSide):
                 upgrade_tables(_Transaction(cursor), postgres(), True)
             cursor.execute(MAKE_MIGRATED)
         self._find_tables()
-        error = missing_tables(self.place, self._tables)
-        if error is not None:
-            raise error
+        check_tables(self.place, self._tables)
         self.commit()
 
     def holds(self, *texts: Any) -> bool:

@@ -184,11 +184,7 @@ class Source(Keys, Protocol):
     """The database to read, in one snapshot, of all users or of the named ones."""
 
     def take_snapshot(self) -> None:
-        """Fix the state that the other methods read.
-
-        Raises:
-            RefusedError: the homeserver's tables are missing.
-        """
+        """Fix the state that the other methods read; may take minutes on SQLite."""
 
     def count_keys(self) -> int:
         """Count the keys."""
@@ -245,12 +241,15 @@ def saving(
     return statements + [(sql.FORGET_COUNT, version.ids)] * has_counts
 
 
-def missing_tables(place: str, tables: Iterable[str]) -> MigrateError | None:
-    """Return the error for a database of a homeserver without its tables, or None."""
+def check_tables(place: str, tables: Iterable[str]) -> None:
+    """Check that a database has the homeserver's tables.
+
+    Raises:
+        RefusedError: one of the tables is missing.
+    """
     missing = [table for table in TABLES if table not in tables]
-    if not missing:
-        return None
-    return RefusedError(
-        f"{place}: there is no table {' or '.join(missing)}. Is it the database with a"
-        " homeserver's key backups?"
-    )
+    if missing:
+        raise RefusedError(
+            f"{place}: there is no table {' or '.join(missing)}. Is it the database"
+            " with a homeserver's key backups?"
+        )

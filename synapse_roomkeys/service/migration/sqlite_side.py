@@ -24,9 +24,9 @@ from .side import (
     Page,
     Target,
     UnreachableError,
+    check_tables,
     failure,
     has_sound_version,
-    missing_tables,
     pages_of,
     parse_held,
     parse_version,
@@ -135,23 +135,24 @@ class SqliteSource(_SqliteSide):
         super().__init__("source", args)
         self._users = users
         self._connect("")
+        try:
+            self._execute("ATTACH ? AS source", (f"{self._path.as_uri()}?mode=ro",))
+            self._find_tables("source")
+            check_tables(self.place, self._tables)
+        except MigrateError:
+            self.close()
+            raise
 
     def take_snapshot(self) -> None:
         """As `Source.take_snapshot`."""
-        users = self._users
-        self._execute("ATTACH ? AS source", (f"{self._path.as_uri()}?mode=ro",))
+        marks = ", ".join("?" * len(self._users))
+        where = f"WHERE user_id IN ({marks})" if self._users else ""
         self._execute("BEGIN")
-        self._find_tables("source")
-        error = missing_tables(self.place, self._tables)
-        if error is not None:
-            raise error
-        marks = ", ".join("?" * len(users))
-        where = f"WHERE user_id IN ({marks})" if users else ""
         for table in self._tables & set(_SNAPSHOT):
             self._execute(
                 f"CREATE TABLE main.{table} AS SELECT {_SNAPSHOT[table]}"
                 f" FROM source.{table} {where}",
-                users,
+                self._users,
             )
         self._execute("COMMIT")
         self._execute("DETACH source")
@@ -238,9 +239,7 @@ class SqliteTarget(_SqliteSide):
     def prepare(self, make_tables: bool) -> None:
         """As `Target.prepare`."""
         if not make_tables:
-            error = missing_tables(self.place, self._tables)
-            if error is not None:
-                raise error
+            check_tables(self.place, self._tables)
         else:
             # The service reads while the migration writes.
             self._execute("PRAGMA journal_mode = WAL")
