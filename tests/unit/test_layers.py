@@ -80,7 +80,7 @@ KNOWN_BY = {
     "canonicaljson": {"rest.resource"},
     "json": {
         *("wire", "storage.sql", "storage.rows", "service.logs"),
-        "service.migration.decisions",
+        *("service.migration.decisions", "service.migration.sqlite_side"),
     },
     "msgspec": {"types", "wire", "homeserver", "whoami"},
     "treq": {"homeserver"},

@@ -12,13 +12,20 @@ import synapse_roomkeys
 
 PACKAGE = Path(synapse_roomkeys.__file__).parent
 #: Calls whose first argument is SQL.
-CALLS = {"execute", "_execute", "executemany", "copy_expert", "executescript"}
+CALLS = {
+    "execute",
+    "_execute",
+    "_stream",
+    "executemany",
+    "copy_expert",
+    "executescript",
+}
 #: What statements are taken from, besides constants of modules: the dialect's, and
 #: those that `page_statement`, `saving` and `_read_files` give from such.
 SOURCES = {"sql", "dialect", "_dialect", "pages"}
 GIVEN_BY = {"page_statement", "saving", "_read_files"}
 #: Functions that hand on the statement that they are given.
-FORWARDERS = {"execute", "_execute"}
+FORWARDERS = {"execute", "_execute", "_stream"}
 #: The least number of calls that there are: fewer means that they aren't found.
 LEAST_CALLS = 50
 _Binding = ast.Assign | ast.AugAssign | ast.NamedExpr

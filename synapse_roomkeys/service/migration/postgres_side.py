@@ -42,10 +42,11 @@ _DIGEST = """
     FROM e2e_room_keys AS k WHERE k.user_id = v.user_id AND k.version = v.version"""
 _COPIED = f"""(SELECT m.copied FROM {MIGRATED} AS m
     WHERE m.user_id = v.user_id AND m.version = v.version)"""
+_NOT_COPIED = "NULL::text"
 _VERSIONS = """
     SELECT v.user_id, v.version, v.algorithm, v.auth_data, v.deleted, v.etag,
         {copied}, k.*
-    FROM e2e_room_keys_versions AS v CROSS JOIN LATERAL ({digest}) AS k {where}"""
+    FROM e2e_room_keys_versions AS v CROSS JOIN LATERAL ({digest}) AS k"""
 _FIND = """
     SELECT v.user_id, v.version, h.algorithm, h.auth_data, h.deleted, h.etag,
         {copied}, k.*
@@ -53,9 +54,10 @@ _FIND = """
     LEFT JOIN e2e_room_keys_versions AS h
         ON h.user_id = v.user_id AND h.version = v.version
     CROSS JOIN LATERAL ({digest}) AS k"""
+_COUNT = "SELECT COUNT(*) FROM e2e_room_keys AS v"
 _LOCK = """
     SELECT 1 FROM e2e_room_keys_versions WHERE user_id = ? AND version = ? FOR UPDATE"""
-_OF_USERS = "WHERE {table}.user_id = ANY (?)"
+_OF_USERS = " WHERE v.user_id = ANY (?)"
 _FIND_TABLES = """
     SELECT name FROM unnest(?::text[]) AS name WHERE to_regclass(name) IS NOT NULL"""
 #: The cluster, the database, and the table that the search path leads to.
@@ -126,10 +128,6 @@ class _PostgresSide:
         names = [*TABLES, MIGRATED, COUNTS]
         self._tables = {name for (name,) in self._execute(_FIND_TABLES, (names,))}
 
-    def _versions(self, statement: str, **parts: str) -> str:
-        copied = _COPIED if MIGRATED in self._tables else "NULL::text"
-        return statement.format(copied=copied, digest=_DIGEST, **parts)
-
     def _connect(self) -> Any:
         with self._errors():
             connection = psycopg2.connect(**self._args)
@@ -194,16 +192,17 @@ class PostgresSource(_PostgresSide):
 
     def count_keys(self) -> int:
         """As `Source.count_keys`."""
-        where = _OF_USERS.format(table="k") if self._users else ""
-        statement = f"SELECT COUNT(*) FROM e2e_room_keys AS k {where}"
+        statement = _COUNT + _OF_USERS if self._users else _COUNT
         ((number,),) = self._execute(statement, self._users)
         found: int = number
         return found
 
     def versions(self, target: Target) -> Iterator[Page]:
         """As `Source.versions`."""
-        where = _OF_USERS.format(table="v") if self._users else ""
-        statement = self._versions(_VERSIONS, where=where)
+        copied = _COPIED if MIGRATED in self._tables else _NOT_COPIED
+        statement = _VERSIONS.format(copied=copied, digest=_DIGEST)
+        if self._users:
+            statement += _OF_USERS
         rows = self._stream(statement, self._users, "roomkeys_versions", PAGE_VERSIONS)
         for page in pages_of(rows, PAGE_VERSIONS):
             sound = [row for row in page if has_sound_version(row, target)]
@@ -273,7 +272,9 @@ class PostgresTarget(_PostgresSide):
         """As `Target.find`."""
         if not set(TABLES) <= self._tables:
             return {}
-        rows = self._execute(self._versions(_FIND), sql.pack_arrays(ids))
+        copied = _COPIED if MIGRATED in self._tables else _NOT_COPIED
+        statement = _FIND.format(copied=copied, digest=_DIGEST)
+        rows = self._execute(statement, sql.pack_arrays(ids))
         states = {
             row[:2]: parse_held(row, row[6], KeysDigest(*row[7:])) for row in rows
         }

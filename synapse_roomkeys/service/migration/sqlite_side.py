@@ -1,6 +1,7 @@
 """An SQLite file as a side of a migration."""
 
 import fcntl
+import json
 import os
 import sqlite3
 from collections.abc import Hashable, Iterator, Mapping, Sequence
@@ -40,16 +41,27 @@ _ORDER = " ORDER BY room_id, session_id"
 #: The texts of the position are bytes, so that broken UTF-8 passes unchanged.
 _AFTER = """
     AND (room_id, session_id) > (CAST(? AS TEXT), CAST(? AS TEXT))"""
-_TABLES = "SELECT name FROM {database}.sqlite_master WHERE type = 'table'"
-#: The columns that a snapshot has of each table.
+_FIND_TABLES = "SELECT name FROM sqlite_master WHERE type = 'table'"
+_FIND_SOURCES_TABLES = "SELECT name FROM source.sqlite_master WHERE type = 'table'"
+#: The statements that copy the tables into a snapshot, and make its indexes.
 _SNAPSHOT = {
-    "e2e_room_keys": f"user_id, version, {KEY_COLUMNS}",
-    "e2e_room_keys_versions": VERSION_COLUMNS,
-    MIGRATED: "user_id, version, copied",
+    "e2e_room_keys": f"""
+        CREATE TABLE main.e2e_room_keys AS
+        SELECT user_id, version, {KEY_COLUMNS} FROM source.e2e_room_keys""",
+    "e2e_room_keys_versions": f"""
+        CREATE TABLE main.e2e_room_keys_versions AS
+        SELECT {VERSION_COLUMNS} FROM source.e2e_room_keys_versions""",
+    MIGRATED: f"""
+        CREATE TABLE main.{MIGRATED} AS
+        SELECT user_id, version, copied FROM source.{MIGRATED}""",
 }
+#: The parameter is a JSON array of user ids.
+_OF_USERS = " WHERE user_id IN (SELECT value FROM json_each(?))"
 _INDEXES = {
-    "e2e_room_keys": "user_id, version, room_id, session_id",
-    MIGRATED: "user_id, version",
+    "e2e_room_keys": """
+        CREATE INDEX keys_by_ids
+        ON e2e_room_keys (user_id, version, room_id, session_id)""",
+    MIGRATED: f"CREATE INDEX migrated_by_ids ON {MIGRATED} (user_id, version)",
 }
 #: Steps of SQLite's virtual machine between two chances for Ctrl-C: some milliseconds.
 _STEPS = 100_000
@@ -93,10 +105,9 @@ class _SqliteSide:
         # Python handles Ctrl-C between two Python instructions only, so run one.
         self._connection.set_progress_handler(lambda: 0, _STEPS)
 
-    def _find_tables(self, database: str = "main") -> None:
+    def _find_tables(self) -> None:
         """Note which tables there are."""
-        rows = self._execute(_TABLES.format(database=database))
-        self._tables = {name for (name,) in rows}
+        self._tables = {name for (name,) in self._execute(_FIND_TABLES)}
 
     def _find_copied(self, ids: Ids) -> str | None:
         rows = self._execute(_COPIED, ids) if MIGRATED in self._tables else ()
@@ -137,7 +148,8 @@ class SqliteSource(_SqliteSide):
         self._connect("")
         try:
             self._execute("ATTACH ? AS source", (f"{self._path.as_uri()}?mode=ro",))
-            self._find_tables("source")
+            rows = self._execute(_FIND_SOURCES_TABLES)
+            self._tables = {name for (name,) in rows}
             check_tables(self.place, self._tables)
         except MigrateError:
             self.close()
@@ -145,26 +157,22 @@ class SqliteSource(_SqliteSide):
 
     def take_snapshot(self) -> None:
         """As `Source.take_snapshot`."""
-        marks = ", ".join("?" * len(self._users))
-        where = f"WHERE user_id IN ({marks})" if self._users else ""
+        users = (json.dumps(self._users),) if self._users else ()
         self._execute("BEGIN")
-        for table in self._tables & set(_SNAPSHOT):
-            self._execute(
-                f"CREATE TABLE main.{table} AS SELECT {_SNAPSHOT[table]}"
-                f" FROM source.{table} {where}",
-                self._users,
-            )
+        for table, statement in _SNAPSHOT.items():
+            if table in self._tables:
+                self._execute(statement + _OF_USERS if users else statement, users)
         self._execute("COMMIT")
         self._execute("DETACH source")
-        for table, columns in _INDEXES.items():
+        for table, statement in _INDEXES.items():
             if table in self._tables:
-                self._execute(f"CREATE INDEX {table}_by_ids ON {table} ({columns})")
+                self._execute(statement)
 
     def keys(self, ids: Ids, count: int, ordered: bool) -> Iterator[Row]:
         """As `Keys.keys`."""
         with self._errors():
             # Not "yield from", which would close the cursor after the connection.
-            rows = self._connection.execute(KEYS + _ORDER * ordered, ids)
+            rows = self._connection.execute(KEYS + _ORDER if ordered else KEYS, ids)
             for row in rows:  # noqa: UP028
                 yield row
 
