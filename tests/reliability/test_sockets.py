@@ -41,7 +41,12 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
         service = Service(
             directory,
             homeserver.url,
-            settings={"log": {"level": "DEBUG"}, "trusted_proxies": [HOST]},
+            settings={
+                "log": {"level": "DEBUG"},
+                "trusted_proxies": [HOST],
+                # Each attack makes two versions for the same user.
+                "limits": {"max_user_versions": 1_000_000},
+            },
         )
         # The system makes clients wait a second where more connect at once.
         listener = f"tcp:{service.port}:interface={HOST}:backlog={IDLE}"
