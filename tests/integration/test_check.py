@@ -133,7 +133,9 @@ def test_tables_of_an_older_version(homeserver: Homeserver, tmp_path: Path) -> N
         connection.execute("UPDATE roomkeys_schema SET number = 2")
         code, found = outcome(service)
         assert code == 0
-        assert "brings the tables to number" in found[f"database {tmp_path}/roomkeys.db"]
+        assert (
+            "brings the tables to number" in found[f"database {tmp_path}/roomkeys.db"]
+        )
         number = connection.execute("SELECT number FROM roomkeys_schema").fetchone()
         assert number == (2,)
 
