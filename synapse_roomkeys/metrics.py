@@ -2,8 +2,22 @@
 
 import math
 import platform
+from functools import lru_cache
+from typing import TypeVar
 
 from prometheus_client import Counter, Gauge, Histogram, Info
+
+M = TypeVar("M", Counter, Gauge, Histogram)
+
+
+@lru_cache(maxsize=4096)
+def series(metric: M, *labels: str) -> M:
+    """The series of a metric that has these label values, in the metric's order.
+
+    `labels` takes 3 microseconds under a lock at each call; requests need five.
+    """
+    return metric.labels(*labels)
+
 
 #: Keys of uploads, by what became of them: stored, replaced or kept (the stored one).
 uploaded_keys = Counter(

@@ -9,6 +9,7 @@ import hashlib
 import re
 from collections import OrderedDict
 from collections.abc import Generator, Mapping
+from functools import lru_cache
 from ipaddress import ip_address
 from typing import Annotated, Any, Literal
 
@@ -205,7 +206,7 @@ class WhoamiAuth:
         if answer is None:
             answer = yield self._ask_once(key, claim)
         else:
-            metrics.whoami_requests.labels("cached").inc()
+            metrics.series(metrics.whoami_requests, "cached").inc()
         if isinstance(answer, Requester):
             return answer
         raise answer.error()
@@ -296,7 +297,7 @@ class WhoamiAuth:
         """Send a request, or wait for the answer to an equal request under way."""
         question = self._questions.get(key)
         if question is not None:
-            metrics.whoami_requests.labels("cached").inc()
+            metrics.series(metrics.whoami_requests, "cached").inc()
             turn: Deferred[None] = Deferred()
             question.waiting.append(turn)
             yield self._clock.wait(turn)
@@ -409,10 +410,14 @@ def _client_host(request: Request) -> str | None:
     """The client's IP address. A mapped address (``::ffff:192.0.2.1``) is returned as
     IPv4."""
     host = getattr(request.getClientAddress(), "host", None)
-    if host is None:
-        return None
     # The zone of a link-local address is a name on this machine.
-    address = ip_address(host.partition("%")[0])
+    return None if host is None else _plain_address(host.partition("%")[0])
+
+
+@lru_cache(maxsize=1024)
+def _plain_address(host: str) -> str:
+    """An IP address as it is passed on; a mapped one as IPv4."""
+    address = ip_address(host)
     return str(getattr(address, "ipv4_mapped", None) or address)
 
 

@@ -8,6 +8,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from typing import Annotated, Any, NoReturn, TypeVar
 
 import attrs
@@ -148,6 +149,10 @@ def is_json(text: str) -> bool:
     surrogate, or a number that no double holds. A text that is nested too deeply for
     Python's decoder, by some 1,000 levels, counts as JSON."""
     try:
+        # The fast decoder refuses some JSON that Python's reads, such as deep nesting.
+        with suppress(msgspec.MsgspecError, UnicodeEncodeError, RecursionError):
+            _skip(text)
+            return True
         json.loads(text, parse_int=_clipped, parse_constant=_no_constant)
     except RecursionError:
         return True

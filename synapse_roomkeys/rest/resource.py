@@ -259,14 +259,14 @@ def _measure(request: Request, servlet: str) -> None:
     method = request.method.decode("latin-1")
     if method not in _MEASURED:
         method = "other"
-    in_flight = metrics.requests_in_flight.labels(method)
+    in_flight = metrics.series(metrics.requests_in_flight, method)
     started = time.perf_counter()
 
     def count(status: str) -> None:
         in_flight.dec()
-        metrics.requests.labels(servlet, method, status).inc()
+        metrics.series(metrics.requests, servlet, method, status).inc()
         seconds = time.perf_counter() - started
-        metrics.request_seconds.labels(servlet, method).observe(seconds)
+        metrics.series(metrics.request_seconds, servlet, method).observe(seconds)
 
     in_flight.inc()
     request.notifyFinish().addCallbacks(

@@ -579,7 +579,7 @@ class PoolDatabase:
             return result
         finally:
             seconds = time.perf_counter() - began
-            metrics.transaction_seconds.labels(desc).observe(seconds)
+            metrics.series(metrics.transaction_seconds, desc).observe(seconds)
             self._connections.release()
 
     def check(self) -> "Deferred[None]":
