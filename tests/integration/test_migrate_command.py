@@ -146,7 +146,7 @@ def test_a_database_away(command: Command, side: str) -> None:
     code, lines = command.run(direction, str(command.yaml), **environment)
     assert code == 3, lines
     line = lines[-1]
-    assert line.startswith(f"synapse-roomkeys: {side}, PostgreSQL database")
+    assert line.startswith(f"synapse-roomkeys: {side}, PostgreSQL on 127.0.0.1")
     assert "127.0.0.1, port 1" in line and SECRET not in line
 
 

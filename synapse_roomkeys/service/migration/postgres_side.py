@@ -98,7 +98,8 @@ class _PostgresSide:
         self.place = f"{role}, {_described(own)}"
         self._connection = self._connect()
         info = self._connection.info
-        self.place = f"{role}, {_address(info.dbname, info.host, info.port)}"
+        where = f" on {info.host}, port {info.port}" if info.host else ""
+        self.place = f"{role}, PostgreSQL database {info.dbname}{where}"
         with self._errors():
             self._connection.set_session(
                 isolation_level="REPEATABLE READ" if snapshot else "READ COMMITTED",
@@ -360,17 +361,17 @@ class _Transaction:
 
 
 def _described(args: Mapping[str, Any]) -> str:
-    """Describe a database before the connection. A dsn isn't shown: any part of a
-    malformed dsn may hold the password."""
+    """Describe a database before the connection.
+
+    A dsn isn't shown, as any part of a malformed dsn may hold the password. Nor is the
+    database's name before the server knows it: a password may stand in its place.
+    """
     if "dsn" in args:
         return "PostgreSQL as database.args.dsn says"
-    name = args.get("dbname", args.get("database"))
-    return _address(name, args.get("host"), args.get("port", 5432))
-
-
-def _address(name: Any, host: Any, port: Any) -> str:
-    where = f" on {host}, port {port}" if host else ""
-    return f"PostgreSQL database {name or '(default)'}{where}"
+    host = args.get("host")
+    return (
+        f"PostgreSQL on {host}, port {args.get('port', 5432)}" if host else "PostgreSQL"
+    )
 
 
 def _int4(value: Any) -> int | None:
