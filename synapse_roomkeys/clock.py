@@ -86,6 +86,10 @@ class Clock:
         """Make a call whose Deferred is waited for later, through `wait`."""
         return self._background(call, *args)
 
+    def seconds(self) -> float:
+        """The reactor's time in seconds, by which `call_later` goes."""
+        return self._reactor.seconds()
+
     def call_later(self, seconds: float, call: Callable[[], object]) -> DelayedCall:
         """Have the reactor call something, outside of any request's context."""
         return self._reactor.callLater(seconds, call)

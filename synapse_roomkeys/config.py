@@ -26,7 +26,7 @@ class ModuleConfig:
 
     Attributes:
         stalled_download_seconds: for how long a client may read nothing before its
-            download is dropped.
+            download is dropped, counted from the last byte that it took.
         limits: what is refused for its size.
     """
 

@@ -1,13 +1,13 @@
-"""Queues: one user's requests wait for each other, and blocked writes for a lane."""
+"""Queues, lanes and permits, so that one user's requests can't starve others."""
 
 import math
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Generator
 from typing import Any, ParamSpec, TypeVar
 
 import attrs
-from twisted.internet.defer import Deferred, inlineCallbacks
+from twisted.internet.defer import Deferred, inlineCallbacks, succeed
 
 from . import metrics
 from .clock import Clock, DelayedCall
@@ -143,3 +143,82 @@ class Lane:
     def _give_up(self, entry: tuple[Deferred[None], DelayedCall]) -> None:
         self._waiting.remove(entry)
         entry[0].errback(UnavailableError(RETRY_AFTER))
+
+
+class FairSemaphore:
+    """A counting semaphore, shared between users in turn (round robin).
+
+    A user holds `permits_per_user` permits at most, so one user alone never takes them
+    all. Where several users wait, a released permit goes to the user who was served
+    least recently. Requests of one user are served in the order of their arrival.
+    """
+
+    def __init__(
+        self, clock: Clock, permits: int, permits_per_user: int, max_waiting: int
+    ) -> None:
+        """
+        Args:
+            permits: how many permits there are in the process.
+            permits_per_user: how many permits one user may hold at once.
+            max_waiting: how many of one user's requests may wait; `acquire` refuses
+                the next one.
+        """
+        self._clock = clock
+        self._free = permits
+        self._permits_per_user = permits_per_user
+        self._max_waiting = max_waiting
+        #: Number of permits that each user holds.
+        self._held: Counter[str] = Counter()
+        #: Requests that wait, by user. The first user is served next.
+        self._waiting: dict[str, deque[Deferred[None]]] = {}
+
+    @property
+    def is_contended(self) -> bool:
+        """Whether a request waits for a permit."""
+        return bool(self._waiting)
+
+    def acquire(self, user_id: str) -> "Deferred[None]":
+        """Take a permit, which has to be given back by `release`.
+
+        Returns:
+            A Deferred that fires with None when the permit is taken. It fires at once
+            if a permit is free and the user may hold one more.
+
+        Raises:
+            LimitExceededError: `max_waiting` requests of this user wait already.
+        """
+        if self._may_take(user_id):
+            self._take(user_id)
+            return succeed(None)
+        queue = self._waiting.setdefault(user_id, deque())
+        if len(queue) >= self._max_waiting:
+            msg = "Too many downloads of this user are waiting"
+            raise LimitExceededError(msg, RETRY_AFTER)
+        turn: Deferred[None] = Deferred()
+        queue.append(turn)
+        metrics.waiting_requests.inc()
+        return self._clock.wait(turn)
+
+    def release(self, user_id: str) -> None:
+        """Give a permit back. The request whose turn it is gets it at once."""
+        self._free += 1
+        self._held[user_id] -= 1
+        if not self._held[user_id]:
+            del self._held[user_id]
+        # One permit was released, so one request at most can go on.
+        chosen = next(filter(self._may_take, self._waiting), None)
+        if chosen is None:
+            return
+        queue = self._waiting.pop(chosen)
+        self._take(chosen)
+        metrics.waiting_requests.dec()
+        self._clock.fire(queue.popleft())
+        if queue:
+            self._waiting[chosen] = queue
+
+    def _may_take(self, user_id: str) -> bool:
+        return self._free > 0 and self._held[user_id] < self._permits_per_user
+
+    def _take(self, user_id: str) -> None:
+        self._free -= 1
+        self._held[user_id] += 1

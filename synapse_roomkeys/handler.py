@@ -14,7 +14,7 @@ from .errors import (
     NotFoundError,
     unknown_version,
 )
-from .fairness import UserQueues
+from .fairness import FairSemaphore, UserQueues
 from .pages import KeyPages
 from .storage import EndToEndRoomKeyStore
 from .types import (
@@ -33,6 +33,12 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+#: How many downloads may have pages in memory at once in a process. Each has three at
+#: most, of 1 MiB (`storage.PAGE_SIZE`), one of which is on its way from the database.
+DOWNLOADS = 16
+#: How many of these may be one user's. One user's reads run one after the other anyway,
+#: so a few keep that user's share of the database busy.
+DOWNLOADS_PER_USER = 4
 #: What a line says of replaced keys, where it is of more than one, in characters of
 #: ASCII and the backslashes that JSON adds: the service cuts what is longer.
 _MESSAGE_SIZE = 1792
@@ -58,6 +64,9 @@ class E2eRoomKeysHandler:
         waiting = limits.max_waiting_requests
         self._reads = UserQueues(clock, waiting)
         self._writes = UserQueues(clock, waiting)
+        self._downloads = FairSemaphore(
+            clock, DOWNLOADS, DOWNLOADS_PER_USER, max_waiting=waiting
+        )
 
     @inlineCallbacks
     def _write(
@@ -103,7 +112,7 @@ class E2eRoomKeysHandler:
                 *(user_id, number, room_id, after, take),
             )
 
-        pages = KeyPages(fetch, self._clock)
+        pages = KeyPages(fetch, self._downloads, user_id, self._clock)
         yield pages.advance()
         return pages
 

@@ -44,7 +44,8 @@ broken_rows = Counter(
 whoami_requests = Counter(
     "synapse_roomkeys_whoami_requests", "Access tokens looked up", ["outcome"]
 )
-#: Requests that wait for their user's other requests.
+#: Requests that wait for other requests of their user, and downloads that wait for a
+#: permit (`fairness.FairSemaphore`).
 waiting_requests = Gauge(
     "synapse_roomkeys_waiting_requests", "Requests that wait for their turn"
 )

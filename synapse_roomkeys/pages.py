@@ -1,98 +1,226 @@
 """Downloads, a few keys at a time."""
 
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Generator
+from itertools import accumulate
 from typing import Any
 
 from twisted.internet.defer import Deferred, inlineCallbacks
 from twisted.python.failure import Failure
 
 from .clock import Clock
+from .fairness import FairSemaphore
 from .types import KeyPage, Position
+from .wire import session_id_of
+
+#: Seconds after which a download gives its permit to others that wait for one, as a
+#: process' time slice. Each time it drops a page that was prefetched, so a second makes
+#: that rare.
+TIME_SLICE = 1.0
+#: Seconds for which a download whose client doesn't read keeps its pages. A client that
+#: takes 64 KiB a second never pauses for longer, so it has no page read twice.
+HOLD_SECONDS = 1.0
+#: The same while others wait for a permit. A client that reads as fast as the database
+#: gives pauses for some milliseconds.
+CONTENDED_HOLD_SECONDS = 0.05
+#: How many keys are read first after `KeyPages.release`: 0.1 MB of real keys, as a
+#: client that was slow may be slow again.
+_KEYS_AFTER_RELEASE = 100
 
 
 class KeyPages:
-    """The keys of a download, a page at a time, so that few are in memory at once.
+    """The keys of a download, read from the database a page at a time.
 
-    While its reader waits for a page, the next one is fetched as well; while it
-    doesn't, no more than one page waits for it.
-
-    Attributes:
-        page: the keys at hand, none at first.
+    Two pages are in memory at most: the one that is being taken and the next one, which
+    is prefetched. As long as it has pages, a download holds a permit, so the number of
+    permits bounds the memory of all downloads together. `release` drops the pages and
+    the permit; the download goes on after the last key that was taken.
     """
 
     def __init__(
         self,
         fetch: "Callable[[Position | None, Callable[[KeyPage], bool]], Deferred[None]]",
+        permits: FairSemaphore,
+        user_id: str,
         clock: Clock,
     ) -> None:
         """
         Args:
-            fetch: gives the pages after a key, or the first ones, to a function that
-                is called in a thread and says whether to go on.
+            fetch: passes the pages after a key, or from the first key on, to a function
+                that is called in a thread and returns whether to go on.
+            permits: of all downloads of the process.
+            user_id: the user whose permits are used.
         """
         self._fetch = fetch
+        self._permits = permits
+        self._user_id = user_id
         self._clock = clock
+        self._has_permit = False
+        #: Reactor time at which the permit is given to others that wait, in seconds.
+        self._slice_ends = 0.0
+        self._page = KeyPage((), (), None)
+        #: For each key of the page, the size of the keys up to it, in bytes.
+        self._ends: list[int] = []
+        #: How many keys of the page were taken.
+        self._taken = 0
+        #: Position before the page's first key, or None at the beginning.
+        self._before: Position | None = None
         self._arrived: deque[KeyPage] = deque()
         self._waiter: Deferred[None] | None = None
         self._failure: Failure | None = None
         self._is_fetching = False
+        #: Whether the next page is the first one after a release.
+        self._is_resuming = False
+        #: Whether the fetch under way began before a release: its pages are dropped.
+        self._is_stale = False
         self._advanced = 0
-        #: Set in the reactor's thread and read in another.
+        #: Number of pages to fetch. Written by the reactor thread, read by the database
+        #: thread.
         self._wanted = 0
-        #: The other way around. Only one thread fetches at a time.
+        #: Number of pages fetched. Written by the database thread during a fetch, by
+        #: the reactor thread between two.
         self._fetched = 0
-        self._after: Position | None = None
-        self.page = KeyPage((), None)
 
     @property
-    def is_last(self) -> bool:
-        """Whether there are no more keys after those at hand."""
-        return self.page.last is None
+    def has_keys(self) -> bool:
+        """Whether keys are left to `take`."""
+        return self._taken < len(self._page.rows)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all keys were taken; only known after the first `advance`."""
+        return not self.has_keys and self._page.last is None
 
     @inlineCallbacks
     def advance(self) -> "Generator[Deferred[Any], Any, None]":
-        """Take the next page, once it is fetched.
+        """Have keys to `take`, or the empty page that ends a backup without any.
+
+        Waits for a permit and for the database. Returns at once if keys of the page are
+        left.
 
         Raises:
-            NotFoundError: the version is not there, or no longer.
+            LimitExceededError: too many downloads of the user wait for a permit.
+            NotFoundError: the version doesn't exist, or was deleted meanwhile.
         """
-        self._wanted = self._advanced + 2
+        if self.has_keys:
+            return
+        if self._permits.is_contended and self._clock.seconds() >= self._slice_ends:
+            self.release()
+        while self._is_stale:
+            yield self._wait()
+        if not self._has_permit:
+            yield self._permits.acquire(self._user_id)
+            self._has_permit = True
+            self._slice_ends = self._clock.seconds() + TIME_SLICE
+        # A client that was slow may be slow again: it gets one small page first.
+        may_prefetch = not self._is_resuming
+        self._is_resuming = False
+        self._wanted = self._advanced + 1 + may_prefetch
         while not self._arrived:
-            if self._failure is not None:
-                self._failure.raiseException()
+            failure = self._failure
+            if failure is not None:
+                self.release()
+                failure.raiseException()
             if self._is_fetching:
                 yield self._wait()
             else:
                 self._begin()
-        self.page = self._arrived.popleft()
-        self._advanced += 1
-        self._wanted = self._advanced + (not self.is_last)
+        self._show(self._arrived.popleft())
+        self._wanted = self._advanced + (may_prefetch and self._page.last is not None)
         may_begin = not self._is_fetching and self._failure is None
         if may_begin and self._fetched < self._wanted:
             self._begin()
 
+    def take(self, size: int) -> KeyPage:
+        """Take the next keys, in their order, out of the page.
+
+        Args:
+            size: how many bytes of memory the keys take together, but for the last one,
+                which may go beyond it, and for the end of the page.
+
+        Returns:
+            At least one key. Its `last` is None if no keys follow.
+        """
+        first = self._taken
+        before = self._ends[first - 1] if first else 0
+        end = min(bisect_left(self._ends, before + size) + 1, len(self._ends))
+        self._taken = end
+        page = self._page
+        return KeyPage(page.rows[first:end], page.sizes[first:end], self._reached())
+
+    def idle(self, seconds: float) -> None:
+        """Release if the client has read nothing for long enough.
+
+        Args:
+            seconds: how long the client has not taken what was written. A download that
+                others wait for is released after `CONTENDED_HOLD_SECONDS`, another one
+                after `HOLD_SECONDS`.
+        """
+        is_contended = self._permits.is_contended
+        if seconds >= (CONTENDED_HOLD_SECONDS if is_contended else HOLD_SECONDS):
+            self.release()
+
+    def release(self) -> None:
+        """Drop the pages and return the permit, unless `advance` is under way.
+
+        The next `advance` takes a permit again and reads on after the last key that was
+        taken, so no key is missing or twice. A fetch under way ends after its page.
+        """
+        if not self._has_permit or self._waiter is not None:
+            return
+        # An empty page, after which the next fetch begins.
+        self._page = KeyPage((), (), self._reached())
+        self._ends, self._taken = [], 0
+        self._arrived.clear()
+        self._wanted = 0
+        self._is_stale = self._is_fetching
+        self._is_resuming = True
+        self._failure = None
+        self._has_permit = False
+        self._permits.release(self._user_id)
+
     @inlineCallbacks
     def close(self) -> "Generator[Deferred[Any], Any, None]":
-        """Have no more pages fetched, and fire when nothing is under way any more."""
-        self._wanted = 0
+        """Release, and fire when no fetch is under way any more."""
+        self.release()
         while self._is_fetching:
             yield self._wait()
 
+    def _show(self, page: KeyPage) -> None:
+        """Have the keys of a page taken, after those of the page before it."""
+        self._before = self._page.last
+        self._page = page
+        self._ends = list(accumulate(page.sizes))
+        self._taken = 0
+        self._advanced += 1
+
+    def _reached(self) -> Position | None:
+        """Position after the keys that were taken, or None at either end."""
+        if self._taken == len(self._page.rows):
+            return self._page.last
+        if not self._taken:
+            return self._before
+        room_id, member = self._page.rows[self._taken - 1]
+        keys = min(len(self._page.rows), _KEYS_AFTER_RELEASE)
+        return Position(room_id, session_id_of(member), keys)
+
     def _begin(self) -> None:
-        """Have pages fetched."""
+        """Begin to fetch after the page at hand; no page after it has arrived."""
         self._is_fetching = True
-        ended = self._clock.begin(self._fetch, self._after, self._take)
+        self._fetched = self._advanced
+        ended = self._clock.begin(self._fetch, self._page.last, self._pass_on)
         ended.addBoth(self._end)
 
-    def _take(self, page: KeyPage) -> bool:
-        """Pass a page on, in a thread, and say whether another is wanted."""
+    def _pass_on(self, page: KeyPage) -> bool:
+        """Pass a page to the reactor, in a thread; returns whether to fetch another."""
         self._fetched += 1
-        self._after = page.last
         self._clock.from_thread(self._arrive, page)
         return page.last is not None and self._fetched < self._wanted
 
     def _arrive(self, page: KeyPage) -> None:
+        if self._is_stale:
+            return
         self._arrived.append(page)
         waiter, self._waiter = self._waiter, None
         if waiter is not None:
@@ -100,7 +228,8 @@ class KeyPages:
 
     def _end(self, result: Failure | None) -> None:
         self._is_fetching = False
-        self._failure = result
+        self._failure = None if self._is_stale else result
+        self._is_stale = False
         waiter, self._waiter = self._waiter, None
         if waiter is not None:
             self._clock.fire(waiter)

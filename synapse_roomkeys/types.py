@@ -82,10 +82,13 @@ class KeyPage:
     Attributes:
         rows: of each its room's id, and the key as a member of a JSON object:
             ``"session_id":key``.
+        sizes: upper bound of the memory that each row's key takes, in bytes, in the
+            order of `rows`. Its UTF-8 text is no longer than that.
         last: where the last key is, when more may follow.
     """
 
     rows: Sequence[tuple[str, str]]
+    sizes: Sequence[int]
     last: Position | None
 
 

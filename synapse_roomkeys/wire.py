@@ -92,6 +92,7 @@ _decode_version = msgspec.json.Decoder(_VersionBody).decode
 #: Sees that a body is JSON, without any value made of it.
 _skip = msgspec.json.Decoder(msgspec.Raw).decode
 _encode_string = msgspec.json.Encoder().encode
+_json_decoder = json.JSONDecoder()
 
 
 @attrs.frozen
@@ -270,6 +271,13 @@ def encode_backup_info(info: BackupInfo) -> bytes:
         info.etag,
         info.version,
     )
+
+
+def session_id_of(member: str) -> str:
+    """Session id of a key that is written as a member of a JSON object."""
+    session_id: str
+    session_id, _ = _json_decoder.raw_decode(member)
+    return session_id
 
 
 class BackupEncoder:

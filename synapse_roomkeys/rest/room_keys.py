@@ -147,8 +147,12 @@ class RoomKeysServlet(UserServlet):
         try:
             set_headers(request, b"application/json")
             if request.method != b"HEAD":
-                patience = self.hs.stalled_download_seconds
-                writer = PacedWriter(request, self.hs.clock, patience)
+                writer = PacedWriter(
+                    request,
+                    self.hs.clock,
+                    self.hs.stalled_download_seconds,
+                    pages.idle,
+                )
                 encoder = BackupEncoder(with_rooms=room_id is None)
                 yield stream_pages(writer, pages, encoder)
             elif not request._disconnected:

@@ -1,142 +1,272 @@
-"""Answers that are written as fast as they are read, and no faster."""
+"""Answers that are written as fast as the client reads them, and no faster."""
 
+import fcntl
 import logging
-from collections.abc import Generator
+import socket
+import sys
+import termios
+from collections.abc import Callable, Generator, Iterator
+from contextlib import suppress
 from typing import Any
 
 from twisted.internet.defer import Deferred, fail, inlineCallbacks, succeed
 from twisted.internet.interfaces import IPushProducer
+from twisted.python.failure import Failure
 from twisted.web.http import Request
 from zope.interface import implementer
 
 from .. import metrics
 from ..clock import Clock, DelayedCall
 from ..errors import RoomKeysError
-from ..pages import KeyPages
+from ..pages import CONTENDED_HOLD_SECONDS, HOLD_SECONDS, KeyPages
 from ..wire import BackupEncoder
 
 logger = logging.getLogger(__name__)
+
+#: Bytes of keys that are written at once: as many as make Twisted's transport, whose
+#: buffer is full above 64 KiB, pause its producer. So a transport whose client reads
+#: nothing holds this and one key at most.
+WRITE_SIZE = 1 << 16
+#: Bytes that the kernel buffers of a connection while it can't send them. Its default
+#: is 2.6 MB for a local client that reads nothing, which counts as memory of the
+#: machine or container, not of the process. Twice the 64 KiB that are written at once,
+#: as Linux takes more when half of it was sent.
+UNSENT_SIZE = 1 << 17
+#: Part of the stall timeout after which a long pause is looked at again, so a client is
+#: dropped a tenth late at most, and the seconds that pass at most: Twisted drops idle
+#: connections after 60.
+_LOOK_PART = 0.1
+_LOOK_SECONDS = 30.0
 
 
 class Disconnected(Exception):
     """The connection is gone, or was dropped because nobody read from it."""
 
 
+def limit_unsent(channel: Any) -> None:
+    """Have the kernel buffer at most `UNSENT_SIZE` bytes that it can't send yet.
+
+    Only Linux and macOS have the option, and only TCP: a Unix socket's buffer is small
+    by itself (208 KiB on Linux).
+
+    Args:
+        channel: Twisted's connection of a request.
+    """
+    with suppress(AttributeError, OSError):
+        option = socket.TCP_NOTSENT_LOWAT
+        channel.transport.socket.setsockopt(socket.IPPROTO_TCP, option, UNSENT_SIZE)
+
+
+def unread_bytes(channel: Any) -> int | None:
+    """Bytes that the kernel has taken of a connection and the client's kernel has not.
+
+    Linux counts TCP by the byte, also below TLS, and a Unix socket by buffers of up to
+    some 100 kB. Behind a proxy, the proxy is the client.
+
+    Args:
+        channel: Twisted's connection of a request.
+
+    Returns:
+        None if the connection has no socket, or not any more, or the system can't tell.
+    """
+    try:
+        answer = fcntl.ioctl(channel.transport.fileno(), termios.TIOCOUTQ, bytes(4))
+    except (AttributeError, OSError, ValueError):
+        return None
+    return int.from_bytes(answer, sys.byteorder)
+
+
 @implementer(IPushProducer)
 class PacedWriter:
-    """Writes to a request while its connection takes more, and waits otherwise."""
+    """Writes to a request while its connection takes more, and waits otherwise.
 
-    def __init__(self, request: Request, clock: Clock, patience: float) -> None:
+    Twisted pauses a connection when its transport's buffer is full and resumes it when
+    the buffer is empty. A slow client may take longer for that than the stall timeout.
+    So a pause is looked at meanwhile: if the number of bytes in the kernel's send
+    buffer has changed since the last look, the client has read some.
+    """
+
+    def __init__(
+        self,
+        request: Request,
+        clock: Clock,
+        stall_timeout: float,
+        on_idle: Callable[[float], object],
+    ) -> None:
         """
         Args:
-            patience: for how many seconds the connection may take nothing before it
-                is dropped.
+            stall_timeout: seconds for which the client may read nothing before the
+                connection is dropped.
+            on_idle: is called again and again during a pause with its length so far, in
+                seconds: every 0.05 seconds (`CONTENDED_HOLD_SECONDS`) in the first one.
         """
-        self._request = request
+        #: None when the connection is gone. Twisted's request refers to its producer,
+        #: so both, and the transport's buffer, would wait for the garbage collector.
+        self._request: Request | None = None if request._disconnected else request
         self._clock = clock
-        self._patience = patience
-        self._gone = False
-        self._paused = False
+        self._stall_timeout = stall_timeout
+        self._on_idle = on_idle
+        self._look_seconds = min(stall_timeout * _LOOK_PART, _LOOK_SECONDS)
+        self._chunks: Iterator[bytes] = iter(())
         self._waiting: Deferred[None] | None = None
-        self._stall: DelayedCall | None = None
-        if request._disconnected:
-            self._gone = True
-        else:
+        #: Reactor time at which the pause began, in seconds, or None.
+        self._paused_at: float | None = None
+        #: Reactor time at which the client was last seen to read.
+        self._read_at = 0.0
+        self._unread: int | None = None
+        self._timer: DelayedCall | None = None
+        if self._request is not None:
+            limit_unsent(request.channel)
             request.notifyFinish().addErrback(lambda _: self.stopProducing())
             request.registerProducer(self, True)
 
-    def ready(self) -> "Deferred[None]":
-        """A Deferred that fires when the connection takes more.
+    def write_all(self, chunks: Iterator[bytes]) -> "Deferred[None]":
+        """Write one chunk after the other, each when the connection takes more.
 
-        It fails with `Disconnected` when the connection is gone.
+        There is no Deferred for each chunk: a Synapse switches log contexts at each
+        wait, which took a quarter of a download's processor time.
+
+        Returns:
+            A Deferred that fires with None when all were written and the connection
+            takes more. It fails with `Disconnected` when the connection is gone, and
+            with what the iterator raises.
         """
-        if self._gone:
+        self._chunks = chunks
+        self._write_on()
+        if self._request is None:
             return fail(Disconnected("the client left"))
-        if not self._paused:
+        if self._paused_at is None:
             return succeed(None)
         self._waiting = Deferred()
         return self._clock.wait(self._waiting)
 
-    def write(self, data: bytes) -> None:
-        """Write, unless the connection is gone; `ready` tells when it is time."""
-        if not self._gone:
-            self._request.write(data)
-
     def finish(self) -> None:
-        """End the answer."""
-        if not self._gone:
-            self.stopProducing()
-            self._request.unregisterProducer()
-            self._request.finish()
+        """End the answer.
+
+        From then on the server waits a minute for the connection's next request and
+        drops the connection, together with what a slow client has still to read
+        (twisted/twisted#12498). So the minute begins anew while the client reads.
+        """
+        request = self._request
+        if request is None:
+            return
+        channel = request.channel
+        self.stopProducing()
+        request.unregisterProducer()
+        request.finish()
+        self._read_at = self._clock.seconds()
+        if unread_bytes(channel) is not None:
+            self._look_at_the_rest_after(HOLD_SECONDS, channel)
 
     def abort(self) -> None:
         """Break the connection, so that nobody takes what was written for a whole."""
-        if not self._gone:
+        if self._request is not None:
+            channel = self._request.channel
             self.stopProducing()
-            self._request.channel.forceAbortClient()
+            channel.forceAbortClient()
 
     def pauseProducing(self) -> None:
         """The connection takes no more; the transport calls it."""
-        if not self._paused and not self._gone:
-            self._paused = True
-            self._stall = self._clock.call_later(self._patience, self._drop)
+        if self._paused_at is None and self._request is not None:
+            self._paused_at = self._read_at = self._clock.seconds()
+            if self._timer is None:
+                self._look_after(CONTENDED_HOLD_SECONDS)
 
     def resumeProducing(self) -> None:
         """The connection takes more again; the transport calls it."""
-        self._paused = False
-        self._forget_stall()
-        waiting, self._waiting = self._waiting, None
-        if waiting is not None:
-            waiting.callback(None)
+        # The timer goes on: pauses of milliseconds share one.
+        self._paused_at = None
+        failure: Failure | None = None
+        try:
+            self._write_on()
+        except Exception:
+            failure = Failure()
+        if self._paused_at is None:
+            waiting, self._waiting = self._waiting, None
+            if waiting is not None:
+                waiting.callback(failure)
 
     def stopProducing(self) -> None:
         """The connection is gone; the transport calls it."""
         self._end("the client left")
 
-    def _drop(self) -> None:
-        self._stall = None
-        self._end(f"the client read nothing for {self._patience} seconds")
-        self._request.channel.forceAbortClient()
+    def _write_on(self) -> None:
+        """Write until the connection is paused or gone, or all chunks are written."""
+        while self._paused_at is None and self._request is not None:
+            chunk = next(self._chunks, None)
+            if chunk is None:
+                return
+            self._request.write(chunk)
+
+    def _look(self) -> None:
+        """See how long the pause is, and whether the client reads meanwhile."""
+        self._timer = None
+        if self._paused_at is None or self._request is None:
+            return
+        channel = self._request.channel
+        paused = self._clock.seconds() - self._paused_at
+        self._on_idle(paused)
+        left = self._seconds_left(channel)
+        if left > 0:
+            is_long = paused >= HOLD_SECONDS
+            usual = self._look_seconds if is_long else CONTENDED_HOLD_SECONDS
+            self._look_after(min(left, usual))
+        else:
+            self._end(f"the client read nothing for {self._stall_timeout} seconds")
+            channel.forceAbortClient()
+
+    def _look_after(self, seconds: float) -> None:
+        self._timer = self._clock.call_later(seconds, self._look)
+
+    def _look_at_the_rest(self, channel: Any) -> None:
+        """Keep the connection after the answer's end, as long as the client reads."""
+        left = self._seconds_left(channel)
+        if self._unread and left > 0:
+            # It does nothing while the connection's next request is being answered.
+            channel.resetTimeout()
+            self._look_at_the_rest_after(min(left, self._look_seconds), channel)
+
+    def _look_at_the_rest_after(self, seconds: float, channel: Any) -> None:
+        self._clock.call_later(seconds, lambda: self._look_at_the_rest(channel))
+
+    def _seconds_left(self, channel: Any) -> float:
+        """Seconds after which the connection has stalled, unless the client reads."""
+        unread = unread_bytes(channel)
+        now = self._clock.seconds()
+        if unread != self._unread:
+            self._unread = unread
+            self._read_at = now
+        return self._read_at + self._stall_timeout - now
 
     def _end(self, reason: str) -> None:
-        self._gone = True
-        self._forget_stall()
+        self._request = None
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
         waiting, self._waiting = self._waiting, None
         if waiting is not None:
             waiting.errback(Disconnected(reason))
-
-    def _forget_stall(self) -> None:
-        if self._stall is not None:
-            self._stall.cancel()
-            self._stall = None
 
 
 @inlineCallbacks
 def stream_pages(
     writer: PacedWriter, pages: KeyPages, encoder: BackupEncoder
 ) -> "Generator[Deferred[Any], Any, None]":
-    """Write the keys of a download, page by page, or break the connection.
+    """Write the keys of a download, a few at a time, or break the connection.
 
-    The answer isn't ended before the
-    last page is taken: from then on the server waits a minute for the connection's next
-    request and drops it, with what a slow reader hasn't read (twisted/twisted#12498).
+    A download that waits for a slow client holds no page: the writer's `on_idle` has
+    `pages` released. The answer isn't ended before the transport has passed its last
+    keys on.
 
     Args:
         pages: the first page at hand.
     """
     try:
-        while True:
-            yield writer.ready()
-            chunk = encoder.encode(pages.page)
-            if pages.is_last:
-                chunk += encoder.finish()
-            writer.write(chunk)
-            metrics.download_bytes.inc(len(chunk))
-            del chunk
-            if pages.is_last:
-                break
+        is_complete = False
+        while not is_complete:
             yield pages.advance()
-        yield writer.ready()
+            yield writer.write_all(_encoded(pages, encoder))
+            is_complete = pages.is_complete
         writer.finish()
     except Disconnected as error:
         metrics.broken_downloads.labels("client").inc()
@@ -149,3 +279,17 @@ def stream_pages(
         metrics.broken_downloads.labels("server").inc()
         logger.exception("Download broken off")
         writer.abort()
+
+
+def _encoded(pages: KeyPages, encoder: BackupEncoder) -> Iterator[bytes]:
+    """Chunks of the answer, until the keys at hand are taken or released."""
+    goes_on = True
+    while goes_on:
+        keys = pages.take(WRITE_SIZE)
+        chunk = encoder.encode(keys)
+        if keys.last is None:
+            chunk += encoder.finish()
+            pages.release()
+        metrics.download_bytes.inc(len(chunk))
+        yield chunk
+        goes_on = pages.has_keys

@@ -7,7 +7,7 @@ from typing import Any
 import attrs
 
 from ..types import KeyMetadata, KeyPage, Position, RoomKey, StoredKey
-from ..wire import is_json
+from ..wire import is_json, session_id_of
 from . import sql
 
 #: How many keys are read at once for a download: about 0.4 MB of real ones.
@@ -16,7 +16,6 @@ PAGE_KEYS = 400
 FIRST_KEYS = 100
 #: How many bytes of memory a page of them takes at most, if it is of more than one key.
 #: Keys may be of 64 KiB each, and four times as much where one character isn't ASCII.
-#: Of whoever reads slowly two pages are in memory, and one on its way.
 PAGE_SIZE = 1 << 20
 #: How many characters of keys and their ids a statement writes at least, where more
 #: follow: what makes a statement of them holds Python's interpreter meanwhile. Ordinary
@@ -127,7 +126,7 @@ def key_pages(rows: list[tuple[Any, ...]], asked: int) -> Iterator[KeyPage]:
         asked: of how many rows at most; more may follow if there are as many.
     """
     if not rows or rows[0][0] is None:
-        yield KeyPage((), None)
+        yield KeyPage((), (), None)
         return
     # At most: `sys.getsizeof` would be exact, and takes four times as long.
     sizes = [len(m) if m.isascii() else 4 * len(m) for _, m in rows]
@@ -137,9 +136,9 @@ def key_pages(rows: list[tuple[Any, ...]], asked: int) -> Iterator[KeyPage]:
         last = None
         if end < len(rows) or end >= asked:
             room_id, member = rows[end - 1]
-            session_id, _ = _decoder.raw_decode(member)
-            last = Position(room_id, session_id, min(max(fitting, 1), PAGE_KEYS))
-        yield KeyPage(rows[first:end], last)
+            keys = min(max(fitting, 1), PAGE_KEYS)
+            last = Position(room_id, session_id_of(member), keys)
+        yield KeyPage(rows[first:end], sizes[first:end], last)
         first = end
 
 

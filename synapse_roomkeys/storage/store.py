@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import islice
+from itertools import compress, islice
 from typing import Any
 
 import attrs
@@ -733,7 +733,9 @@ def _without_broken(backup: tuple[str, int], page: KeyPage) -> KeyPage:
     broken = broken_sessions(page)
     for (room_id, _), session_id in broken.items():
         _report_broken(backup, room_id, session_id)
-    return attrs.evolve(page, rows=[row for row in page.rows if row not in broken])
+    sound = [row not in broken for row in page.rows]
+    rows, sizes = compress(page.rows, sound), compress(page.sizes, sound)
+    return attrs.evolve(page, rows=list(rows), sizes=list(sizes))
 
 
 def _report_broken(backup: tuple[str, int], room_id: str, session_id: str) -> None:

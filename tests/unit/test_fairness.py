@@ -1,4 +1,4 @@
-"""One user's requests wait for each other, and for nobody else's."""
+"""One user's requests wait for each other, and hardly for anybody else's."""
 
 import gc
 import time
@@ -9,9 +9,66 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from synapse_roomkeys.clock import MAX_PAUSE, PRICE, SLICE, Clock
 from synapse_roomkeys.errors import LimitExceededError, OutageError, UnavailableError
-from synapse_roomkeys.fairness import Lane, UserQueues
+from synapse_roomkeys.fairness import FairSemaphore, Lane, UserQueues
 
 from ..memory import FakeReactor
+
+
+class FairSemaphoreTests(SynchronousTestCase):
+    """`FairSemaphore` with three permits, two for each user."""
+
+    def setUp(self) -> None:
+        self.reactor = FakeReactor()
+        clock = Clock(self.reactor)
+        self.semaphore = FairSemaphore(clock, 3, 2, max_waiting=2)
+        self.served: list[str] = []
+
+    def acquire(self, name: str) -> None:
+        """Ask for a permit; the user is the name's first letter."""
+        taken = self.semaphore.acquire(name[0])
+        taken.addCallback(lambda _: self.served.append(name))
+
+    def release(self, user: str) -> None:
+        """Give a permit back, and let the reactor run."""
+        self.semaphore.release(user)
+        self.reactor.advance(0)
+
+    def test_one_user_never_holds_all_permits(self) -> None:
+        """The user's next request waits, though another user's is served at once."""
+        for name in ("a1", "a2", "a3", "b1"):
+            self.acquire(name)
+        self.assertEqual(self.served, ["a1", "a2", "b1"])
+        self.assertTrue(self.semaphore.is_contended)
+        self.release("b")
+        self.assertEqual(self.served, ["a1", "a2", "b1"])
+        self.release("a")
+        self.assertEqual(self.served, ["a1", "a2", "b1", "a3"])
+        self.assertFalse(self.semaphore.is_contended)
+
+    def test_users_take_turns(self) -> None:
+        """A permit goes to the user who was served least recently, however many of
+        another user's requests came before."""
+        for name in ("x", "x", "y", "a1", "a2", "b1"):
+            self.acquire(name)
+        for user in ("x", "y", "x"):
+            self.release(user)
+        self.assertEqual(self.served[3:], ["a1", "b1", "a2"])
+
+    def test_there_are_no_more_permits_than_were_given_back(self) -> None:
+        """A user whose turn it is may hold no more, so the next user is served."""
+        for name in ("a1", "a2", "b1", "a3", "c1"):
+            self.acquire(name)
+        self.release("b")
+        self.assertEqual(self.served, ["a1", "a2", "b1", "c1"])
+
+    def test_a_queue_has_an_end(self) -> None:
+        """A user's request above `max_waiting` is refused, another user's is not."""
+        for name in ("a1", "a2", "b1", "a3", "a4"):
+            self.acquire(name)
+        self.assertRaises(LimitExceededError, self.semaphore.acquire, "a")
+        self.acquire("b2")
+        self.release("b")
+        self.assertEqual(self.served[3:], ["b2"])
 
 
 class UserQueuesTests(SynchronousTestCase):

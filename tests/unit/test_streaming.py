@@ -7,7 +7,15 @@ from twisted.internet.defer import Deferred
 from twisted.trial.unittest import SynchronousTestCase
 
 from synapse_roomkeys.clock import Clock
-from synapse_roomkeys.pages import KeyPages
+from synapse_roomkeys.fairness import FairSemaphore
+from synapse_roomkeys.handler import DOWNLOADS_PER_USER
+from synapse_roomkeys.pages import (
+    CONTENDED_HOLD_SECONDS,
+    HOLD_SECONDS,
+    TIME_SLICE,
+    KeyPages,
+)
+from synapse_roomkeys.rest.streaming import WRITE_SIZE
 from synapse_roomkeys.storage import FIRST_KEYS, PAGE_KEYS
 from synapse_roomkeys.types import KeyPage, Position
 
@@ -71,6 +79,53 @@ class DownloadTests(SynchronousTestCase):
         self.assertEqual(answer.json, {"sessions": ROOMS["!room2"]})
         self.assertEqual(self.fetched, 3)
 
+    def test_large_pages_are_written_in_parts(self) -> None:
+        """A slow client's transport holds some 64 KiB and one key, though a page has
+        ten times that, and all keys come in the end."""
+        sent = {f"s{i:04}": key(data="x" * 30_000) for i in range(30)}
+        self.successResultOf(self.client.upload(self.version, {"!large": sent}))
+        transport = self.begin(path="/keys/!large", slow=True)
+        most = WRITE_SIZE + 30_000 + 1000
+        written = 0
+        while not transport.value().endswith(b"0\r\n\r\n"):
+            self.assertLess(len(transport.value()) - written, most)
+            written = len(transport.value())
+            transport.take_more()
+        answer = read_answer(transport.value(), "GET")
+        self.assertEqual(answer.json, {"sessions": sent})
+
+    def test_a_stalled_download_is_read_again(self) -> None:
+        """A download that a client doesn't read for a while drops its pages and reads
+        them again later, also within a page, and no key is missing or twice."""
+        sent = {f"s{i:04}": key(data="x" * 30_000) for i in range(30)}
+        self.successResultOf(self.client.upload(self.version, {"!large": sent}))
+        transport = self.begin(slow=True)
+        while not transport.value().endswith(b"0\r\n\r\n"):
+            fetched = self.fetched
+            self.host.reactor.pump([CONTENDED_HOLD_SECONDS] * 30)
+            self.assertEqual(self.fetched, fetched)
+            transport.take_more()
+        rooms = read_answer(transport.value(), "GET").json["rooms"]
+        sessions = {room: rooms[room]["sessions"] for room in rooms}
+        self.assertEqual(sessions, {**ROOMS, "!large": sent})
+        self.assertEqual(self.host.reactor.getDelayedCalls(), [])
+
+    def test_stalled_downloads_hold_nothing_up(self) -> None:
+        """However many downloads of a user nobody reads, the user's next one comes when
+        they have been paused for a moment, and another user's comes at once."""
+        stalled = [self.begin(slow=True) for _ in range(10 * DOWNLOADS_PER_USER)]
+        other = Client(self.host, self.host.new_user())
+        version = self.successResultOf(other.create_version())
+        self.successResultOf(other.download(version))
+        mine = self.begin()
+        self.assertEqual(mine.value(), b"")
+        self.host.reactor.pump([CONTENDED_HOLD_SECONDS] * 20)
+        rooms = read_answer(mine.value(), "GET").json["rooms"]
+        self.assertEqual(rooms.keys(), ROOMS.keys())
+        for transport in stalled:
+            transport.loseConnection()
+        self.assertEqual(self.host.reactor.getDelayedCalls(), [])
+
     def test_head_reads_two_pages(self) -> None:
         """The rest of the keys, which nobody will see, are not fetched."""
         transport = self.begin("HEAD")
@@ -78,16 +133,16 @@ class DownloadTests(SynchronousTestCase):
         self.assertTrue(transport.value().endswith(b"\r\n\r\n"))
         self.assertEqual(self.fetched, 2)
 
-    def test_no_page_is_written_before_the_one_before_it_was_taken(self) -> None:
-        """A slow reader has two pages waiting for it; the rest stays where it is."""
+    def test_nothing_is_written_before_the_client_took_the_last_part(self) -> None:
+        """A slow client has two pages waiting for it; the rest stays where it is."""
         transport = self.begin(slow=True)
         sizes = [len(transport.value())]
-        for _ in range(PAGES - 1):
+        while not transport.value().endswith(b"0\r\n\r\n"):
             transport.take_more()
             sizes.append(len(transport.value()))
             self.assertLessEqual(self.fetched, len(sizes) + 2)
         self.assertEqual(sizes, sorted(set(sizes)))
-        transport.take_more()
+        self.assertGreaterEqual(len(sizes), PAGES)
         self.assertEqual(read_answer(transport.value(), "GET").status, 200)
 
     def test_the_answer_ends_when_the_last_page_is_taken(self) -> None:
@@ -170,7 +225,9 @@ class KeyPagesTests(SynchronousTestCase):
 
     def setUp(self) -> None:
         self.reactor = FakeReactor()
-        self.pages = KeyPages(self.fetch, Clock(self.reactor))
+        clock = Clock(self.reactor)
+        self.permits = FairSemaphore(clock, 1, 1, max_waiting=9)
+        self.pages = KeyPages(self.fetch, self.permits, "@user:h", clock)
         self.begun: list[Position | None] = []
         self.given = 0
 
@@ -187,7 +244,8 @@ class KeyPagesTests(SynchronousTestCase):
         """Have the transaction give a page; whether it is to go on."""
         self.given += 1
         position = None if last else Position("!room", f"{self.given}", 1)
-        return self.take(KeyPage([("!room", f"{self.given}")], position))
+        keys = [("!room", f'"{self.given}.{number}":0') for number in range(2)]
+        return self.take(KeyPage(keys, [1, 1], position))
 
     def finish(self, result: Exception | None = None) -> None:
         """End the transaction."""
@@ -198,8 +256,11 @@ class KeyPagesTests(SynchronousTestCase):
         self.reactor.advance(0)
 
     def assertTaken(self, number: int) -> None:
-        """The page at hand is the one that was given at this place."""
-        self.assertEqual(self.pages.page.rows[0][1], f"{number}")
+        """The page at hand is the one that was given at this place; take it."""
+        rows = self.pages.take(100).rows
+        self.assertEqual(
+            [row[1] for row in rows], [f'"{number}.{i}":0' for i in (0, 1)]
+        )
 
     def test_a_transaction_goes_on_while_its_reader_waits(self) -> None:
         """Who is back for the next page before it is there gets it out of the same."""
@@ -218,6 +279,7 @@ class KeyPagesTests(SynchronousTestCase):
         self.successResultOf(waits)
         self.assertFalse(self.give())
         self.finish()
+        self.assertTaken(1)
         self.assertEqual(self.begun, [None])
         self.successResultOf(self.pages.advance())
         self.assertTaken(2)
@@ -228,6 +290,7 @@ class KeyPagesTests(SynchronousTestCase):
         waits = self.pages.advance()
         self.give()
         self.successResultOf(waits)
+        self.assertTaken(1)
         waits = self.pages.advance()
         self.finish()
         self.assertEqual(self.begun, [None, Position("!room", "1", 1)])
@@ -241,7 +304,7 @@ class KeyPagesTests(SynchronousTestCase):
         self.assertFalse(self.give(last=True))
         self.successResultOf(waits)
         self.finish()
-        self.assertTrue(self.pages.is_last)
+        self.assertIsNone(self.pages.take(100).last)
         self.assertEqual(self.begun, [None])
 
     def test_what_goes_wrong_is_told_after_the_pages_before_it(self) -> None:
@@ -251,6 +314,7 @@ class KeyPagesTests(SynchronousTestCase):
         self.give()
         self.finish(ZeroDivisionError())
         self.successResultOf(waits)
+        self.assertTaken(1)
         self.successResultOf(self.pages.advance())
         self.assertTaken(2)
         self.failureResultOf(self.pages.advance(), ZeroDivisionError)
@@ -275,3 +339,91 @@ class KeyPagesTests(SynchronousTestCase):
         self.successResultOf(closed)
         gc.collect()
         self.assertEqual(self.flushLoggedErrors(), [])
+
+    def test_a_released_download_goes_on_after_the_last_key(self) -> None:
+        """The permit is there for others, the page under way is dropped, and the next
+        fetch begins after the last key that was taken, with one page and no more."""
+        waits = self.pages.advance()
+        self.give()
+        self.successResultOf(waits)
+        self.assertEqual(len(self.pages.take(1).rows), 1)
+        self.pages.release()
+        other = self.permits.acquire("@other:h")
+        self.successResultOf(other)
+        self.assertFalse(self.give())
+        waits = self.pages.advance()
+        self.finish()
+        self.assertEqual(self.begun, [None])
+        self.permits.release("@other:h")
+        self.reactor.advance(0)
+        self.assertEqual(self.begun, [None, Position("!room", "1.0", 2)])
+        self.assertFalse(self.give())
+        self.successResultOf(waits)
+        self.assertTaken(3)
+        self.finish()
+        self.assertEqual(len(self.begun), 2)
+
+    def test_a_release_before_the_first_key_is_no_loss(self) -> None:
+        """A page of which no key was taken is read again from its beginning."""
+        waits = self.pages.advance()
+        self.give()
+        self.give()
+        self.finish()
+        self.successResultOf(waits)
+        self.assertTaken(1)
+        self.successResultOf(self.pages.advance())
+        self.pages.release()
+        self.finish()
+        self.pages.advance()
+        self.assertEqual(self.begun[-1], Position("!room", "1", 1))
+
+    def test_pages_are_kept_for_a_short_pause(self) -> None:
+        """A download is released after a second, or after 0.05 seconds if another one
+        waits for a permit."""
+        for contended, seconds in (
+            (False, HOLD_SECONDS),
+            (True, CONTENDED_HOLD_SECONDS),
+        ):
+            self.setUp()
+            self.pages.advance()
+            self.give()
+            self.finish()
+            others = [self.permits.acquire("@other:h") for _ in range(contended)]
+            self.pages.idle(seconds - 0.01)
+            self.assertEqual(self.permits.is_contended, contended)
+            self.assertTaken(1)
+            self.pages.idle(seconds)
+            self.reactor.advance(0)
+            for other in others or [self.permits.acquire("@other:h")]:
+                self.successResultOf(other)
+
+    def test_a_fast_download_lets_others_go_on(self) -> None:
+        """A download that never pauses gives its permit to one that waits for it after
+        a second, at the end of a page, and goes on when its turn comes again."""
+        waits = self.pages.advance()
+        self.give()
+        self.give()
+        self.finish()
+        self.successResultOf(waits)
+        other = self.permits.acquire("@other:h")
+        self.assertTaken(1)
+        self.successResultOf(self.pages.advance())
+        self.finish()
+        self.assertTaken(2)
+        self.reactor.advance(TIME_SLICE)
+        self.assertNoResult(other)
+        waits = self.pages.advance()
+        self.reactor.advance(0)
+        self.successResultOf(other)
+        self.permits.release("@other:h")
+        self.reactor.advance(0)
+        self.assertEqual(self.begun[-1], Position("!room", "2", 1))
+        self.give(last=True)
+        self.successResultOf(waits)
+
+    def test_a_failure_gives_the_permit_back(self) -> None:
+        """Nobody closes a download that couldn't begin."""
+        waits = self.pages.advance()
+        self.finish(ZeroDivisionError())
+        self.failureResultOf(waits, ZeroDivisionError)
+        self.successResultOf(self.permits.acquire("@other:h"))

@@ -216,7 +216,7 @@ class EncodeTests(SynchronousTestCase):
         rows = [("!a", '"1":1'), ("!a", '"2":2'), ('"', "3")]
         for cut in range(len(rows) + 1):
             encoder = BackupEncoder(with_rooms=True)
-            pages = [KeyPage(rows[:cut], None), KeyPage(rows[cut:], None)]
+            pages = [KeyPage(rows[:cut], (), None), KeyPage(rows[cut:], (), None)]
             self.assertEqual(
                 b"".join(map(encoder.encode, pages)) + encoder.finish(),
                 b'{"rooms":{"!a":{"sessions":{"1":1,"2":2}},"\\"":{"sessions":{3}}}}',
@@ -244,7 +244,7 @@ class EncodeTests(SynchronousTestCase):
         for with_rooms, whole in ((True, b'{"rooms":{}}'), (False, b'{"sessions":{}}')):
             encoder = BackupEncoder(with_rooms)
             self.assertEqual(
-                encoder.encode(KeyPage((), None)) + encoder.finish(), whole
+                encoder.encode(KeyPage((), (), None)) + encoder.finish(), whole
             )
 
     def test_numbers_of_a_version_are_strings(self) -> None:
