@@ -305,8 +305,10 @@ class BackupEncoder:
         for room_id, member in page.rows:
             texts.append("," if room_id == self._room_id else self._open(room_id))
             texts.append(member)
-        # One at a time: a character beyond the others' width would widen all.
-        return b"".join([text.encode() for text in texts])
+        # One character outside ASCII makes the joined text up to four times as large, so
+        # callers pass a few keys at a time. Encoding each key by itself takes three
+        # times as long.
+        return "".join(texts).encode()
 
     def _open(self, room_id: str) -> str:
         """What stands between the key before and the first one of a room."""
