@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Generator, Iterable, Iterator
+from functools import partial
 from typing import Any, TypeVar
 
 from twisted.internet.defer import Deferred, inlineCallbacks
@@ -16,7 +17,7 @@ from .errors import (
 )
 from .fairness import FairSemaphore, UserQueues
 from .pages import KeyPages
-from .storage import EndToEndRoomKeyStore
+from .storage import EndToEndRoomKeyStore, report_broken_row
 from .types import (
     BackupInfo,
     BackupState,
@@ -112,7 +113,10 @@ class E2eRoomKeysHandler:
                 *(user_id, number, room_id, after, take),
             )
 
-        pages = KeyPages(fetch, self._downloads, user_id, self._clock)
+        pages = KeyPages(
+            *(fetch, self._downloads, user_id, self._clock),
+            partial(report_broken_row, (user_id, number)),
+        )
         yield pages.advance()
         return pages
 

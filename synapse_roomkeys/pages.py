@@ -3,7 +3,7 @@
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Generator
-from itertools import accumulate
+from itertools import accumulate, compress
 from typing import Any
 
 from twisted.internet.defer import Deferred, inlineCallbacks
@@ -12,7 +12,7 @@ from twisted.python.failure import Failure
 from .clock import Clock
 from .fairness import FairSemaphore
 from .types import KeyPage, Position
-from .wire import session_id_of
+from .wire import are_json, is_json, session_id_of
 
 #: Seconds after which a download gives its permit to others that wait for one, as a
 #: process' time slice. Each time it drops a page that was prefetched, so a second makes
@@ -44,6 +44,7 @@ class KeyPages:
         permits: FairSemaphore,
         user_id: str,
         clock: Clock,
+        on_broken: Callable[[str, str], object],
     ) -> None:
         """
         Args:
@@ -51,8 +52,11 @@ class KeyPages:
                 that is called in a thread and returns whether to go on.
             permits: of all downloads of the process.
             user_id: the user whose permits are used.
+            on_broken: is called with the room and session id of each key that is left
+                out, as its data isn't JSON.
         """
         self._fetch = fetch
+        self._on_broken = on_broken
         self._permits = permits
         self._user_id = user_id
         self._clock = clock
@@ -140,14 +144,22 @@ class KeyPages:
                 which may go beyond it, and for the end of the page.
 
         Returns:
-            At least one key. Its `last` is None if no keys follow.
+            At least one key, unless the data of all of them isn't JSON. Its `last` is
+            None if no keys follow.
         """
         first = self._taken
         before = self._ends[first - 1] if first else 0
         end = min(bisect_left(self._ends, before + size) + 1, len(self._ends))
         self._taken = end
-        page = self._page
-        return KeyPage(page.rows[first:end], page.sizes[first:end], self._reached())
+        rows, sizes = self._page.rows[first:end], self._page.sizes[first:end]
+        if are_json([data for _, _, data in rows]):
+            return KeyPage(rows, sizes, self._reached())
+        are_whole = [is_json(data) for _, _, data in rows]
+        for (room_id, head, _), is_whole in zip(rows, are_whole, strict=True):
+            if not is_whole:
+                self._on_broken(room_id, session_id_of(head))
+        whole_rows = list(compress(rows, are_whole))
+        return KeyPage(whole_rows, list(compress(sizes, are_whole)), self._reached())
 
     def idle(self, seconds: float) -> None:
         """Release if the client has read nothing for long enough.
@@ -201,9 +213,9 @@ class KeyPages:
             return self._page.last
         if not self._taken:
             return self._before
-        room_id, member = self._page.rows[self._taken - 1]
+        room_id, head, _ = self._page.rows[self._taken - 1]
         keys = min(len(self._page.rows), _KEYS_AFTER_RELEASE)
-        return Position(room_id, session_id_of(member), keys)
+        return Position(room_id, session_id_of(head), keys)
 
     def _begin(self) -> None:
         """Begin to fetch after the page at hand; no page after it has arrived."""

@@ -80,14 +80,15 @@ class KeyPage:
     """Some keys of a download, in the order of their ids.
 
     Attributes:
-        rows: of each its room's id, and the key as a member of a JSON object:
-            ``"session_id":key``.
+        rows: of each key its room's id, its text as a member of a JSON object
+            (``"session_id":{...,"session_data":``) up to the data, and the data, which
+            may not be JSON. A ``}`` is missing at the end.
         sizes: upper bound of the memory that each row's key takes, in bytes, in the
             order of `rows`. Its UTF-8 text is no longer than that.
         last: where the last key is, when more may follow.
     """
 
-    rows: Sequence[tuple[str, str]]
+    rows: Sequence[tuple[str, str, str]]
     sizes: Sequence[int]
     last: Position | None
 

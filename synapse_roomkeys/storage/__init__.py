@@ -28,7 +28,7 @@ from .schema import (
     rehearse_start,
     upgrade_tables,
 )
-from .store import EndToEndRoomKeyStore
+from .store import EndToEndRoomKeyStore, report_broken_row
 
 __all__ = [
     "CONNECTIONS",
@@ -54,6 +54,7 @@ __all__ = [
     "postgres_database",
     "probe_tables",
     "rehearse_start",
+    "report_broken_row",
     "sqlite_database",
     "upgrade_tables",
     "with_timeouts",

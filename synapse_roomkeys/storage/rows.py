@@ -1,6 +1,5 @@
 """Rows of the database as values."""
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -25,11 +24,6 @@ CHUNK_SIZE = 1 << 19
 _ROW_SIZE = 100
 #: The largest integer that all readers of JSON agree on.
 _MAX_SAFE = 2**53 - 1
-
-
-_decoder = json.JSONDecoder()
-#: What stands before the data of a key in a row of a download.
-_DATA_MARK = ',"session_data":'
 
 
 @attrs.frozen
@@ -68,24 +62,8 @@ def _is_whole(session_data: str) -> bool:
     return session_data != "null" and is_json(session_data)
 
 
-def broken_sessions(page: KeyPage) -> dict[tuple[str, str], str]:
-    """The keys of a page whose ``session_data`` isn't JSON, by their rows, with their
-    session ids.
-
-    """
-    broken = {}
-    for row in page.rows:
-        member = row[1]
-        session_id, end = _decoder.raw_decode(member)
-        begin = member.index(_DATA_MARK, end) + len(_DATA_MARK)
-        if not is_json(member[begin:-1]):
-            broken[row] = session_id
-    return broken
-
-
 def page_statement(
     dialect: sql.Dialect,
-    pages: sql.Pages,
     backup: tuple[str, int],
     room_id: str | None,
     after: Position | None,
@@ -94,7 +72,6 @@ def page_statement(
     """The statement that reads keys of a download, and its parameters.
 
     Args:
-        pages: those of the dialect's downloads to take.
         backup: a user and a version.
         by_cursor: whether the transaction has a cursor that goes on after the keys
             before them.
@@ -102,6 +79,7 @@ def page_statement(
     asked = keys_after(after)
     if by_cursor and dialect.next_page is not None:
         return dialect.next_page, (asked,)
+    pages = dialect.pages
     common = (*backup, *backup)
     numbers = (PAGE_KEYS * dialect.pages_at_once, asked)
     if room_id is None:
@@ -129,15 +107,18 @@ def key_pages(rows: list[tuple[Any, ...]], asked: int) -> Iterator[KeyPage]:
         yield KeyPage((), (), None)
         return
     # At most: `sys.getsizeof` would be exact, and takes four times as long.
-    sizes = [len(m) if m.isascii() else 4 * len(m) for _, m in rows]
+    sizes = [
+        (len(head) + len(data) + 1) * (1 if head.isascii() and data.isascii() else 4)
+        for _, head, data in rows
+    ]
     fitting = PAGE_SIZE * len(rows) // sum(sizes)
     first = 0
     for end in _page_ends(sizes):
         last = None
         if end < len(rows) or end >= asked:
-            room_id, member = rows[end - 1]
+            room_id, head, _ = rows[end - 1]
             keys = min(max(fitting, 1), PAGE_KEYS)
-            last = Position(room_id, session_id_of(member), keys)
+            last = Position(room_id, session_id_of(head), keys)
         yield KeyPage(rows[first:end], sizes[first:end], last)
         first = end
 

@@ -333,19 +333,17 @@ class Pages:
     following_of_room: str
 
 
-def _pages(
-    string: str, integer: str, limit: str, data: str, paged: str = "{}"
-) -> Pages:
+def _pages(string: str, integer: str, limit: str, paged: str = "{}") -> Pages:
     """The downloads, in the words of an engine.
 
-    The text of a key is put together by the database, which leaves Python's
-    interpreter to others meanwhile.
+    The text of a key up to its data is put together by the database, which leaves
+    Python's interpreter to others meanwhile. The data is a column of its own: it isn't
+    copied for a longer text, and Python checks that it is JSON.
 
     Args:
         string: makes a JSON string of a text.
         integer: makes an integer that JSON can hold of a column.
         limit: takes the numbers of keys.
-        data: the data of a key.
         paged: makes a page of what a query finds.
     """
 
@@ -354,7 +352,7 @@ def _pages(
         || ':{{"first_message_index":' || {integer.format("k.first_message_index")}
         || ',"forwarded_count":' || {integer.format("k.forwarded_count")}
         || ',"is_verified":' || CASE WHEN k.is_verified THEN 'true' ELSE 'false' END
-        || ',"session_data":' || {data} || '}}'
+        || ',"session_data":', CAST(k.session_data AS TEXT)
     FROM (SELECT 1 FROM e2e_room_keys_versions
         WHERE user_id = ? AND version = ? AND deleted = 0) AS v"""
 
@@ -435,7 +433,6 @@ class Dialect:
             `deleted_at_once` is a number.
         delete_room_keys: the same for a room. One more parameter: the room.
         pages: the downloads. They fail if the data of a key aren't JSON.
-        pages_with_any_data: the same for data that may not be JSON.
         next_page: gets what follows a page, in the same transaction, or None where
             the statements of `pages` have to. Parameter: how many keys.
         pages_at_once: for how many pages a download keeps its connection while it is
@@ -467,7 +464,6 @@ class Dialect:
     delete_keys: str
     delete_room_keys: str
     pages: Pages
-    pages_with_any_data: Pages
     next_page: str | None
     pages_at_once: int
     pack_ids: Callable[[Sequence[tuple[Any, ...]]], list[str]]
@@ -497,16 +493,6 @@ _FIND_ON_SQLITE = _FIND_SESSIONS.format(
 )
 
 
-def _pages_on_sqlite(data: str) -> Pages:
-    return _pages(
-        string="json_quote({0})",
-        integer="CASE WHEN typeof({0}) = 'integer' AND {0} BETWEEN 0 AND"
-        " 9007199254740991 THEN {0} ELSE 0 END",
-        limit="MIN(?, ?)",
-        data=data,
-    )
-
-
 #: A process has one connection to an SQLite file, for all its users: three pages take
 #: some 5 ms.
 SQLITE = Dialect(
@@ -534,8 +520,12 @@ SQLITE = Dialect(
     deleted_at_once=DELETED_AT_ONCE,
     delete_keys=_DELETE_SOME_KEYS.format(room=""),
     delete_room_keys=_DELETE_SOME_KEYS.format(room=" AND room_id = ?"),
-    pages=_pages_on_sqlite(_SQLITE_JSON),
-    pages_with_any_data=_pages_on_sqlite("k.session_data"),
+    pages=_pages(
+        string="json_quote({0})",
+        integer="CASE WHEN typeof({0}) = 'integer' AND {0} BETWEEN 0 AND"
+        " 9007199254740991 THEN {0} ELSE 0 END",
+        limit="MIN(?, ?)",
+    ),
     next_page=None,
     pages_at_once=3,
     pack_ids=_pack_json,
@@ -570,17 +560,6 @@ _FIND_ON_POSTGRES = _FIND_SESSIONS.format(
 )
 #: invalid_text_representation, and statement_too_complex for what is nested too deeply.
 _NOT_JSON_ON_POSTGRES = ("22P02", "54001")
-
-
-def _pages_on_postgres(data: str) -> Pages:
-    return _pages(
-        string="to_json({0})::text",
-        integer="GREATEST(COALESCE({0}, 0), 0)",
-        limit="?",
-        data=data,
-        paged="SET LOCAL enable_sort = off; SET LOCAL enable_incremental_sort = off;"
-        " DECLARE download NO SCROLL CURSOR FOR {}; FETCH ? FROM download",
-    )
 
 
 _WRITE_ON_POSTGRES = Step(
@@ -663,8 +642,13 @@ POSTGRES = Dialect(
     deleted_at_once=None,
     delete_keys=DELETE_KEYS,
     delete_room_keys=DELETE_ROOM_KEYS,
-    pages=_pages_on_postgres(_POSTGRES_JSON),
-    pages_with_any_data=_pages_on_postgres("k.session_data"),
+    pages=_pages(
+        string="to_json({0})::text",
+        integer="GREATEST(COALESCE({0}, 0), 0)",
+        limit="?",
+        paged="SET LOCAL enable_sort = off; SET LOCAL enable_incremental_sort = off;"
+        " DECLARE download NO SCROLL CURSOR FOR {}; FETCH ? FROM download",
+    ),
     next_page="FETCH ? FROM download",
     pages_at_once=25,
     pack_ids=pack_arrays,

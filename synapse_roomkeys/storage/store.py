@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import compress, islice
+from itertools import islice
 from typing import Any
 
 import attrs
@@ -32,7 +32,6 @@ from . import sql
 from .database import ConflictError, Transaction, Transactions
 from .rows import (
     Found,
-    broken_sessions,
     chunks,
     found_of,
     ids_of,
@@ -115,7 +114,6 @@ class EndToEndRoomKeyStore:
             "roomkeys_get_key", self._key_txn, user_id, version, room_id, session_id
         )
 
-    @inlineCallbacks
     def get_pages(
         self,
         user_id: str,
@@ -123,12 +121,8 @@ class EndToEndRoomKeyStore:
         room_id: str | None,
         after: Position | None,
         take: Callable[[KeyPage], bool],
-    ) -> "Generator[Deferred[Any], Any, None]":
+    ) -> "Deferred[None]":
         """Give keys of a version or of a room, ordered by id.
-
-        A key whose ``session_data`` isn't JSON is left out, logged and counted. The
-        database notices one at little cost, but gives no page with it: the pages from
-        there on are read again, and each key of them is looked at.
 
         Args:
             after: where the first page begins.
@@ -142,23 +136,19 @@ class EndToEndRoomKeyStore:
         backup = user_id, version
         is_wanted = True
 
-        def read(txn: Transaction, pages: sql.Pages) -> None:
+        def read(txn: Transaction) -> None:
             # It may be run again, and takes up where it was.
             nonlocal after, is_wanted
             left = self._dialect.pages_at_once
             has_cursor = False
             while is_wanted and left > 0:
                 after, is_wanted, given = self._give_pages(
-                    *(txn, pages, backup, room_id, after, has_cursor, left, take)
+                    *(txn, backup, room_id, after, has_cursor, left, take)
                 )
                 left -= given
                 has_cursor = self._dialect.next_page is not None
 
-        run, dialect = self._database.run, self._dialect
-        try:
-            yield run("roomkeys_get_pages", read, dialect.pages)
-        except _NotJsonError:
-            yield run("roomkeys_get_pages", read, dialect.pages_with_any_data)
+        return self._database.run("roomkeys_get_pages", read)
 
     def delete_keys(
         self,
@@ -521,7 +511,6 @@ class EndToEndRoomKeyStore:
     def _give_pages(
         self,
         txn: Transaction,
-        pages: sql.Pages,
         backup: tuple[str, int],
         room_id: str | None,
         after: Position | None,
@@ -532,7 +521,6 @@ class EndToEndRoomKeyStore:
         """Read some keys and give them away, with nothing left of them here.
 
         Args:
-            pages: those of the dialect's downloads to take.
             by_cursor: whether the transaction has a cursor that goes on after the keys
                 before them. It has no more rows at the end; without one, the version
                 has been deleted where there are none.
@@ -542,19 +530,16 @@ class EndToEndRoomKeyStore:
             Where the next page begins, whether it is wanted, and how many were given.
         """
         statement, parameters = page_statement(
-            self._dialect, pages, backup, room_id, after, by_cursor
+            self._dialect, backup, room_id, after, by_cursor
         )
-        with self._noticing_data():
-            txn.execute(statement, parameters)
-            found = txn.fetchall()
+        txn.execute(statement, parameters)
+        found = txn.fetchall()
         if not (found or by_cursor):
             raise unknown_version()
         given = 0
         is_wanted = True
         for page in islice(key_pages(found, keys_after(after)), most):
             given += 1
-            if pages is self._dialect.pages_with_any_data:
-                page = _without_broken(backup, page)
             after, is_wanted = page.last, take(page)
             if not is_wanted:
                 break
@@ -577,7 +562,7 @@ class EndToEndRoomKeyStore:
         if session_data is None:
             return None
         if not is_json(session_data):
-            _report_broken(backup, room_id, session_id)
+            report_broken_row(backup, room_id, session_id)
             return None
         return RoomKey(room_id, session_id, metadata(fields), session_data)
 
@@ -728,18 +713,12 @@ class EndToEndRoomKeyStore:
         txn.execute(sql.FORGET_USER, (user_id,))
 
 
-def _without_broken(backup: tuple[str, int], page: KeyPage) -> KeyPage:
-    """A page without the keys whose data aren't JSON, which are reported."""
-    broken = broken_sessions(page)
-    for (room_id, _), session_id in broken.items():
-        _report_broken(backup, room_id, session_id)
-    sound = [row not in broken for row in page.rows]
-    rows, sizes = compress(page.rows, sound), compress(page.sizes, sound)
-    return attrs.evolve(page, rows=list(rows), sizes=list(sizes))
+def report_broken_row(backup: tuple[str, int], room_id: str, session_id: str) -> None:
+    """Log and count a stored key that no client could read.
 
-
-def _report_broken(backup: tuple[str, int], room_id: str, session_id: str) -> None:
-    """Log and count a stored key that can't be given to a client."""
+    Args:
+        backup: a user and a version.
+    """
     metrics.broken_rows.inc()
     logger.error(
         "Left out a key: its session_data isn't JSON:"

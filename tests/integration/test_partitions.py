@@ -228,8 +228,7 @@ def all_statements() -> set[str]:
     others = {own.lock_version, own.insert_version, own.find_sessions, own.measure_keys}
     others |= {own.find_sessions_with_data, own.user_sizes, own.add_keys}
     others |= {step.statement for step in own.write_keys + own.write_more_keys}
-    pages = {*attrs.astuple(own.pages), *attrs.astuple(own.pages_with_any_data)}
-    return (everywhere - {sql.COLUMNS}) | others | pages
+    return (everywhere - {sql.COLUMNS}) | others | set(attrs.astuple(own.pages))
 
 
 def keys(index: int, count: int, room_id: str = "!room") -> list[RoomKey]:

@@ -170,8 +170,6 @@ def statements() -> dict[str, str]:
     )
     for dialect in (sql.SQLITE, sql.POSTGRES):
         own = {**attrs.asdict(dialect.pages), **{n: getattr(dialect, n) for n in names}}
-        for name, page in attrs.asdict(dialect.pages_with_any_data).items():
-            own[f"{name} with any data"] = page
         for i, step in enumerate(dialect.write_keys + dialect.write_more_keys):
             own[f"write_keys {i}"] = step.statement
         if dialect.add_keys:

@@ -227,7 +227,11 @@ class KeyPagesTests(SynchronousTestCase):
         self.reactor = FakeReactor()
         clock = Clock(self.reactor)
         self.permits = FairSemaphore(clock, 1, 1, max_waiting=9)
-        self.pages = KeyPages(self.fetch, self.permits, "@user:h", clock)
+        self.broken: list[tuple[str, str]] = []
+        self.pages = KeyPages(
+            *(self.fetch, self.permits, "@user:h", clock),
+            lambda *ids: self.broken.append(ids),
+        )
         self.begun: list[Position | None] = []
         self.given = 0
 
@@ -244,7 +248,7 @@ class KeyPagesTests(SynchronousTestCase):
         """Have the transaction give a page; whether it is to go on."""
         self.given += 1
         position = None if last else Position("!room", f"{self.given}", 1)
-        keys = [("!room", f'"{self.given}.{number}":0') for number in range(2)]
+        keys = [("!room", f'"{self.given}.{number}":', "0") for number in range(2)]
         return self.take(KeyPage(keys, [1, 1], position))
 
     def finish(self, result: Exception | None = None) -> None:
@@ -258,9 +262,7 @@ class KeyPagesTests(SynchronousTestCase):
     def assertTaken(self, number: int) -> None:
         """The page at hand is the one that was given at this place; take it."""
         rows = self.pages.take(100).rows
-        self.assertEqual(
-            [row[1] for row in rows], [f'"{number}.{i}":0' for i in (0, 1)]
-        )
+        self.assertEqual([row[1] for row in rows], [f'"{number}.{i}":' for i in (0, 1)])
 
     def test_a_transaction_goes_on_while_its_reader_waits(self) -> None:
         """Who is back for the next page before it is there gets it out of the same."""
@@ -339,6 +341,17 @@ class KeyPagesTests(SynchronousTestCase):
         self.successResultOf(closed)
         gc.collect()
         self.assertEqual(self.flushLoggedErrors(), [])
+
+    def test_keys_that_are_not_json_are_left_out(self) -> None:
+        """They are reported by their ids, once, and the others are taken."""
+        waits = self.pages.advance()
+        texts = ("1", "{", '"a"', '1},"x":{')
+        keys = [("!room", f'"{number}":', data) for number, data in enumerate(texts)]
+        self.take(KeyPage(keys, [1] * 4, None))
+        self.successResultOf(waits)
+        self.assertEqual(self.pages.take(100).rows, [keys[0], keys[2]])
+        self.assertEqual(self.broken, [("!room", "1"), ("!room", "3")])
+        self.assertTrue(self.pages.is_complete)
 
     def test_a_released_download_goes_on_after_the_last_key(self) -> None:
         """The permit is there for others, the page under way is dropped, and the next

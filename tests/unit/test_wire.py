@@ -213,13 +213,20 @@ class EncodeTests(SynchronousTestCase):
 
     def test_chunks_make_one_object(self) -> None:
         """Wherever the pages end, the same object comes out."""
-        rows = [("!a", '"1":1'), ("!a", '"2":2'), ('"', "3")]
+        rows = [
+            ("!a", '"1":{"d":', "1"),
+            ("!a", '"2":{"d":', "2"),
+            ('"', '"3":{"d":', '"é"'),
+        ]
         for cut in range(len(rows) + 1):
             encoder = BackupEncoder(with_rooms=True)
             pages = [KeyPage(rows[:cut], (), None), KeyPage(rows[cut:], (), None)]
             self.assertEqual(
                 b"".join(map(encoder.encode, pages)) + encoder.finish(),
-                b'{"rooms":{"!a":{"sessions":{"1":1,"2":2}},"\\"":{"sessions":{3}}}}',
+                (
+                    '{"rooms":{"!a":{"sessions":{"1":{"d":1},"2":{"d":2}}},'
+                    '"\\"":{"sessions":{"3":{"d":"é"}}}}}'
+                ).encode(),
             )
 
     def test_one_key_comes_alone(self) -> None:
