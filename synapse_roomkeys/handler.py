@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-#: How many downloads may have pages in memory at once in a process. Each has three at
+#: How many downloads may have pages in memory at once in a process. Each has four at
 #: most, of 1 MiB (`storage.PAGE_SIZE`), one of which is on its way from the database.
 DOWNLOADS = 16
 #: How many of these may be one user's. One user's reads run one after the other anyway,

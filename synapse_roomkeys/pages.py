@@ -24,6 +24,10 @@ HOLD_SECONDS = 1.0
 #: The same while others wait for a permit. A client that reads as fast as the database
 #: gives pauses for some milliseconds.
 CONTENDED_HOLD_SECONDS = 0.05
+#: How many pages may wait while one is written. With one page, the database's thread
+#: caught up with the writer after four pages and ended its transaction; with two it
+#: goes on for nine, as long as the client reads as fast as the database gives.
+PREFETCHED_PAGES = 2
 #: How many keys are read first after `KeyPages.release`: 0.1 MB of real keys, as a
 #: client that was slow may be slow again.
 _KEYS_AFTER_RELEASE = 100
@@ -32,10 +36,10 @@ _KEYS_AFTER_RELEASE = 100
 class KeyPages:
     """The keys of a download, read from the database a page at a time.
 
-    Two pages are in memory at most: the one that is being taken and the next one, which
-    is prefetched. As long as it has pages, a download holds a permit, so the number of
-    permits bounds the memory of all downloads together. `release` drops the pages and
-    the permit; the download goes on after the last key that was taken.
+    Three pages are in memory at most: the page that is being taken and the next two,
+    which are prefetched. A download holds a permit as long as it has pages, so the
+    number of permits bounds the memory of all downloads together. `release` drops the
+    pages and the permit; the download goes on after the last key that was taken.
     """
 
     def __init__(
@@ -118,9 +122,9 @@ class KeyPages:
             self._has_permit = True
             self._slice_ends = self._clock.seconds() + TIME_SLICE
         # A client that was slow may be slow again: it gets one small page first.
-        may_prefetch = not self._is_resuming
+        prefetched = 0 if self._is_resuming else PREFETCHED_PAGES
         self._is_resuming = False
-        self._wanted = self._advanced + 1 + may_prefetch
+        self._wanted = self._advanced + 1 + prefetched
         while not self._arrived:
             failure = self._failure
             if failure is not None:
@@ -131,9 +135,11 @@ class KeyPages:
             else:
                 self._begin()
         self._show(self._arrived.popleft())
-        self._wanted = self._advanced + (may_prefetch and self._page.last is not None)
+        if self._page.last is None:
+            prefetched = 0
+        self._wanted = self._advanced + prefetched
         may_begin = not self._is_fetching and self._failure is None
-        if may_begin and self._fetched < self._wanted:
+        if may_begin and prefetched and not self._arrived:
             self._begin()
 
     def take(self, size: int) -> KeyPage:

@@ -12,6 +12,7 @@ from synapse_roomkeys.handler import DOWNLOADS_PER_USER
 from synapse_roomkeys.pages import (
     CONTENDED_HOLD_SECONDS,
     HOLD_SECONDS,
+    PREFETCHED_PAGES,
     TIME_SLICE,
     KeyPages,
 )
@@ -126,12 +127,12 @@ class DownloadTests(SynchronousTestCase):
             transport.loseConnection()
         self.assertEqual(self.host.reactor.getDelayedCalls(), [])
 
-    def test_head_reads_two_pages(self) -> None:
+    def test_head_reads_three_pages(self) -> None:
         """The rest of the keys, which nobody will see, are not fetched."""
         transport = self.begin("HEAD")
         self.assertEqual(read_answer(transport.value(), "HEAD").status, 200)
         self.assertTrue(transport.value().endswith(b"\r\n\r\n"))
-        self.assertEqual(self.fetched, 2)
+        self.assertEqual(self.fetched, 1 + PREFETCHED_PAGES)
 
     def test_nothing_is_written_before_the_client_took_the_last_part(self) -> None:
         """A slow client has two pages waiting for it; the rest stays where it is."""
@@ -186,9 +187,11 @@ class DownloadTests(SynchronousTestCase):
     def test_a_page_that_nobody_waits_for_is_no_error(self) -> None:
         """What goes wrong with a page for a client that left concerns nobody."""
         transport = self.begin(slow=True)
-        self.host.database.fault = ZeroDivisionError()
-        transport.take_more()
-        self.assertIsNone(self.host.database.fault)
+        database = self.host.database
+        database.fault = ZeroDivisionError()
+        for _ in range(1 + PREFETCHED_PAGES):
+            transport.take_more()
+        self.assertIsNone(database.fault)
         transport.loseConnection()
         gc.collect()
         self.assertEqual(self.flushLoggedErrors(), [])
@@ -274,18 +277,21 @@ class KeyPagesTests(SynchronousTestCase):
             self.assertTaken(number)
         self.assertEqual(self.begun, [None])
 
-    def test_one_page_waits_for_a_slow_reader(self) -> None:
-        """The transaction ends then, and another is begun when there is room."""
+    def test_two_pages_wait_for_a_slow_reader(self) -> None:
+        """The transaction ends then; another begins when no page waits any more."""
         waits = self.pages.advance()
         self.assertTrue(self.give())
         self.successResultOf(waits)
+        self.assertTrue(self.give())
         self.assertFalse(self.give())
         self.finish()
         self.assertTaken(1)
-        self.assertEqual(self.begun, [None])
         self.successResultOf(self.pages.advance())
         self.assertTaken(2)
-        self.assertEqual(self.begun, [None, Position("!room", "2", 1)])
+        self.assertEqual(self.begun, [None])
+        self.successResultOf(self.pages.advance())
+        self.assertTaken(3)
+        self.assertEqual(self.begun, [None, Position("!room", "3", 1)])
 
     def test_a_transaction_that_ends_too_early_is_followed_by_another(self) -> None:
         """Few pages come of each: its connection is left to others."""
