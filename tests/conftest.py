@@ -10,7 +10,7 @@ from prometheus_client import generate_latest
 
 from .secrecy import SECRET
 from .servers import PostgresServer
-from .servers.homeserver import Homeserver
+from .servers.fake_homeserver import Homeserver
 
 #: Where PostgreSQL logs. It shows statements that fail, with the rows that it refuses,
 #: which no client of it can help.

@@ -14,7 +14,7 @@ import pytest
 
 from synapse_roomkeys.storage import SQLITE, upgrade_tables
 
-from ..servers.homeserver import Homeserver
+from ..servers.fake_homeserver import Homeserver
 from ..servers.processes import HOST, free_port
 from ..servers.service import Service
 

@@ -16,7 +16,7 @@ import pytest
 from ..contract.base import PREFIX
 from ..reliability.sockets import Reply, connect, exchange, read_reply, request
 from ..servers.accounts import fetch
-from ..servers.homeserver import Homeserver
+from ..servers.fake_homeserver import Homeserver
 from ..servers.service import Service
 
 DEADLINE = 20.0

@@ -15,7 +15,7 @@ import yaml
 from ..backup_client import Api
 from ..contract.base import Rooms, key
 from ..servers.accounts import fetch
-from ..servers.homeserver import Homeserver
+from ..servers.fake_homeserver import Homeserver
 from ..servers.prometheus import Prometheus, promtool
 from ..servers.proxy import CONTRIB
 from ..servers.service import Service

@@ -17,7 +17,7 @@ from ..backup_client import Api
 from ..contract.base import key, version_path
 from ..servers import PostgresServer
 from ..servers.debian import locate
-from ..servers.homeserver import Homeserver
+from ..servers.fake_homeserver import Homeserver
 from ..servers.postgres import binaries
 from ..servers.service import Service
 

@@ -30,8 +30,8 @@ from ..servers import PostgresServer
 from ..servers.accounts import fetch
 from ..servers.apache import Apache
 from ..servers.caddy import Caddy
+from ..servers.fake_homeserver import Homeserver
 from ..servers.haproxy import HaProxy
-from ..servers.homeserver import Homeserver
 from ..servers.nginx import Nginx
 from ..servers.processes import HOST, free_port
 from ..servers.proxy import Proxy

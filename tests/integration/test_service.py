@@ -24,7 +24,7 @@ from ..client import HttpHost
 from ..contract import SCENARIOS, Scenario
 from ..contract.base import PREFIX, key, keys_path, wrapped
 from ..servers.accounts import fetch
-from ..servers.homeserver import Homeserver
+from ..servers.fake_homeserver import Homeserver
 from ..servers.processes import HOST
 from ..servers.service import Service
 

@@ -17,7 +17,7 @@ import pytest
 from ..backup_client import Api
 from ..contract.base import ALGORITHM, AUTH_DATA, PREFIX, Rooms, key, keys_path, wrapped
 from ..servers.accounts import fetch
-from ..servers.homeserver import Homeserver
+from ..servers.fake_homeserver import Homeserver
 from ..servers.processes import HOST
 from ..servers.service import Service
 

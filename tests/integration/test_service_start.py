@@ -25,7 +25,7 @@ from ..backup_client import Api
 from ..contract.base import ALGORITHM, AUTH_DATA
 from ..servers import PostgresServer
 from ..servers.accounts import fetch
-from ..servers.homeserver import Homeserver
+from ..servers.fake_homeserver import Homeserver
 from ..servers.processes import HOST, free_port
 from ..servers.service import Service
 

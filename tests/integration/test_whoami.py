@@ -41,7 +41,7 @@ from ..homeserver import (
 )
 from ..servers import Synapse, User
 from ..servers.accounts import fetch
-from ..servers.homeserver import Homeserver
+from ..servers.fake_homeserver import Homeserver
 from ..servers.processes import HOST, free_port
 from ..servers.service import Service
 from .test_synapse import AS_TOKEN, DEADLINE, IN_NAMESPACE, SYNAPSE, registration

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from ..servers.homeserver import Homeserver
+from ..servers.fake_homeserver import Homeserver
 from .faults import Serve, serving
 
 

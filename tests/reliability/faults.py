@@ -30,7 +30,7 @@ from ..contract.base import (
     tally,
     wrapped,
 )
-from ..servers.homeserver import Homeserver
+from ..servers.fake_homeserver import Homeserver
 from ..servers.service import Service
 
 Steps = Generator[Deferred[Any], Any, None]

@@ -10,7 +10,7 @@ import pytest
 from twisted.internet.defer import Deferred, inlineCallbacks
 
 from ..servers import PostgresServer
-from ..servers.homeserver import Homeserver
+from ..servers.fake_homeserver import Homeserver
 from ..servers.processes import HOST
 from ..servers.service import Service
 from ..servers.standby import Standby

@@ -32,7 +32,7 @@ from ..integration.test_migrate import (
     same,
 )
 from ..servers import PostgresServer, Synapse
-from ..servers.homeserver import Homeserver
+from ..servers.fake_homeserver import Homeserver
 from ..servers.service import Service
 from . import SOAK
 from .clients import Connection

@@ -33,7 +33,7 @@ from ..contract.base import (
     wrapped,
 )
 from ..servers import PostgresServer, Synapse
-from ..servers.homeserver import Homeserver
+from ..servers.fake_homeserver import Homeserver
 from ..servers.service import Service
 from . import SOAK
 from .clients import LOST, Connection

@@ -12,7 +12,7 @@ import pytest
 from ..contract.base import ALGORITHM, PREFIX, key, wrapped
 from ..servers import PostgresServer
 from ..servers.accounts import fetch
-from ..servers.homeserver import Homeserver
+from ..servers.fake_homeserver import Homeserver
 from ..servers.service import Service
 from .sockets import Exchange, connect, exchange, new_version, request, upload
 

@@ -17,7 +17,7 @@ import pytest
 
 from ..contract.base import PREFIX, key, keys_path, wrapped
 from ..servers import PostgresServer
-from ..servers.homeserver import Homeserver
+from ..servers.fake_homeserver import Homeserver
 from ..servers.processes import Process
 from ..servers.service import Service
 from . import SOAK

@@ -14,7 +14,7 @@ from ..contract import Answer, Client
 from ..contract.base import PREFIX, refused
 from ..servers import PostgresServer
 from ..servers.accounts import fetch
-from ..servers.homeserver import Homeserver
+from ..servers.fake_homeserver import Homeserver
 from ..servers.processes import HOST
 from ..servers.service import Service
 from .faults import WITHIN, Backup, Serve, Served, Steps, later, serving, together

@@ -21,7 +21,7 @@ from schemathesis.specs.openapi.checks import (
 
 from ..contract.base import PREFIX
 from ..description import PATH
-from ..servers.homeserver import Homeserver
+from ..servers.fake_homeserver import Homeserver
 from ..servers.service import Service
 from . import SOAK
 from .sockets import new_version

@@ -17,7 +17,7 @@ import pytest
 from synapse_roomkeys.service.logs import MAX_LINE
 
 from ..contract.base import PREFIX
-from ..servers.homeserver import Homeserver
+from ..servers.fake_homeserver import Homeserver
 from ..servers.processes import HOST
 from ..servers.service import Service
 from . import SOAK

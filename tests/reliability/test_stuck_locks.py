@@ -28,7 +28,7 @@ from ..contract.base import (
 )
 from ..integration.conftest import host_of
 from ..servers import PostgresServer, Synapse
-from ..servers.homeserver import Homeserver
+from ..servers.fake_homeserver import Homeserver
 from ..servers.service import Service
 from .faults import Steps, connected, later
 
