@@ -1,4 +1,4 @@
-"""Real servers to run the module in, each stopped with the test run."""
+"""Real servers for the tests, each stopped at the latest when the test run ends."""
 
 from .accounts import User
 from .pgbouncer import PgBouncer

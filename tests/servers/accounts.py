@@ -1,4 +1,4 @@
-"""Accounts on a real server, made and ended over HTTP."""
+"""Requests that create, log in and deactivate accounts on a running Synapse."""
 
 import hashlib
 import hmac
@@ -19,7 +19,7 @@ _opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 @attrs.frozen
 class User:
-    """A user, or a guest, logged in on one device."""
+    """A user or a guest with the access token of one device."""
 
     user_id: str
     access_token: str
@@ -30,7 +30,16 @@ class User:
 def fetch(
     url: str, *, method: str = "GET", token: str | None = None, body: object = None
 ) -> bytes:
-    """Send one request; an answer other than success is an error."""
+    """Send one request and return the body of the answer.
+
+    Args:
+        method: the HTTP method.
+        token: the access token, or None for a request without an Authorization header.
+        body: a value to send as JSON, or None for an empty body.
+
+    Raises:
+        RuntimeError: the status is no success (2xx); the text holds status and body.
+    """
     headers = {"Content-Type": "application/json"}
     if token is not None:
         headers["Authorization"] = f"Bearer {token}"
@@ -47,7 +56,7 @@ def fetch(
 
 
 def _post(url: str, body: object, token: str | None = None) -> dict[str, Any]:
-    """Send a JSON object and return the one that comes back."""
+    """Send a JSON object by POST and return the JSON object of the answer."""
     answer: dict[str, Any] = json.loads(
         fetch(url, method="POST", token=token, body=body)
     )
@@ -55,14 +64,15 @@ def _post(url: str, body: object, token: str | None = None) -> dict[str, Any]:
 
 
 def _user(answer: dict[str, Any], password: str) -> User:
-    """Read a user off what registering or logging in returned."""
+    """Build a user from the answer of a registration or a login."""
     return User(
         answer["user_id"], answer["access_token"], answer["device_id"], password
     )
 
 
 def register(url: str, shared_secret: str, name: str, *, admin: bool = False) -> User:
-    """Register a user with the secret that the server's operator shares."""
+    """Register a user through the admin API, with Synapse's registration shared
+    secret."""
     password = secrets.token_hex(8)
     nonce = json.loads(fetch(f"{url}{_ADMIN}/register"))["nonce"]
     role = "admin" if admin else "notadmin"
@@ -78,12 +88,19 @@ def register(url: str, shared_secret: str, name: str, *, admin: bool = False) ->
 
 
 def register_guest(url: str) -> User:
-    """Register a guest, who has no password."""
+    """Register a guest, an account without a password."""
     return _user(_post(f"{url}{_CLIENT}/register?kind=guest", {}), "")
 
 
 def login(url: str, user: User, *, soft: bool) -> User:
-    """Log in on another device."""
+    """Log a user in on another device.
+
+    Args:
+        soft: whether to ask for an access token that expires and can be refreshed.
+
+    Returns:
+        The same user with the token and the id of the new device.
+    """
     body = {
         "type": "m.login.password",
         "identifier": {"type": "m.id.user", "user": user.user_id},
@@ -94,11 +111,16 @@ def login(url: str, user: User, *, soft: bool) -> User:
 
 
 def logout(url: str, user: User) -> None:
-    """End one device's session."""
+    """Log a device out, which invalidates the device's access token."""
     _post(f"{url}{_CLIENT}/logout", {}, user.access_token)
 
 
 def deactivate(url: str, admin: User, user: User) -> None:
-    """End an account for good."""
+    """Deactivate an account for good.
+
+    Args:
+        admin: a server administrator, whose token authorises the request.
+        user: the account to deactivate.
+    """
     target = urllib.parse.quote(user.user_id, safe="")
     _post(f"{url}{_ADMIN}/deactivate/{target}", {}, admin.access_token)

@@ -1,4 +1,4 @@
-"""Apache with the configuration in ``contrib/``."""
+"""Apache httpd with the configuration in ``contrib/``."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,7 +7,8 @@ from .debian import Program
 from .processes import HOST
 from .proxy import Proxy
 
-#: Ahead of the file: the settings of Debian's apache2.conf, kept in one directory.
+#: Prefix of the configuration file: settings of Debian's apache2.conf, with all paths
+#: in a single directory.
 _MAIN = """\
 ServerRoot {home}
 ServerName localhost
@@ -17,7 +18,7 @@ ErrorLog "|/bin/cat"
 LogLevel warn
 Listen {host}:{port}
 """
-#: Modules named in the file, their dependencies, and Debian's defaults.
+#: Modules that the configuration file uses, their dependencies, and Debian's defaults.
 _MODULES = [
     "mpm_event",
     "authz_core",
@@ -32,7 +33,7 @@ _MODULES = [
 
 
 class Apache(Proxy):
-    """An Apache in front of the service."""
+    """An Apache httpd as a reverse proxy in front of the service."""
 
     program = "apache2"
     package = "apache2-bin"

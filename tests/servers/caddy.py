@@ -1,4 +1,4 @@
-"""A Caddy with the configuration that operators are given."""
+"""Caddy with the configuration in ``contrib/``."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 from .debian import Program
 from .proxy import Proxy
 
-#: Ahead of the file: no port for its administration, no certificates.
+#: Prefix of the configuration file: no admin port, no certificates.
 _OPTIONS = """\
 {
 	admin off
@@ -16,7 +16,7 @@ _OPTIONS = """\
 
 
 class Caddy(Proxy):
-    """A Caddy in front of the service."""
+    """A Caddy as a reverse proxy in front of the service."""
 
     program = "caddy"
     package = "caddy"

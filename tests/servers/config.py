@@ -1,4 +1,4 @@
-"""The configuration that every Synapse started here runs with."""
+"""Builders for the configuration of every Synapse that the tests start."""
 
 import base64
 import os
@@ -40,7 +40,7 @@ _NESTED_LIMITS = {
 
 
 def base() -> dict[str, Any]:
-    """Build the settings that do not depend on where the server runs."""
+    """Build the settings that are the same on every port and in every directory."""
     return {
         "server_name": SERVER_NAME,
         "registration_shared_secret": REGISTRATION_SECRET,
@@ -61,7 +61,12 @@ def base() -> dict[str, Any]:
 
 
 def database(arguments: Mapping[str, Any] | None, directory: Path) -> dict[str, Any]:
-    """Point at a PostgreSQL, or at a file in the directory."""
+    """Build the ``database`` setting.
+
+    Args:
+        arguments: psycopg2's arguments for a PostgreSQL, or None for an SQLite file.
+        directory: the directory of the SQLite file.
+    """
     if arguments is None:
         path = str(directory / "homeserver.db")
         return {"name": "sqlite3", "args": {"database": path}}
@@ -69,12 +74,12 @@ def database(arguments: Mapping[str, Any] | None, directory: Path) -> dict[str, 
 
 
 def module(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Load the module under test."""
+    """Build the ``modules`` entry for the module under test with the given options."""
     return {"module": "synapse_roomkeys.RoomKeysModule", "config": dict(settings)}
 
 
 def replication(redis_port: int, replication_port: int) -> dict[str, Any]:
-    """Let workers and their main process find each other."""
+    """Build the settings for connections between workers and their main process."""
     return {
         "redis": {"enabled": True, "host": HOST, "port": redis_port},
         "instance_map": {"main": {"host": HOST, "port": replication_port}},
@@ -83,14 +88,17 @@ def replication(redis_port: int, replication_port: int) -> dict[str, Any]:
 
 
 def listeners(port: int, metrics_port: int) -> list[dict[str, Any]]:
-    """Serve clients on one port and metrics on another. Clients may come through a
-    proxy, which names their addresses."""
+    """Build listeners for clients on one port and for metrics on another.
+
+    Synapse takes the client's address from X-Forwarded-For on the first port, as behind
+    a proxy.
+    """
     metrics = {"type": "metrics", "port": metrics_port, "bind_addresses": [HOST]}
     return [{**http(port, "client"), "x_forwarded": True}, metrics]
 
 
 def http(port: int, resource: str) -> dict[str, Any]:
-    """Serve one of Synapse's resources."""
+    """Build a listener for one of Synapse's HTTP resources, such as ``client``."""
     return {
         "type": "http",
         "port": port,
@@ -100,7 +108,8 @@ def http(port: int, resource: str) -> dict[str, Any]:
 
 
 def log(file: Path) -> dict[str, Any]:
-    """Log to a file, statements left out."""
+    """Build a logging configuration that writes INFO to a file, without SQL
+    statements."""
     line = "%(asctime)s %(levelname)s %(name)s %(request)s %(message)s"
     handler = {
         "class": "logging.FileHandler",
@@ -119,7 +128,7 @@ def log(file: Path) -> dict[str, Any]:
 
 
 def _rate_limits() -> dict[str, Any]:
-    """Lift every limit on the rate of requests."""
+    """Build settings that raise every request rate limit beyond the tests' reach."""
     limits: dict[str, Any] = dict.fromkeys(_LIMITS, _UNLIMITED)
     for name, parts in _NESTED_LIMITS.items():
         limits[name] = dict.fromkeys(parts, _UNLIMITED)

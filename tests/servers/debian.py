@@ -1,4 +1,4 @@
-"""Programs of Debian's packages, fetched where they aren't installed."""
+"""Programs from Debian packages, downloaded where they are not installed."""
 
 import functools
 import os
@@ -17,7 +17,7 @@ _SYSTEM_PATHS = "/usr/sbin:/usr/local/sbin"
 
 @attrs.frozen
 class Program:
-    """A program, and the environment that it finds its libraries in."""
+    """A program, and the environment variables needed to find its libraries."""
 
     path: Path
     environment: Mapping[str, str]
@@ -25,10 +25,14 @@ class Program:
 
 @functools.cache
 def locate(name: str, package: str) -> Program:
-    """Locate a program, fetching its package where it isn't installed.
+    """Locate a program, and download its Debian package if it is not installed.
+
+    Args:
+        name: the file name of the program.
+        package: the Debian package that contains the program.
 
     Raises:
-        StartFailed: it is not installed and can't be fetched.
+        StartFailed: the program is not installed and the package can't be downloaded.
     """
     search = f"{os.environ.get('PATH', os.defpath)}:{_SYSTEM_PATHS}"
     installed = shutil.which(name, path=search)
@@ -50,10 +54,17 @@ def locate(name: str, package: str) -> Program:
 
 @functools.cache
 def _fetch(package: str) -> Path:
-    """Unpack a package of Debian's, and those it needs that are missing, aside.
+    """Download a Debian package and its missing dependencies, and unpack them.
 
-    Nothing is installed: so no service is started, nothing needs to be removed, and
-    anybody may do it.
+    The files go to a temporary directory instead of being installed. Therefore no
+    service is started, nothing has to be uninstalled later, and no root privileges are
+    required.
+
+    Returns:
+        The directory that serves as the root of the unpacked packages.
+
+    Raises:
+        StartFailed: a tool has failed; the text holds the tool's output.
     """
     root = make_directory(f"{package}-program-")
     root.chmod(0o755)
@@ -73,7 +84,8 @@ def _fetch(package: str) -> Path:
 
 
 def _run(command: list[str]) -> "subprocess.CompletedProcess[str]":
-    """Run one of the system's tools to its end."""
+    """Run a system tool until its end, with standard output and error captured
+    together."""
     return subprocess.run(
         command,
         env={**os.environ, "LC_ALL": "C", "DEBIAN_FRONTEND": "noninteractive"},
@@ -87,6 +99,11 @@ def _run(command: list[str]) -> "subprocess.CompletedProcess[str]":
 
 
 def _check(done: "subprocess.CompletedProcess[str]", package: str) -> None:
-    """Give up if a tool has failed."""
+    """Check that a tool has succeeded.
+
+    Raises:
+        StartFailed: the exit code isn't 0; the text names the package and holds the
+            output.
+    """
     if done.returncode:
         raise StartFailed(f"{package} can't be fetched:\n{done.stdout}")

@@ -1,4 +1,4 @@
-"""A homeserver that knows who has a token, and little else."""
+"""A fake homeserver that authenticates tokens and implements no other endpoint."""
 
 import json
 import threading
@@ -11,12 +11,12 @@ from .processes import HOST, Server
 
 
 class Homeserver(Server):
-    """Answers whoami, and all else as a path that it does not know.
+    """A fake homeserver that answers ``whoami`` and ``versions``, and 404 otherwise.
 
-    It runs in a thread, so that whoever asks it may block.
+    The server runs in a thread of its own. Therefore a test may block during a request.
 
     Attributes:
-        paths: those of all requests but whoami, for tests to look at.
+        paths: the paths of all requests that were answered 404, in order of arrival.
     """
 
     def __init__(self) -> None:
@@ -42,23 +42,23 @@ class Homeserver(Server):
             do_GET = do_PUT = do_POST = do_DELETE = answer
 
             def log_message(self, format: str, *args: Any) -> None:
-                """Print nothing."""
+                """Discard the log line of a request."""
 
         self._server = ThreadingHTTPServer((HOST, 0), Handler)
         self._thread = threading.Thread(target=self._server.serve_forever)
 
     @property
     def port(self) -> int:
-        """The TCP port it listens on."""
+        """The TCP port on which the homeserver listens."""
         return self._server.server_port
 
     @property
     def url(self) -> str:
-        """Locate it."""
+        """The base URL of the homeserver."""
         return f"http://{HOST}:{self.port}"
 
     def new_user(self, guest: bool = False) -> User:
-        """Somebody whom nobody knew before."""
+        """Create a user with a new id and a new token."""
         number = next(self._numbers)
         user = User(f"@user{number}:test.example", f"token_{number:020}")
         self._users[user.access_token] = {
@@ -69,20 +69,21 @@ class Homeserver(Server):
         return user
 
     def new_guest(self) -> User:
-        """A fresh guest."""
+        """Create a guest with a new id and a new token."""
         return self.new_user(guest=True)
 
     def start(self) -> None:
-        """Start answering."""
+        """Start the thread that answers requests."""
         self._thread.start()
 
     def stop(self) -> None:
-        """Stop answering."""
+        """Stop the thread and close the listening socket."""
         self._server.shutdown()
         self._thread.join()
         self._server.server_close()
 
     def _answer(self, path: str, token: str) -> tuple[int, dict[str, Any]]:
+        """Return the status and the JSON body for a request."""
         if path.partition("?")[0] == "/_matrix/client/v3/account/whoami":
             if token in self._users:
                 return 200, self._users[token]

@@ -1,7 +1,9 @@
-"""Ends what a harness left running, run as a script beside it.
+"""Script that cleans up after a test process, run as a child of its own beside it.
 
-Each line read is ``watch PID SIGNAL``, ``forget PID``, ``remove DIRECTORY`` or
-``keep DIRECTORY``. The input ends with the harness, however that dies.
+Each line of standard input is ``watch PID SIGNAL``, ``forget PID``, ``remove
+DIRECTORY`` or ``keep DIRECTORY``. Standard input reaches its end when the test process
+ends, even by SIGKILL. Then the script ends all watched processes and removes all
+directories.
 """
 
 import contextlib
@@ -12,11 +14,17 @@ import sys
 import time
 from collections.abc import Iterable, Mapping
 
+#: Seconds from the first signal until SIGKILL for the processes that are still alive.
 GRACE = 10.0
 
 
 def follow(lines: Iterable[str]) -> tuple[dict[int, int], set[str]]:
-    """Take orders until the harness is gone; return what it left behind."""
+    """Read commands until the end of the input, which is the end of the test process.
+
+    Returns:
+        The watched processes, as a signal number for each pid, and the directories to
+            remove.
+    """
     processes: dict[int, int] = {}
     directories: set[str] = set()
     for line in lines:
@@ -34,7 +42,7 @@ def follow(lines: Iterable[str]) -> tuple[dict[int, int], set[str]]:
 
 
 def running(pid: int) -> bool:
-    """Tell whether the process is alive; one nobody reaped is not."""
+    """Return whether a process is alive; a zombie counts as ended."""
     try:
         with open(f"/proc/{pid}/stat", encoding="utf-8") as stat:
             return stat.read().rpartition(")")[2].split()[0] not in "XZ"
@@ -43,7 +51,8 @@ def running(pid: int) -> bool:
 
 
 def end(processes: Mapping[int, int]) -> None:
-    """Signal every process as asked, and kill those that linger."""
+    """Send each process its signal, and SIGKILL after `GRACE` seconds if still
+    alive."""
     for pid, number in processes.items():
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, number)
@@ -56,7 +65,8 @@ def end(processes: Mapping[int, int]) -> None:
 
 
 def main() -> None:
-    """Wait for the harness to end, then clean up after it."""
+    """Wait for the end of the test process, then end its children and remove its
+    files."""
     processes, directories = follow(sys.stdin)
     end(processes)
     for directory in directories:

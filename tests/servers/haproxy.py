@@ -1,4 +1,4 @@
-"""A HAProxy with the configuration that operators are given."""
+"""HAProxy with the configuration in ``contrib/``."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,7 +9,7 @@ from .proxy import Proxy
 
 
 class HaProxy(Proxy):
-    """A HAProxy in front of the service."""
+    """A HAProxy as a reverse proxy in front of the service."""
 
     program = "haproxy"
     package = "haproxy"

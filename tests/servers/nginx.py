@@ -1,4 +1,4 @@
-"""An nginx with the configuration that operators are given."""
+"""nginx with the configuration in ``contrib/``."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,7 +7,8 @@ from .debian import Program
 from .processes import HOST
 from .proxy import Proxy
 
-#: Around the file: what Debian's nginx.conf has, kept in a directory.
+#: Main configuration, which includes the file of ``contrib/``: settings of Debian's
+#: nginx.conf, with all paths in one directory.
 _MAIN = """\
 daemon off;
 worker_processes 1;
@@ -27,7 +28,7 @@ http {{
 
 
 class Nginx(Proxy):
-    """An nginx in front of the service."""
+    """An nginx as a reverse proxy in front of the service."""
 
     program = "nginx"
     package = "nginx"

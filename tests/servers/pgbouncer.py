@@ -1,4 +1,4 @@
-"""A PgBouncer in front of a PostgreSQL of ours."""
+"""A PgBouncer in front of a PostgreSQL of the tests."""
 
 import os
 import shutil
@@ -21,8 +21,9 @@ from .processes import (
 _UNPRIVILEGED = "nobody"
 _TIMEOUT = 60.0
 
-#: As transaction pooling is set up, but for the ports and sizes: nothing is reset
-#: between two transactions, so whatever one leaves behind the next one meets.
+#: A usual configuration for transaction pooling, with the tests' ports and sizes. The
+#: empty server_reset_query means that session state left by one transaction is visible
+#: to the next transaction on the same server connection.
 _CONFIG = """\
 [databases]
 * = host={host} port={server_port} pool_size={pool_size}
@@ -42,7 +43,7 @@ max_client_conn = 500
 
 
 class PgBouncer(Server):
-    """A pooler that gives a connection to the database to one transaction at a time."""
+    """A connection pooler in transaction mode."""
 
     def __init__(
         self, directory: Path, server: Mapping[str, Any], *, pool_size: int = 4
@@ -50,8 +51,9 @@ class PgBouncer(Server):
         """Choose a port, which stays the same over restarts.
 
         Args:
-            server: how psycopg2 connects to the database itself.
-            pool_size: how many connections to it are shared by all clients.
+            directory: the directory of the pooler's log.
+            server: psycopg2's arguments for a direct connection to the database.
+            pool_size: the number of server connections that all clients share.
         """
         self.directory = directory
         self.port = free_port()
@@ -63,16 +65,16 @@ class PgBouncer(Server):
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """How psycopg2 connects to the database through the pooler."""
+        """The arguments by which psycopg2 connects through the pooler."""
         return {**self._server, "host": HOST, "port": self.port}
 
     @property
     def console(self) -> dict[str, Any]:
-        """How psycopg2 connects to the pooler's own console."""
+        """The arguments by which psycopg2 connects to the pooler's admin console."""
         return {**self.arguments, "dbname": "pgbouncer"}
 
     def start(self) -> None:
-        """Start the pooler."""
+        """Start the pooler and wait until the port accepts connections."""
         assert self._process is None, "already started"
         self.directory.mkdir(parents=True, exist_ok=True)
         program = locate("pgbouncer", "pgbouncer")
@@ -102,7 +104,7 @@ class PgBouncer(Server):
             self._home = None
 
     def _write_config(self, home: Path) -> None:
-        """Write the configuration where the user that the pooler runs as can read."""
+        """Write the configuration with the pooler's user as the owner."""
         user, password = self._server["user"], self._server["password"]
         users = home / "users.txt"
         users.write_text(f'"{user}" "{password}"\n')
@@ -122,6 +124,6 @@ class PgBouncer(Server):
                 shutil.chown(path, self._user)
 
     def _accepts(self) -> bool:
-        """Tell whether the port answers yet."""
+        """Return whether the port accepts connections."""
         with socket.socket() as probe:
             return probe.connect_ex((HOST, self.port)) == 0

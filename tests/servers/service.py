@@ -22,9 +22,9 @@ class Service(Server):
     """A process of the service, in a directory of its own.
 
     Attributes:
-        program: what Python is to run.
-        arguments: those of the command line.
-        environment: what its environment has besides ours.
+        program: the arguments by which Python runs the program.
+        arguments: the command line arguments of the program.
+        environment: environment variables in addition to the inherited ones.
     """
 
     def __init__(
@@ -40,9 +40,13 @@ class Service(Server):
         """Choose the ports, which stay the same over restarts.
 
         Args:
-            homeserver: its address.
+            directory: the directory of configuration, output and SQLite file.
+            homeserver: the base URL of the homeserver.
             database: psycopg2's arguments, or None for an SQLite file.
-            settings: what the configuration has besides, or instead.
+            settings: options that are added to the configuration or replace those of
+                it.
+            environment: environment variables in addition to the inherited ones.
+            arguments: the command line arguments of the program.
         """
         self.directory = directory
         self.port = free_port()
@@ -61,30 +65,30 @@ class Service(Server):
 
     @property
     def url(self) -> str:
-        """Locate the client API."""
+        """The base URL of the client API."""
         return f"http://{HOST}:{self.port}"
 
     @property
     def metrics_url(self) -> str:
-        """Locate the metrics."""
+        """The URL of the metrics."""
         return f"http://{HOST}:{self.metrics_port}/metrics"
 
     @property
     def pid(self) -> int:
-        """Identify the running process to the system."""
+        """The process id of the running process."""
         return self._running().pid
 
     def start(self) -> None:
-        """Start the process and wait until it answers."""
+        """Start the process and wait until ``/health`` answers."""
         self.begin()
         self.wait_until_it_answers()
 
     def begin(self) -> None:
-        """Start the process; it may take a while until it answers."""
+        """Start the process without waiting until ``/health`` answers."""
         self._process = self.spawn()
 
     def wait_until_it_answers(self) -> None:
-        """Wait for the process that was begun."""
+        """Wait until ``/health`` answers, in a process started by `begin`."""
         try:
             self._running().wait_until(self._answers, _START_TIMEOUT)
         except StartFailed:
@@ -92,10 +96,13 @@ class Service(Server):
             raise
 
     def spawn(self) -> Process:
-        """Start the process without waiting for it."""
+        """Write the configuration and start a process, which the caller has to end.
+
+        `stop`, `kill` and the other methods don't act on this process.
+        """
         assert self._process is None, "already started"
         self.directory.mkdir(parents=True, exist_ok=True)
-        # JSON is YAML too.
+        # Valid JSON is valid YAML.
         config = self.directory / "roomkeys.yaml"
         config.write_text(json.dumps(self._settings), encoding="utf-8")
         return Process(
@@ -106,8 +113,14 @@ class Service(Server):
         )
 
     def run_to_end(self, timeout: float = 30.0) -> tuple[int, str]:
-        """Start the process, expect it to end by itself; its exit code, and what it
-        printed."""
+        """Start the process and wait until it ends by itself.
+
+        Args:
+            timeout: seconds after which the process is killed and the test fails.
+
+        Returns:
+            The exit code and the output.
+        """
         process = self.spawn()
         code = process.wait(timeout)
         if code is None:
@@ -120,40 +133,40 @@ class Service(Server):
         self._running().send(number)
 
     def wait(self, timeout: float) -> int | None:
-        """Return the exit code, or nothing if the process is still running."""
+        """Wait for the end; return the exit code, or None after `timeout` seconds."""
         code = self._running().wait(timeout)
         if code is not None:
             self._process = None
         return code
 
     def stop(self) -> None:
-        """Stop the process in order; stopping twice does no harm."""
+        """Stop the process by SIGTERM; no effect on a stopped process."""
         if self._process is not None:
             self._process.stop(signal.SIGTERM)
             self._process = None
 
     def kill(self) -> None:
-        """End the process at once, as a crash would."""
+        """Kill the process with SIGKILL, as in a crash."""
         self._running().kill()
         self._process = None
 
     def log(self) -> str:
-        """Return what all runs so far have logged and printed."""
+        """Return the log and the output of all runs so far."""
         output = self.directory / "output.txt"
         return output.read_text(encoding="utf-8", errors="replace")
 
     def rss_bytes(self) -> int:
-        """Measure the memory that the process occupies."""
+        """Return the resident memory of the process, in bytes."""
         pages = Path(f"/proc/{self.pid}/statm").read_text().split()[1]
         return int(pages) * os.sysconf("SC_PAGE_SIZE")
 
     def _running(self) -> Process:
-        """Return the process, which must have been started."""
+        """Return the process, and fail if there is none."""
         assert self._process is not None, "not started"
         return self._process
 
     def _answers(self) -> bool:
-        """Tell whether it serves."""
+        """Return whether ``/health`` answers with success."""
         try:
             accounts.fetch(f"{self.url}/health")
         except (urllib.error.URLError, OSError, RuntimeError):
@@ -162,7 +175,12 @@ class Service(Server):
 
 
 def _database(arguments: Mapping[str, Any] | None, directory: Path) -> dict[str, Any]:
-    """Point at a PostgreSQL, or at a file in the directory."""
+    """Build the ``database`` option.
+
+    Args:
+        arguments: psycopg2's arguments for a PostgreSQL, or None for an SQLite file.
+        directory: the directory of the SQLite file.
+    """
     if arguments is None:
         path = str(directory / "roomkeys.db")
         return {"name": "sqlite3", "args": {"database": path}}
@@ -170,7 +188,10 @@ def _database(arguments: Mapping[str, Any] | None, directory: Path) -> dict[str,
 
 
 def _environment(inherited: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """Make the package importable, and leave no option set by chance."""
+    """Build an environment in which the package can be imported.
+
+    Inherited ``ROOMKEYS_`` variables are dropped, because they would change options.
+    """
     own = {
         name: value
         for name, value in inherited.items()

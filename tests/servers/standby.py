@@ -1,4 +1,4 @@
-"""A PostgreSQL that follows another, and can take its place."""
+"""A PostgreSQL standby that replicates a primary and can be promoted."""
 
 import json
 import time
@@ -16,16 +16,21 @@ _TIMEOUT = 30.0
 
 
 class Standby(PostgresServer):
-    """A standby, made of a base backup of a server that is running."""
+    """A streaming standby, created by a base backup of a running primary."""
 
     def __init__(self, directory: Path, primary: PostgresServer) -> None:
-        """Choose a port."""
+        """Choose a port.
+
+        Args:
+            directory: the directory of the standby's log.
+            primary: the running server to replicate.
+        """
         super().__init__(directory, durable=True)
         self._password = primary._password
         self._primary = primary
 
     def _create_cluster(self) -> Path:
-        """Copy the primary's cluster, and have it followed."""
+        """Copy the primary's cluster and configure streaming replication."""
         home = make_directory("postgres-")
         if self._user is not None:
             _give(home, self._user)
@@ -39,10 +44,13 @@ class Standby(PostgresServer):
         return home
 
     def be_waited_for(self, database: Mapping[str, Any]) -> None:
-        """Have the primary acknowledge nothing that isn't here as well, from now on.
+        """Make replication synchronous: each commit of the primary waits for this
+        standby.
+
+        The method returns when the primary reports the standby as synchronous.
 
         Args:
-            database: how to connect to the primary.
+            database: psycopg2's arguments for the primary.
         """
         with closing(psycopg2.connect(**database)) as connection:
             connection.autocommit = True
@@ -59,5 +67,5 @@ class Standby(PostgresServer):
                 time.sleep(0.05)
 
     def promote(self) -> None:
-        """Make it a primary; it takes writes when this returns."""
+        """Promote the standby to a primary, and return when it accepts writes."""
         self._run("pg_ctl", "promote", "--pgdata", str(self._data()), "--wait")

@@ -1,4 +1,4 @@
-"""Real Synapse servers, main processes and workers, on ports of their own."""
+"""Real Synapse servers, main processes and workers, each on ports of its own."""
 
 import json
 import os
@@ -22,12 +22,18 @@ _NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 class _Server(Server):
-    """What a main process and a worker have in common."""
+    """Base class of a Synapse main process and a worker."""
 
     _app: str
 
     def __init__(self, directory: Path, *, python: str, preload: str | None) -> None:
-        """Choose the ports, which stay the same over restarts."""
+        """Choose the ports, which stay the same over restarts.
+
+        Args:
+            directory: the directory of configuration, log and output.
+            python: the Python executable to run Synapse with.
+            preload: Python source to execute before Synapse is imported, or None.
+        """
         self.directory = directory
         self.port = free_port()
         self.metrics_port = free_port()
@@ -37,21 +43,21 @@ class _Server(Server):
 
     @property
     def url(self) -> str:
-        """Locate the client API."""
+        """The base URL of the client API."""
         return f"http://{HOST}:{self.port}"
 
     @property
     def metrics_url(self) -> str:
-        """Locate the metrics."""
+        """The URL of the metrics."""
         return f"http://{HOST}:{self.metrics_port}/_synapse/metrics"
 
     @property
     def pid(self) -> int:
-        """Identify the running process to the system."""
+        """The process id of the running process."""
         return self._running().pid
 
     def start(self) -> None:
-        """Start the process and wait until it answers."""
+        """Start the process and wait until the client API answers."""
         self._process = self._spawn()
         try:
             self._process.wait_until(self._answers, _START_TIMEOUT)
@@ -60,7 +66,14 @@ class _Server(Server):
             raise
 
     def run_to_failure(self, timeout: float = 60.0) -> str:
-        """Start the process, expect it to give up, and return what it printed."""
+        """Start the process, wait for its end with an exit code other than 0.
+
+        Args:
+            timeout: seconds after which the process is killed and the test fails.
+
+        Returns:
+            The output.
+        """
         process = self._spawn()
         code = process.wait(timeout)
         if code is None:
@@ -70,18 +83,18 @@ class _Server(Server):
         return process.output()
 
     def stop(self) -> None:
-        """Stop the process in order; stopping twice does no harm."""
+        """Stop the process by SIGTERM; no effect on a stopped process."""
         if self._process is not None:
             self._process.stop(signal.SIGTERM)
             self._process = None
 
     def kill(self) -> None:
-        """End the process at once, as a crash would."""
+        """Kill the process with SIGKILL, as in a crash."""
         self._running().kill()
         self._process = None
 
     def log(self) -> str:
-        """Return what all runs so far have logged and printed."""
+        """Return the log and the output of all runs so far."""
         files = (self.directory / name for name in ("homeserver.log", "output.txt"))
         return "\n".join(
             file.read_text(encoding="utf-8", errors="replace")
@@ -90,21 +103,22 @@ class _Server(Server):
         )
 
     def rss_bytes(self) -> int:
-        """Measure the memory that the process occupies."""
+        """Return the resident memory of the process, in bytes."""
         pages = Path(f"/proc/{self.pid}/statm").read_text().split()[1]
         return int(pages) * os.sysconf("SC_PAGE_SIZE")
 
     def _running(self) -> Process:
-        """Return the process, which must have been started."""
+        """Return the process, and fail if there is none."""
         assert self._process is not None, "not started"
         return self._process
 
     def _write_config(self) -> list[Path]:
-        """Write the configuration files; return those to name to Synapse."""
+        """Write the configuration files; return those to pass with ``-c``."""
         raise NotImplementedError
 
     def _spawn(self) -> Process:
-        """Start the process without waiting for it."""
+        """Write the configuration and start the process, without waiting for an
+        answer."""
         assert self._process is None, "already started"
         self.directory.mkdir(parents=True, exist_ok=True)
         command = [self.python, *self._program()]
@@ -118,13 +132,14 @@ class _Server(Server):
         )
 
     def _program(self) -> list[str]:
-        """Name the program, which the preloaded source comes ahead of."""
+        """Return Python's arguments to run the app, after the preloaded source if
+        any."""
         if self._preload is None:
             return ["-m", self._app]
         return ["-c", f"{self._preload}\nimport {self._app} as app\napp.main()\n"]
 
     def _answers(self) -> bool:
-        """Tell whether the client API is up."""
+        """Return whether the client API's ``/health`` answers with success."""
         try:
             accounts.fetch(f"{self.url}/health")
         except (urllib.error.URLError, OSError, RuntimeError):
@@ -132,7 +147,8 @@ class _Server(Server):
         return True
 
     def _write(self, name: str, content: str | Mapping[str, Any]) -> Path:
-        """Write one file; an object is written as JSON, which is YAML too."""
+        """Write a file and return its path; a mapping is written as JSON (valid
+        YAML)."""
         path = self.directory / name
         if not isinstance(content, str):
             content = json.dumps(content, indent=2, ensure_ascii=False)
@@ -141,9 +157,10 @@ class _Server(Server):
 
 
 class Synapse(_Server):
-    """A main process, with the module loaded unless told otherwise.
+    """A Synapse main process, by default with the module loaded.
 
-    Servers over one database act as one: names and secrets are common to all.
+    Several of them on one database act as one homeserver, because server name, signing
+    key and secrets are the same for all.
     """
 
     _app = "synapse.app.homeserver"
@@ -159,7 +176,18 @@ class Synapse(_Server):
         preload: str | None = None,
         redis: RedisServer | None = None,
     ) -> None:
-        """Describe a server; workers can join it if it is given a Redis."""
+        """Set the configuration of a main process.
+
+        Args:
+            directory: the directory of configuration, log and SQLite file.
+            database: psycopg2's arguments, or None for an SQLite file.
+            module_config: the module's options, or None to run without the module.
+            python: the Python executable to run Synapse with.
+            extra_config: settings that are added to the configuration or replace those
+                of it.
+            preload: Python source to execute before Synapse is imported, or None.
+            redis: the Redis through which workers connect, or None for no workers.
+        """
         super().__init__(directory, python=python, preload=preload)
         self.database = database
         self.redis = redis
@@ -169,31 +197,37 @@ class Synapse(_Server):
         self._admin: User | None = None
 
     def register(self, name: str, *, admin: bool = False) -> User:
-        """Register a user."""
+        """Register a user; with `admin`, as a server administrator."""
         return accounts.register(
             self.url, config.REGISTRATION_SECRET, name, admin=admin
         )
 
     def guest(self) -> User:
-        """Register a guest."""
+        """Register a guest, an account without a password."""
         return accounts.register_guest(self.url)
 
     def login(self, user: User, *, soft: bool = False) -> User:
-        """Log in on another device; softly means a token that expires at once."""
+        """Log a user in on another device.
+
+        Args:
+            user: the user.
+            soft: whether to ask for a token that can be refreshed; such a token expires
+                after 1 second.
+        """
         return accounts.login(self.url, user, soft=soft)
 
     def logout(self, user: User) -> None:
-        """End one device's session."""
+        """Log a device out, which invalidates the device's access token."""
         accounts.logout(self.url, user)
 
     def deactivate(self, user: User) -> None:
-        """End an account for good."""
+        """Deactivate an account for good."""
         if self._admin is None:
             self._admin = self.register(f"admin-{secrets.token_hex(4)}", admin=True)
         accounts.deactivate(self.url, self._admin, user)
 
     def shared_config(self) -> dict[str, Any]:
-        """Build the part of the configuration that workers read as well."""
+        """Build the settings common to the main process and the workers."""
         settings = config.base()
         settings["database"] = config.database(self.database, self.directory)
         if self._module_config is not None:
@@ -203,7 +237,8 @@ class Synapse(_Server):
         return {**settings, **self._extra_config}
 
     def _write_config(self) -> list[Path]:
-        """Write the configuration, the signing key and how to log."""
+        """Write the main configuration, the signing key and the logging
+        configuration."""
         listeners = config.listeners(self.port, self.metrics_port)
         if self.redis is not None:
             listeners.append(config.http(self._replication_port, "replication"))
@@ -218,12 +253,12 @@ class Synapse(_Server):
 
 
 class Worker(_Server):
-    """A worker beside a main process, over one PostgreSQL and one Redis."""
+    """A Synapse worker of a main process, on the same PostgreSQL and Redis."""
 
     _app = "synapse.app.generic_worker"
 
     def __init__(self, main: Synapse, name: str, *, preload: str | None = None) -> None:
-        """Describe a worker; the main process need not be running yet."""
+        """Set the configuration of a worker; the main process may start later."""
         assert main.database is not None, "workers need PostgreSQL"
         assert main.redis is not None, "workers need Redis"
         super().__init__(main.directory / name, python=main.python, preload=preload)
@@ -231,7 +266,7 @@ class Worker(_Server):
         self.name = name
 
     def _write_config(self) -> list[Path]:
-        """Write what the worker has in common with its main, and what not."""
+        """Write the shared settings and the worker's own; return the file."""
         log_file = self.directory / "homeserver.log"
         own = {
             "worker_app": self._app,
@@ -244,6 +279,6 @@ class Worker(_Server):
 
 
 def _environment(inherited: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """Make the module importable, and nothing else that is not installed."""
+    """Build an environment in which the module can be imported from the repository."""
     own = {name: inherited[name] for name in inherited if name != "PYTHONHOME"}
     return {**own, "PYTHONPATH": str(_REPOSITORY), "PYTHONUNBUFFERED": "1"}
