@@ -1,4 +1,4 @@
-"""The servers that the tests share."""
+"""Fixtures for the databases and servers of the integration tests."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _numbers = count()
 
 @pytest.fixture(scope="session", params=["sqlite", "postgres"])
 def engine(request: pytest.FixtureRequest) -> str:
-    """Each engine that the plugin knows."""
+    """Name of the database engine, once for each engine that the plugin supports."""
     name: str = request.param
     return name
 
@@ -28,7 +28,10 @@ def engine(request: pytest.FixtureRequest) -> str:
 def database(
     engine: str, request: pytest.FixtureRequest
 ) -> Callable[[], Mapping[str, Any] | None]:
-    """Makes new databases: psycopg2's arguments, or None for an SQLite file."""
+    """Function that creates a database of the engine.
+
+    The function returns psycopg2's arguments, or None for an SQLite file.
+    """
     if engine == "sqlite":
         return lambda: None
     server: PostgresServer = request.getfixturevalue("postgres")
@@ -60,21 +63,26 @@ def synapse(
     database: Callable[[], Mapping[str, Any] | None],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Synapse]:
-    """A real Synapse with the plugin, on each engine."""
+    """A running Synapse with the plugin, on each engine."""
     with Synapse(tmp_path_factory.mktemp("synapse"), database=database()) as server:
         yield server
 
 
 @pytest.fixture
 def synapse_host(synapse: Synapse) -> Iterator[HttpHost]:
-    """The real Synapse as a server under test."""
+    """The running Synapse as a server under test."""
     host = host_of(synapse)
     yield host
     blockon(host.close())
 
 
 def host_of(synapse: Synapse, url: str | None = None) -> HttpHost:
-    """A Synapse as a server under test, reached at its own address or another."""
+    """Make a Synapse a server under test.
+
+    Args:
+        synapse: registers the users.
+        url: the address for requests, by default that of `synapse`.
+    """
 
     def new_user() -> User:
         user = synapse.register(f"user{next(_numbers)}")

@@ -1,4 +1,7 @@
-"""Backups that outlive the plugin's coming and going in one homeserver."""
+"""Backups in a homeserver that gets the plugin, loses the plugin and gets it back.
+
+"Built-in" is Synapse without the plugin, with its own endpoints.
+"""
 
 from __future__ import annotations
 
@@ -34,10 +37,10 @@ OTHER_ROOM = "!newer_room_without_a_server"
 SESSION = "a/b+c/d+e"
 LONG_ID = "x" * 1000
 HIGHEST = 2**31 - 1
-#: As bad as a sound key can be.
+#: The worst valid key by the specification's order.
 WORST = key(HIGHEST, HIGHEST, False, {"the": "worst"})
 
-#: Every kind of JSON value that an opaque field may hold.
+#: A value of each JSON type, for fields that the server must not interpret.
 OPAQUE = {
     "string": "text",
     "object": {"ephemeral": "a/b+", "unknown": [1, None, {"": True}]},
@@ -54,14 +57,23 @@ _numbers = count()
 
 @attrs.frozen
 class House:
-    """One homeserver's data, served by Synapse with the plugin or without it."""
+    """The directory and database of one homeserver.
+
+    Attributes:
+        directory: the directory of configuration, log and SQLite file.
+        database: psycopg2's arguments, or None for the SQLite file.
+    """
 
     directory: Path
     database: Mapping[str, Any] | None
 
     @contextmanager
     def serve(self, *, plugin: bool) -> Iterator[Synapse]:
-        """A running Synapse, which must have nothing to complain of."""
+        """Run Synapse for the context, and check that the log has no errors afterwards.
+
+        Args:
+            plugin: whether Synapse loads the plugin.
+        """
         for name in ("homeserver.log", "output.txt"):
             (self.directory / name).unlink(missing_ok=True)
         server = Synapse(
@@ -75,7 +87,11 @@ class House:
         check_log(server)
 
     def sql(self, statement: str, *parameters: Any) -> list[tuple[Any, ...]]:
-        """Run one statement past the server and commit; its rows, where it has any."""
+        """Run one statement in a connection of its own and commit.
+
+        Returns:
+            The rows, or an empty list for a statement without a result.
+        """
         connection: Any
         if self.database is None:
             connection = sqlite3.connect(self.directory / "homeserver.db")
@@ -89,7 +105,13 @@ class House:
         return rows
 
     def check_count(self, user: User, api: Api, version: str) -> None:
-        """The count is that of the rows, and so is the one that is cached."""
+        """Check that the reported count and the cached count equal the number of rows.
+
+        Args:
+            user: the owner of the backup.
+            api: the user's client.
+            version: the version of the backup.
+        """
         where = (user.user_id, int(version))
         ((rows,),) = self.sql(
             "SELECT COUNT(*) FROM e2e_room_keys WHERE user_id = ? AND version = ?",
@@ -106,7 +128,11 @@ class House:
 
 
 def check_log(server: Synapse) -> None:
-    """Nothing went wrong in a server."""
+    """Check that a server's log has no traceback, error or log context warning.
+
+    The plugin's line about a key with invalid session_data is the exception, because
+    the tests store such keys.
+    """
     lines = server.log().splitlines()
     marks = ("Traceback", " ERROR ", " CRITICAL ", "context")
     said = "Left out a key: its session_data isn't JSON"
@@ -115,15 +141,18 @@ def check_log(server: Synapse) -> None:
 
 
 def client(server: Synapse, user: User) -> Api:
+    """Return a client of a user at a server."""
     return Api(server.url, user.access_token)
 
 
 def new_user(server: Synapse) -> User:
+    """Register a user with a new name."""
     return server.register(f"adopted{next(_numbers)}")
 
 
 def answers(api: Api, version: str, rooms: Rooms) -> dict[str, Any]:
-    """All that a server says of a backup, by path."""
+    """Return all answers about a backup, by path: the version, all keys, rooms,
+    sessions."""
     paths = [version_path(version), keys_path(version)]
     paths += [keys_path(version, room) for room in rooms]
     paths += [keys_path(version, room, s) for room in rooms for s in rooms[room]]
@@ -131,11 +160,13 @@ def answers(api: Api, version: str, rooms: Rooms) -> dict[str, Any]:
 
 
 def check_unknown(api: Api, version: str, text: str = NO_VERSION) -> None:
-    """Every question about a version is answered that there is none.
+    """Check that each GET request for a version is answered 404.
 
     Args:
-        text: what the answer about the version itself says, which stock says in
-            words of its own.
+        api: the client.
+        version: the version.
+        text: the expected error text for the version itself, which is different in
+            Synapse's own endpoint.
     """
     answer = api.get(version_path(version))
     refused(answer, 404, "M_NOT_FOUND", error=text, row="version")
@@ -145,23 +176,23 @@ def check_unknown(api: Api, version: str, text: str = NO_VERSION) -> None:
 
 
 def make_rooms(mark: str) -> Rooms:
-    """Keys in several rooms, with every kind of session_data."""
+    """Build keys in three rooms, one room with session_data of each JSON type."""
     awkward = {f"{name}/+=": key(2, 1, True, data) for name, data in OPAQUE.items()}
     plain = {SESSION: key(3, 4, False, mark), "é🔑": key(HIGHEST, HIGHEST, True, mark)}
     return {ROOM: awkward | plain, OTHER_ROOM: plain, "!third:test.example": plain}
 
 
-# Rows that a sound client never made
+# Rows that no well-behaved client uploads
 
 
 @attrs.frozen
 class BadRow:
-    """A row that has been in a database for long.
+    """A row with values that the plugin would refuse in an upload.
 
     Attributes:
-        uploaded: the key as Synapse's own endpoint takes it.
-        served: the key as the plugin gives it, None for one that it hides.
-        change: columns to set past the endpoint.
+        uploaded: the key as uploaded to Synapse's own endpoint.
+        served: the key as the plugin returns it, or None if hidden.
+        change: the SET clause of an UPDATE that follows the upload, or None.
     """
 
     uploaded: dict[str, Any]
@@ -189,14 +220,20 @@ SQLITE_BAD_ROWS = {
     "huge": BadRow(key(2**40), key(2**40)),
     "blob": BadRow(key(1), key(0), "first_message_index = x'00ff'"),
 }
-#: How many tests change the bad rows.
+#: Number of backups with bad rows, one for each test that changes such a backup.
 VICTIMS = 5
 GOOD_ROWS = {"before": key(1, 2, True), "zz_after": key(3, 4, False, {"a": None})}
 
 
 @attrs.frozen
 class Owner:
-    """A user with a backup, and what was uploaded to it."""
+    """A user with a backup.
+
+    Attributes:
+        user: the user.
+        version: the version of the backup.
+        rooms: the keys that were uploaded.
+    """
 
     user: User
     version: str
@@ -205,16 +242,20 @@ class Owner:
 
 @attrs.frozen
 class Adopted:
-    """A homeserver that the plugin was put into.
+    """A homeserver that was used without the plugin and now runs with it.
 
     Attributes:
-        owner: has a backup that stock and the plugin agree on.
-        older: one that is not current, with a string for its auth_data.
-        said: all that stock said of these two, by version.
-        deleted: a version of the owner's that is no more.
+        house: the directory and database.
+        server: the running Synapse with the plugin.
+        owner: a user whose current backup both implementations read alike.
+        older: a backup of the same user that is not current, with a string as
+            auth_data.
+        said: the built-in endpoints' answers about these two backups, by version.
+        deleted: a deleted version of the same user.
         large: a backup of several pages.
-        long: one with ids that no client may use any more.
-        victims: those with `bad_rows`, one for each test.
+        long: a backup with ids that are now refused in uploads.
+        bad_rows: the bad rows in each backup of `victims`, by session id.
+        victims: backups with bad rows; each test takes one of its own.
     """
 
     house: House
@@ -229,14 +270,16 @@ class Adopted:
     victims: Iterator[Owner]
 
     def api(self, owner: Owner) -> Api:
+        """Return the client of a backup's owner."""
         return client(self.server, owner.user)
 
     def check_count(self, owner: Owner) -> None:
+        """Check the reported and the cached count of a backup against its rows."""
         self.house.check_count(owner.user, self.api(owner), owner.version)
 
 
 def back_up(server: Synapse, user: User, rooms: Rooms, auth_data: Any) -> Owner:
-    """Make a backup with the endpoints at hand."""
+    """Create a backup with these keys through the running server's endpoints."""
     api = client(server, user)
     version = api.create_version(auth_data)
     api.upload(version, rooms)
@@ -244,14 +287,18 @@ def back_up(server: Synapse, user: User, rooms: Rooms, auth_data: Any) -> Owner:
 
 
 def back_up_bad_rows(server: Synapse, bad_rows: Mapping[str, BadRow]) -> Owner:
-    """Make a backup of sound keys, and of bad rows as far as stock takes them."""
+    """Create a backup of good rows, and of bad rows as far as uploads allow."""
     uploaded = {name: row.uploaded for name, row in bad_rows.items()}
     rooms = {ROOM: GOOD_ROWS | uploaded, OTHER_ROOM: GOOD_ROWS}
     return back_up(server, new_user(server), rooms, {})
 
 
 def spoil(house: House, victims: list[Owner], bad_rows: Mapping[str, BadRow]) -> None:
-    """Make rows bad that stock would not take so, and the victims' etags NULL."""
+    """Write the values that no upload allows, straight to the database.
+
+    The changes of `bad_rows` apply to all users. The etags of the victims' backups
+    become NULL.
+    """
     for name, row in bad_rows.items():
         if row.change is not None:
             statement = f"UPDATE e2e_room_keys SET {row.change} WHERE session_id = ?"
@@ -262,7 +309,8 @@ def spoil(house: House, victims: list[Owner], bad_rows: Mapping[str, BadRow]) ->
 
 
 def back_up_many(server: Synapse) -> Owner:
-    """Make a backup of rooms of many keys, and rooms of few, with all kinds of ids."""
+    """Create a backup with 1,103 keys in one room, few in 200 rooms, and unusual
+    ids."""
     ids = [f"{number}/+=" for number in range(1100)]
     few = {"": key(1), LONG_ID: key(2), "\U0001f511": key(3)}
     rooms: Rooms = {f"!{number}": few for number in range(200)}
@@ -271,7 +319,7 @@ def back_up_many(server: Synapse) -> Owner:
 
 
 def back_up_long_ids(server: Synapse) -> Owner:
-    """Make a backup with ids that are too long or empty."""
+    """Create a backup with ids that are empty or of 1,000 characters."""
     ids = {"": key(1), LONG_ID: key(2), "short": key(3)}
     rooms: Rooms = {ROOM: ids, LONG_ID: ids, "": ids}
     return back_up(server, new_user(server), rooms, {})
@@ -282,13 +330,13 @@ def new_house(
     database: Callable[[], Mapping[str, Any] | None],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Callable[[], House]:
-    """Makes homeservers that nobody has used yet."""
+    """Function that creates the directory and database of a new homeserver."""
     return lambda: House(tmp_path_factory.mktemp("house"), database())
 
 
 @pytest.fixture(scope="module")
 def adopted_server(new_house: Callable[[], House], engine: str) -> Iterator[Adopted]:
-    """A homeserver that was used without the plugin and is now run with it."""
+    """A homeserver that was used without the plugin and now runs with it."""
     house = new_house()
     bad_rows = BAD_ROWS | (SQLITE_BAD_ROWS if engine == "sqlite" else {})
     with house.serve(plugin=False) as stock:
@@ -313,13 +361,14 @@ def adopted_server(new_house: Callable[[], House], engine: str) -> Iterator[Adop
 
 @pytest.fixture
 def adopted(adopted_server: Adopted) -> Iterator[Adopted]:
-    """The same; no test may leave a complaint in its log."""
+    """The homeserver of `adopted_server`; the log is checked after each test."""
     yield adopted_server
     check_log(adopted_server.server)
 
 
 def test_what_stock_wrote_is_served(adopted: Adopted) -> None:
-    """The plugin answers every question about a stock backup as stock did."""
+    """The plugin answers each read of a built-in backup as Synapse did, with the same
+    count."""
     for owner in (adopted.owner, adopted.older):
         api = adopted.api(owner)
         said = adopted.said[owner.version]
@@ -329,7 +378,8 @@ def test_what_stock_wrote_is_served(adopted: Adopted) -> None:
 
 
 def test_what_stock_deleted_is_gone(adopted: Adopted) -> None:
-    """A version that stock deleted is unknown, and can be deleted again."""
+    """A version deleted without the plugin is unknown, and deleting it again
+    succeeds."""
     api = adopted.api(adopted.owner)
     check_unknown(api, adopted.deleted)
     same(accepted(api.delete(version_path(adopted.deleted))), {})
@@ -337,7 +387,8 @@ def test_what_stock_deleted_is_gone(adopted: Adopted) -> None:
 
 
 def test_an_older_version_of_stock_is_not_current(adopted: Adopted) -> None:
-    """An upload to an older version of stock's is refused with the current one."""
+    """An upload to an older built-in version is refused and names the current
+    version."""
     answer = adopted.api(adopted.older).put(
         keys_path(adopted.older.version), {"rooms": {}}
     )
@@ -346,14 +397,18 @@ def test_an_older_version_of_stock_is_not_current(adopted: Adopted) -> None:
 
 
 def sound(adopted: Adopted, owner: Owner) -> Rooms:
-    """What the plugin gives of a backup with bad rows."""
+    """Return the keys that the plugin serves of a backup with bad rows."""
     served = {name: row.served for name, row in adopted.bad_rows.items() if row.served}
     return {ROOM: GOOD_ROWS | served, OTHER_ROOM: GOOD_ROWS}
 
 
 def test_bad_rows_are_served(adopted: Adopted) -> None:
-    """A NULL reads as 0 or false, whole, by the room and alone; a null is hidden. So is
-    data that isn't JSON, with a line in the log for each download."""
+    """Numbers that are NULL or invalid read as 0, booleans that are NULL as false.
+
+    This holds for the whole backup, the room and the session. A key whose session_data
+    is null or invalid JSON is left out. Each download of a key with invalid JSON logs
+    one line.
+    """
     owner = next(adopted.victims)
     api = adopted.api(owner)
     want = sound(adopted, owner)
@@ -377,7 +432,7 @@ def test_bad_rows_are_served(adopted: Adopted) -> None:
 
 
 def test_a_version_without_an_etag_has_a_first_one(adopted: Adopted) -> None:
-    """A NULL etag is 0, moves on to 1, and goes with the exact count."""
+    """A NULL etag reads as 0, becomes 1 at the first change, and the count is exact."""
     owner = next(adopted.victims)
     api = adopted.api(owner)
     rows = len(owner.rooms[ROOM]) + len(owner.rooms[OTHER_ROOM])
@@ -388,7 +443,8 @@ def test_a_version_without_an_etag_has_a_first_one(adopted: Adopted) -> None:
 
 
 def test_any_good_key_beats_a_bad_row(adopted: Adopted) -> None:
-    """The worst of sound keys takes the place of a bad row, and is then sound."""
+    """The worst valid key replaces a bad row, and the stored key is valid from then
+    on."""
     owner = next(adopted.victims)
     api = adopted.api(owner)
     etag, rows = api.tally(owner.version)
@@ -401,7 +457,7 @@ def test_any_good_key_beats_a_bad_row(adopted: Adopted) -> None:
 
 
 def test_good_keys_beat_bad_rows_in_one_upload(adopted: Adopted) -> None:
-    """An upload with a key for every bad row stores them all at once."""
+    """One upload with a valid key for each bad row replaces all bad rows."""
     owner = next(adopted.victims)
     api = adopted.api(owner)
     _, rows = api.tally(owner.version)
@@ -413,7 +469,7 @@ def test_good_keys_beat_bad_rows_in_one_upload(adopted: Adopted) -> None:
 
 
 def test_bad_rows_can_be_deleted(adopted: Adopted) -> None:
-    """A bad row, hidden or not, is deleted as any other."""
+    """Bad rows can be deleted like any key, even those hidden from downloads."""
     owner = next(adopted.victims)
     api = adopted.api(owner)
     etag, rows = api.tally(owner.version)
@@ -425,14 +481,18 @@ def test_bad_rows_can_be_deleted(adopted: Adopted) -> None:
 
 
 def test_a_large_backup_of_stock_is_served(adopted: Adopted) -> None:
-    """A backup of many pages comes down whole, those with odd ids between them."""
+    """A built-in backup of several pages downloads completely, unusual ids included."""
     owner = adopted.large
     same(adopted.api(owner).download(owner.version), owner.rooms)
     adopted.check_count(owner)
 
 
 def test_long_and_empty_ids_are_tolerated(adopted: Adopted) -> None:
-    """Old rows with an id that is now refused come down, are counted, and can go."""
+    """Old rows with ids that uploads now refuse are downloaded and counted.
+
+    Such rows are deleted with their room or with the whole backup, because their own
+    paths are refused.
+    """
     owner = adopted.long
     api = adopted.api(owner)
     assert api.tally(owner.version) == (1, 9)
@@ -454,7 +514,8 @@ def test_long_and_empty_ids_are_tolerated(adopted: Adopted) -> None:
 
 
 def test_stock_backups_go_on(new_house: Callable[[], House]) -> None:
-    """A stock backup takes uploads, updates, deletions and a new version."""
+    """A built-in backup accepts uploads, updates and deletions, and a new version
+    succeeds it."""
     house = new_house()
     with house.serve(plugin=False) as stock:
         owner = back_up(stock, new_user(stock), make_rooms("stock"), "text")
@@ -473,7 +534,17 @@ def test_stock_backups_go_on(new_house: Callable[[], House]) -> None:
 
 
 def change(api: Api, version: str, rows: int, etag: int) -> None:
-    """Do all to `make_rooms` that can be done to a backup; three keys go, one comes."""
+    """Do each kind of write to a backup made of `make_rooms`.
+
+    Three keys are deleted and one is added, with a check of etag and count after each
+    write.
+
+    Args:
+        api: the owner's client.
+        version: the version of the backup.
+        rows: the number of keys before.
+        etag: the etag before.
+    """
     path = keys_path(version, ROOM, SESSION)
     assert tally(api.put(path, key(0, 0, True, "better"))) == (etag + 1, rows)
     assert api.upload(version, {"!new": {SESSION: key()}}) == (etag + 2, rows + 1)
@@ -486,17 +557,19 @@ def change(api: Api, version: str, rows: int, etag: int) -> None:
     same(api.info(version)["auth_data"], body["auth_data"])
 
 
-# And back
+# Removing the plugin and adding it again
 
 
 @attrs.frozen
 class Left:
-    """What the plugin wrote before it was taken out.
+    """A user's backups, written with the plugin before its removal.
 
     Attributes:
-        before: a version and all that the plugin said of it, for each there is.
-        current: the version that is current.
-        deleted: the newest one of all.
+        user: the user.
+        before: keys and the plugin's answers, by version, for each version not deleted.
+        older: the version that is not current.
+        current: the current version.
+        deleted: the newest version, which is deleted.
     """
 
     user: User
@@ -507,7 +580,10 @@ class Left:
 
 
 def test_the_plugin_can_go_and_come_back(new_house: Callable[[], House]) -> None:
-    """Stock serves and continues what the plugin wrote, and the other way round."""
+    """Synapse without the plugin serves and continues backups made with the plugin.
+
+    Afterwards the plugin serves and continues what Synapse wrote, with exact counts.
+    """
     house = new_house()
     with house.serve(plugin=True) as server:
         left = write_with_plugin(house, server)
@@ -524,7 +600,7 @@ def test_the_plugin_can_go_and_come_back(new_house: Callable[[], House]) -> None
 
 
 def write_with_plugin(house: House, server: Synapse) -> Left:
-    """Make three versions with all that can be in them; delete the last."""
+    """Create three versions with each kind of content, and delete the last."""
     user = new_user(server)
     api = client(server, user)
     older = api.create_version("text é")
@@ -544,7 +620,7 @@ def write_with_plugin(house: House, server: Synapse) -> Left:
 
 
 def check_with_stock(api: Api, left: Left) -> None:
-    """Stock answers as the plugin did."""
+    """Check that Synapse's own endpoints answer as the plugin did."""
     for version, (rooms, said) in left.before.items():
         same(answers(api, version, rooms), said)
     assert api.info()["version"] == left.current
@@ -552,7 +628,7 @@ def check_with_stock(api: Api, left: Left) -> None:
 
 
 def write_with_stock(api: Api, left: Left) -> str:
-    """Change the current version past the plugin, and make a newer one."""
+    """Change the current version without the plugin, and return a newer version."""
     etag, rows = api.tally(left.current)
     new = {"!by_stock": {SESSION: key(1), "two": key(2)}}
     assert api.upload(left.current, new) == (etag + 1, rows + 2)
@@ -572,7 +648,7 @@ def write_with_stock(api: Api, left: Left) -> str:
 
 
 def stock_says(api: Api, *versions: str) -> list[Any]:
-    """All of some versions, and what is current."""
+    """Return the answers about some versions, and about the current version."""
     said: list[Any] = [api.info()]
     for version in versions:
         rooms = api.download(version)
@@ -581,7 +657,8 @@ def stock_says(api: Api, *versions: str) -> list[Any]:
 
 
 def go_on_with_plugin(house: House, api: Api, left: Left, version: str) -> None:
-    """Counts are exact after stock's writes, and stay so."""
+    """Check that counts are exact after writes without the plugin, and after the
+    next."""
     for known in (left.current, version):
         house.check_count(left.user, api, known)
     etag, rows = api.tally(version)
@@ -596,7 +673,10 @@ def go_on_with_plugin(house: House, api: Api, left: Left, version: str) -> None:
 def test_the_first_write_after_stock_counts_anew(
     new_house: Callable[[], House],
 ) -> None:
-    """An upload or a deletion after stock's writes answers the exact count at once."""
+    """The first write with the plugin reports an exact count after writes without it.
+
+    This holds for an upload or a deletion, with or without a change.
+    """
     house = new_house()
     with house.serve(plugin=True) as server:
         users = [new_user(server) for _ in range(4)]

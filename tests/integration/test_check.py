@@ -1,4 +1,4 @@
-"""``synapse-roomkeys check``: each part that it looks at, well and not."""
+"""``synapse-roomkeys check``: each part that is checked, with and without a fault."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ ARGUMENTS = ("check", "--config", "roomkeys.yaml")
 
 
 def checking(directory: Path, homeserver: str, **settings: Any) -> Service:
-    """A service whose configuration is to be checked."""
+    """Return a service process that checks its configuration instead of serving."""
     return Service(directory, homeserver, arguments=ARGUMENTS, **settings)
 
 
 def outcome(service: Service) -> tuple[int, dict[str, str]]:
-    """The exit code, and what is printed of each part."""
+    """Run the command; return the exit code and the result of each part, by name."""
     code, output = service.run_to_end()
     assert SECRET not in output
     assert "Traceback" not in output
@@ -37,7 +37,13 @@ def outcome(service: Service) -> tuple[int, dict[str, str]]:
 
 
 def failed(service: Service, part: str, *texts: str) -> None:
-    """One part fails, with these texts, and the command with it."""
+    """Check that the command exits with 1 because of exactly one part.
+
+    Args:
+        service: the command to run.
+        part: the beginning of the part's name.
+        texts: texts that the part's result has to contain.
+    """
     code, found = outcome(service)
     assert code == 1, found
     (name,) = (each for each, text in found.items() if text.startswith("FAILED: "))
@@ -47,7 +53,8 @@ def failed(service: Service, part: str, *texts: str) -> None:
 
 
 def test_a_new_service(homeserver: Homeserver, tmp_path: Path) -> None:
-    """All is well before the first start, and no file is made by the command."""
+    """Before the first start all parts are ok, and the command creates no database
+    file."""
     service = checking(tmp_path, homeserver.url)
     path = tmp_path / "roomkeys.db"
     assert outcome(service) == (
@@ -71,7 +78,8 @@ def test_beside_a_running_service(
     database: Callable[[], Mapping[str, Any] | None],
     tmp_path: Path,
 ) -> None:
-    """Listeners that the service has open itself are told and no failure."""
+    """Listeners that the running service has open are reported as in use, not as
+    failed."""
     own = {"metrics_listeners": [f"unix:{tmp_path}/socket"]}
     service = Service(tmp_path, homeserver.url, database=database(), settings=own)
     with service:
@@ -86,7 +94,7 @@ def test_beside_a_running_service(
 
 
 def test_listeners(homeserver: Homeserver, tmp_path: Path) -> None:
-    """A port that another program has, and a socket without a directory."""
+    """A port in use and a socket in a missing directory fail, with what to do."""
     service = checking(tmp_path / "a", homeserver.url)
     with closing(socket.create_server((HOST, service.port))) as server:
         server.settimeout(0.1)
@@ -99,7 +107,7 @@ def test_listeners(homeserver: Homeserver, tmp_path: Path) -> None:
 
 @contextmanager
 def tables(path: Path) -> Iterator[sqlite3.Connection]:
-    """A database with the service's tables, to be changed."""
+    """An open database with the service's tables, for a test to change."""
     with closing(sqlite3.connect(path, isolation_level=None)) as connection:
         upgrade_tables(connection.cursor(), SQLITE, True)
         connection.commit()
@@ -119,7 +127,7 @@ def tables(path: Path) -> Iterator[sqlite3.Connection]:
 def test_tables(
     homeserver: Homeserver, tmp_path: Path, change: str, texts: list[str]
 ) -> None:
-    """The service doesn't start without a table, or on tables of a later version."""
+    """A missing table and tables of a later version fail, as at the service's start."""
     service = checking(tmp_path, homeserver.url)
     with tables(tmp_path / "roomkeys.db") as connection:
         connection.execute(change)
@@ -127,7 +135,8 @@ def test_tables(
 
 
 def test_tables_of_an_older_version(homeserver: Homeserver, tmp_path: Path) -> None:
-    """They are brought up to date by the service, not by the command."""
+    """Tables of an older version are ok; the service upgrades them, the command does
+    not."""
     service = checking(tmp_path, homeserver.url)
     with tables(tmp_path / "roomkeys.db") as connection:
         connection.execute("UPDATE roomkeys_schema SET number = 2")
@@ -145,7 +154,8 @@ def test_a_database_without_tables(
     database: Callable[[], Mapping[str, Any] | None],
     tmp_path: Path,
 ) -> None:
-    """The command sees that tables can be made, and leaves none."""
+    """A database without tables is ok if tables can be created; the command creates
+    none."""
     arguments = database()
     service = checking(tmp_path, homeserver.url, database=arguments)
     if arguments is None:
@@ -162,7 +172,7 @@ def test_databases(
     database: Callable[[], Mapping[str, Any] | None],
     tmp_path: Path,
 ) -> None:
-    """One that is read-only, and one that isn't there, named by its address."""
+    """A read-only database and a missing one fail, with their address."""
     arguments = database()
     if arguments is None:
         path = "/nowhere/roomkeys.db"
@@ -186,7 +196,7 @@ def test_databases(
 
 
 class WrongHomeserver(Homeserver):
-    """A homeserver behind a proxy that doesn't pass whoami on."""
+    """A homeserver behind a proxy that does not forward whoami."""
 
     def _answer(self, path: str, token: str) -> tuple[int, dict[str, Any]]:
         if "whoami" in path:
@@ -195,7 +205,8 @@ class WrongHomeserver(Homeserver):
 
 
 def test_homeservers(homeserver: Homeserver, tmp_path: Path) -> None:
-    """One that isn't there, a wrong path, and one whose whoami isn't passed on."""
+    """A homeserver fails if unreachable, at a wrong path, or without whoami behind a
+    proxy."""
     away = f"http://{HOST}:{free_port()}"
     failed(checking(tmp_path / "a", away), f"homeserver {away}", "/versions", "refused")
     wrong = f"{homeserver.url}/wrong"

@@ -1,4 +1,4 @@
-"""The connections of a pool of the service's own to PostgreSQL."""
+"""The service's connection pool for PostgreSQL."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ Steps = Generator[Deferred[Any], Any, None]
 
 @pytest.fixture(scope="module")
 def database(postgres: PostgresServer) -> Mapping[str, Any]:
-    """How to reach a database."""
+    """The arguments by which psycopg2 connects to a new database."""
     return postgres.create_database()
 
 
 def show(txn: Transaction) -> tuple[str, ...]:
-    """The server's settings of its end of the connection."""
+    """Return the server's timeouts and keepalives for the current connection."""
     names = ("tcp_user_timeout", "tcp_keepalives_idle", "tcp_keepalives_interval")
     found = []
     for name in names:
@@ -39,8 +39,11 @@ def show(txn: Transaction) -> tuple[str, ...]:
 def test_the_server_notices_a_client_that_vanished(
     database: Mapping[str, Any],
 ) -> Steps:
-    """Each connection tells the server to probe it, where the operator has not set that
-    otherwise."""
+    """Each connection sets the server's keepalives and TCP timeout.
+
+    The operator's own setting of any of them takes precedence. The server thus drops
+    connections of clients that vanished.
+    """
     for options, expected in (
         ({}, ("10000", "5", "5")),
         ({"options": "-c tcp_keepalives_idle=77"}, ("10000", "77", "5")),
@@ -54,8 +57,11 @@ def test_the_server_notices_a_client_that_vanished(
 def test_the_client_encoding_is_ours(
     database: Mapping[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> Steps:
-    """Every character of a key comes back, whatever encoding the operator's environment
-    or arguments name."""
+    """Keys keep every character, because the plugin sets the client encoding itself.
+
+    The operator's environment and connection arguments name another encoding in this
+    test.
+    """
     monkeypatch.setenv("PGCLIENTENCODING", "LATIN1")
     arguments = {**database, "client_encoding": "LATIN1"}
     site = OwnSite(Backend("postgres", arguments, Path()))

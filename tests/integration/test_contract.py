@@ -1,4 +1,4 @@
-"""The contract, scenario by scenario, over real HTTP on real databases."""
+"""Each scenario of the contract over real HTTP on real databases."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ each_scenario = pytest.mark.parametrize("scenario", SCENARIOS.values(), ids=SCEN
 
 @each_scenario
 def test_own_site(scenario: Scenario, site: OwnSite) -> Deferred[None]:
-    """The plugin's own site keeps it."""
+    """The plugin's own site keeps the contract."""
     return scenario(site.host)
 
 
 @each_scenario
 def test_synapse(scenario: Scenario, synapse_host: HttpHost) -> Deferred[None]:
-    """A Synapse with the plugin keeps it."""
+    """A Synapse with the plugin keeps the contract."""
     return scenario(synapse_host)

@@ -1,6 +1,6 @@
-"""Messages that only the backup brings back, with real Megolm in a real Synapse.
+"""Messages that a new device can decrypt only with the backup, with real Megolm.
 
-The backup is the module's, in that Synapse, or the service's beside it.
+The backup is served by the module in a Synapse, or by the service beside that Synapse.
 """
 
 from __future__ import annotations
@@ -46,23 +46,24 @@ from ..servers.accounts import fetch
 from ..servers.service import Service
 
 CLIENT = "/_matrix/client/v3"
-#: Those of version 12 have ids without the name of a server.
+#: Room versions under test; room ids of version 12 have no server name.
 ROOM_VERSIONS = {"10", "11", "12"}
 
 _numbers = count()
 
 
 def private_key() -> str:
-    """A new private backup key, as a user keeps it."""
+    """Return a new private backup key, in base64."""
     return Curve25519SecretKey().to_base64()
 
 
 def public_key_of(private: str) -> str:
+    """Return the public key of a private key, both in base64."""
     return Curve25519SecretKey.from_base64(private).public_key().to_base64()
 
 
 def awkward_outbound() -> GroupSession:
-    """A new Megolm session whose id has the characters that paths must quote."""
+    """Return a new Megolm session with / and + in its id; paths must quote both."""
     while not {"/", "+"} <= set((session := GroupSession()).session_id):
         pass
     return session
@@ -70,10 +71,13 @@ def awkward_outbound() -> GroupSession:
 
 @attrs.frozen
 class Device:
-    """One login of a user.
+    """A device on which a user is logged in.
 
     Attributes:
-        backups: the address of what answers ``/room_keys``.
+        synapse: the homeserver.
+        user: the user with the device's access token.
+        backups: the base URL for ``/room_keys``.
+        account: the device's Olm account.
     """
 
     synapse: Synapse
@@ -83,14 +87,17 @@ class Device:
 
     @property
     def api(self) -> Api:
+        """The device's client for ``/room_keys``."""
         return Api(self.backups, self.user.access_token)
 
     def login(self, user: User) -> Device:
-        """Another device, of a user of the same server."""
+        """Log a user of the same homeserver in on another device, and return that
+        device."""
         return Device(self.synapse, self.synapse.login(user), self.backups)
 
     def call(self, method: str, path: str, body: Any = None) -> dict[str, Any]:
-        """A request to the rest of the client-server API."""
+        """Send a request to the rest of the client-server API; return the JSON
+        object."""
         token = self.user.access_token
         url = self.synapse.url + CLIENT + path
         answer = fetch(url, method=method, token=token, body=body)
@@ -98,28 +105,30 @@ class Device:
         return content
 
     def room_versions(self) -> list[str]:
-        """Those that are tried here, as far as the server knows them."""
+        """Return the room versions under test that the homeserver supports."""
         known = self.call("GET", "/capabilities")["capabilities"]["m.room_versions"]
         return sorted(ROOM_VERSIONS & known["available"].keys())
 
     def create_room(self, version: str = "10") -> str:
+        """Create a room and return its id."""
         body = {"room_version": version}
         room_id: str = self.call("POST", "/createRoom", body)["room_id"]
         return room_id
 
     def write(self, sender: Sender, text: str) -> None:
-        """Send an encrypted message to its room."""
+        """Send an encrypted message to the sender's room."""
         path = f"/rooms/{quoted(sender.room_id)}/send/m.room.encrypted"
         self.call("PUT", f"{path}/{next(_numbers)}", sender.encrypt(text))
 
     def read(self, room_id: str) -> list[dict[str, Any]]:
-        """The contents of a room's encrypted messages."""
+        """Return the contents of a room's encrypted messages."""
         path = f"/rooms/{quoted(room_id)}/messages?dir=f&limit=100"
         events = self.call("GET", path)["chunk"]
         return [e["content"] for e in events if e["type"] == "m.room.encrypted"]
 
     def create_backup(self, private: str) -> str:
-        """Make a version whose public key this device vouches for."""
+        """Create a version whose auth_data this device has signed; return the
+        version."""
         user = self.user
         return self.api.create_version(
             signed_auth_data(
@@ -128,17 +137,19 @@ class Device:
         )
 
     def sender(self, room_id: str) -> Sender:
-        """Start a new session in a room."""
+        """Start a new Megolm session in a room."""
         return Sender(self.account, room_id, awkward_outbound())
 
 
 @attrs.frozen
 class History:
-    """What is left when a user's only device is gone.
+    """The data that remain of a user whose only device is lost.
 
     Attributes:
+        user: the user, logged out.
+        version: the version of the backup.
         private: the private backup key.
-        said: what was said, by room and session.
+        said: the plain texts of the messages, by room and session.
     """
 
     user: User
@@ -147,7 +158,7 @@ class History:
     said: dict[str, dict[str, list[str]]]
 
     def texts(self, room_id: str) -> list[str]:
-        """What was said in a room, in no order."""
+        """Return the plain texts of a room's messages, sorted."""
         return sorted(chain.from_iterable(self.said[room_id].values()))
 
 
@@ -158,7 +169,8 @@ def backups(
     database: Callable[[], Mapping[str, Any] | None],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[str]:
-    """The address of either host."""
+    """The base URL of the module's Synapse, and then of the service beside that
+    Synapse."""
     if request.param == "module":
         yield synapse.url
         return
@@ -175,7 +187,8 @@ def device(synapse: Synapse, backups: str) -> Device:
 
 
 def live(device: Device) -> History:
-    """Talk in several rooms with several sessions, back them up, lose the device."""
+    """Send messages in several rooms and sessions, back the keys up, and lose the
+    device."""
     private = private_key()
     version = device.create_backup(private)
     sessions: list[Session] = []
@@ -191,7 +204,7 @@ def live(device: Device) -> History:
 
 
 def speak(device: Device, sender: Sender) -> list[str]:
-    """Say something twice in a session; what was said."""
+    """Send two messages in a session; return their plain texts."""
     texts = [f"message {next(_numbers)}" for _ in range(2)]
     for text in texts:
         device.write(sender, text)
@@ -201,7 +214,8 @@ def speak(device: Device, sender: Sender) -> list[str]:
 def decrypted(
     device: Device, room_id: str, sessions: dict[str, Session]
 ) -> tuple[list[str], int]:
-    """What a device can read of a room, in no order, and how many it can't."""
+    """Return a room's decrypted messages, sorted, and the number of undecryptable
+    ones."""
     contents = device.read(room_id)
     known = [content for content in contents if content["session_id"] in sessions]
     texts = [sessions[content["session_id"]].decrypt(content) for content in known]
@@ -209,13 +223,14 @@ def decrypted(
 
 
 def only_session(device: Device, version: str, private: str) -> Session:
-    """Restore a backup that holds one session."""
+    """Restore a backup that contains exactly one session; return the session."""
     (session,) = restored(device.api.download(version), private).values()
     return session
 
 
 def test_the_whole_backup_restores_every_message(device: Device) -> None:
-    """A new device with the private key reads all that the lost one could."""
+    """A new device with the private key decrypts all messages that the lost device
+    could."""
     history = live(device)
     second = device.login(history.user)
     version = second.api.info()["version"]
@@ -225,7 +240,7 @@ def test_the_whole_backup_restores_every_message(device: Device) -> None:
 
 
 def test_one_room_restores_its_messages(device: Device) -> None:
-    """A room's keys are enough to read the room, and no other."""
+    """The keys of one room decrypt the messages of that room and of no other room."""
     history = live(device)
     second = device.login(history.user)
     for room_id in history.said:
@@ -238,7 +253,7 @@ def test_one_room_restores_its_messages(device: Device) -> None:
 
 
 def test_one_session_restores_its_messages(device: Device) -> None:
-    """A session's key, asked for alone, is enough to read what it encrypted."""
+    """The key of one session decrypts the messages of that session and no others."""
     history = live(device)
     second = device.login(history.user)
     for room_id, room in history.said.items():
@@ -250,7 +265,7 @@ def test_one_session_restores_its_messages(device: Device) -> None:
 
 
 def test_a_second_device_trusts_the_version(device: Device) -> None:
-    """The signature over auth_data still holds when another device reads it."""
+    """The signature of auth_data is still valid when another device downloads it."""
     user = device.user
     private = private_key()
     device.create_backup(private)
@@ -261,7 +276,7 @@ def test_a_second_device_trusts_the_version(device: Device) -> None:
 
 
 def test_the_wrong_private_key_reads_nothing(device: Device) -> None:
-    """Only the holder of the private key can read what the server keeps."""
+    """Stored keys can't be decrypted with another private key."""
     history = live(device)
     second = device.login(history.user)
     rooms = second.api.download(history.version)
@@ -270,7 +285,8 @@ def test_the_wrong_private_key_reads_nothing(device: Device) -> None:
 
 
 def test_a_better_export_takes_the_place_of_a_worse_one(device: Device) -> None:
-    """A session exported from an earlier message on replaces the later export."""
+    """A session exported from an earlier message replaces an export from a later
+    message."""
     private = private_key()
     version = device.create_backup(private)
     sender = device.sender(device.create_room())
@@ -288,7 +304,7 @@ def test_a_better_export_takes_the_place_of_a_worse_one(device: Device) -> None:
 def test_a_worse_export_does_not_take_the_place_of_a_better_one(
     device: Device,
 ) -> None:
-    """A session exported from a later message on is not stored over the earlier."""
+    """A session exported from a later message does not replace an earlier export."""
     private = private_key()
     version = device.create_backup(private)
     sender = device.sender(device.create_room())
@@ -304,7 +320,11 @@ def test_a_worse_export_does_not_take_the_place_of_a_better_one(
 
 
 def test_a_second_device_let_in_later_changes_nothing(device: Device) -> None:
-    """Another device's later view of a session, or the same view, leaves the first."""
+    """Another device's export of the same session leaves the first export unchanged.
+
+    This holds if the other device's export starts later, and if both start at the same
+    message.
+    """
     private = private_key()
     version = device.create_backup(private)
     sender = device.sender(device.create_room())
@@ -323,7 +343,8 @@ def test_a_second_device_let_in_later_changes_nothing(device: Device) -> None:
 
 
 def test_a_verified_export_beats_an_earlier_unverified_one(device: Device) -> None:
-    """Whether a session is verified counts before where it starts."""
+    """A verified export ranks above an unverified one, whatever message each starts
+    from."""
     private = private_key()
     version = device.create_backup(private)
     whole = device.sender(device.create_room()).session()
@@ -336,7 +357,7 @@ def test_a_verified_export_beats_an_earlier_unverified_one(device: Device) -> No
 
 
 def test_a_large_backup_goes_up_in_batches_and_down_in_one(device: Device) -> None:
-    """Element's batches all arrive, and every one of their sessions comes back."""
+    """Each key uploaded in Element's batches of 100 is restored by one download."""
     private = private_key()
     version = device.create_backup(private)
     room_ids = [f"!room{number}:test.example" for number in range(7)]
@@ -350,7 +371,10 @@ def test_a_large_backup_goes_up_in_batches_and_down_in_one(device: Device) -> No
 
 
 def test_a_reset_starts_anew(device: Device) -> None:
-    """After Element's reset the old versions and keys are gone, and a new one works."""
+    """After Element's reset all old versions and keys are gone.
+
+    A new version then starts empty and accepts the same session.
+    """
     private = private_key()
     old_versions = [device.create_backup(private), device.create_backup(private)]
     sender = device.sender(device.create_room())
@@ -372,7 +396,7 @@ def test_a_reset_starts_anew(device: Device) -> None:
 
 
 def check_gone(api: Api, version: str, session: Session) -> None:
-    """Every request about a version is answered that there is none."""
+    """Check that each request for a version is answered 404 for an unknown version."""
     room_id, session_id = session.room_id, session.session_id
     paths = [
         version_path(version),

@@ -1,4 +1,4 @@
-"""The service when more clients connect than it may have files open."""
+"""The service with more clients than its limit of open files allows."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from ..servers.fake_homeserver import Homeserver
 from ..servers.service import Service
 
 DEADLINE = 20.0
-#: What the process is started with: a soft limit with which it would be of no use, and
-#: a hard limit that a test can exceed.
+#: Limits of open files at the start of the process: a soft limit too low for the
+#: service, and a hard limit that a test can exceed.
 SOFT, HARD = 32, 400
-#: More connections than the hard limit.
+#: Number of connections to open: more than the hard limit.
 CLIENTS = 500
-#: Lowers the limit of open files, and becomes the service.
+#: Program that sets the limits of open files, and then executes the service.
 LIMITED = """
 import os, resource, sys
 limits = tuple(map(int, os.environ.pop("FILES").split()))
@@ -36,7 +36,7 @@ os.execv(sys.executable, program)
 
 
 def limited(service: Service, soft: int, hard: int) -> Service:
-    """Have a service start with a limit of open files."""
+    """Make a service start with these limits of open files; return the service."""
     service.program = ("-c", LIMITED)
     service.environment = {"FILES": f"{soft} {hard}"}
     return service
@@ -44,7 +44,7 @@ def limited(service: Service, soft: int, hard: int) -> Service:
 
 @pytest.fixture
 def service(homeserver: Homeserver, tmp_path: Path) -> Iterator[Service]:
-    """The service with few files."""
+    """The service with low limits of open files; the log must have no errors."""
     with limited(Service(tmp_path, homeserver.url), SOFT, HARD) as service:
         yield service
     assert "Traceback" not in service.log()
@@ -52,20 +52,20 @@ def service(homeserver: Homeserver, tmp_path: Path) -> Iterator[Service]:
 
 
 def ask(port: int, path: str) -> Reply:
-    """The only answer to a request on a connection of its own."""
+    """Send a GET request on a connection of its own and return the answer."""
     [reply] = exchange(port, request("GET", path, None), wanted=1).replies
     return reply
 
 
 def values(service: Service) -> dict[str, float]:
-    """The metrics without labels, by their names."""
+    """Return the metrics without labels, by name."""
     lines = fetch(service.metrics_url).decode().splitlines()
     rows = (line.split(" ") for line in lines if not line.startswith("#"))
     return {name: float(value) for name, value in rows if "{" not in name}
 
 
 def wait_for_connections(service: Service, number: int) -> None:
-    """Wait until clients have no more than so many connections."""
+    """Wait until at most `number` client connections are open."""
     deadline = time.monotonic() + DEADLINE
     while values(service)["synapse_roomkeys_connections"] > number:
         assert time.monotonic() < deadline, values(service)
@@ -73,7 +73,7 @@ def wait_for_connections(service: Service, number: int) -> None:
 
 
 def is_closed(client: socket.socket) -> bool:
-    """Whether the server has closed an idle connection."""
+    """Return whether the server has closed an idle connection."""
     client.setblocking(False)
     try:
         return client.recv(1) == b""
@@ -84,8 +84,12 @@ def is_closed(client: socket.socket) -> bool:
 
 
 def test_more_clients_than_files(service: Service) -> None:
-    """The limit is raised as far as it may be. Over it, the status is answered on both
-    kinds of listeners, and all else is 503; afterwards all is as before."""
+    """The service raises its soft limit to the hard limit and stays reachable.
+
+    Above the connection limit, ``/health`` and ``/ready`` are answered on both
+    listeners, and any other request on a new connection is 503. Existing connections
+    are served. After the clients have gone, all requests are served as before.
+    """
     assert resource.prlimit(service.pid, resource.RLIMIT_NOFILE) == (HARD, HARD)
     monitoring = service.metrics_port
     most = values(service)["synapse_roomkeys_max_connections"]
@@ -101,7 +105,7 @@ def test_more_clients_than_files(service: Service) -> None:
         assert int(reply.headers["retry-after"]) > 0
         assert reply.headers["content-type"] == "application/json"
         assert reply.headers["access-control-allow-origin"] == "*"
-        # The first ones are served as ever.
+        # Connections from before the limit was reached are served.
         with clients[0].makefile("rb") as stream:
             clients[0].sendall(request("GET", f"{PREFIX}/version", None))
             first = read_reply(stream)
@@ -119,7 +123,10 @@ def test_more_clients_than_files(service: Service) -> None:
 
 
 def test_bodies_in_files_are_counted(service: Service) -> None:
-    """Each of all the connections has a file for its body, and there are files left."""
+    """Open files remain even if each allowed connection keeps its body in a file.
+
+    ``/ready`` succeeds in that state, and each upload is read to its end.
+    """
     most = int(values(service)["synapse_roomkeys_max_connections"])
     head = f"PUT {PREFIX}/keys?version=1 HTTP/1.1\r\nHost: a\r\nContent-Length: 200000"
     with ExitStack() as stack:
@@ -141,7 +148,8 @@ def test_bodies_in_files_are_counted(service: Service) -> None:
 
 
 def test_too_few_files(homeserver: Homeserver, tmp_path: Path) -> None:
-    """It doesn't start, and says what to raise."""
+    """With a hard limit that is too low the service exits with 1 and names the
+    setting."""
     service = limited(Service(tmp_path, homeserver.url), 200, 200)
     code, output = service.run_to_end()
     assert code == 1

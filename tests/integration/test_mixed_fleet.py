@@ -1,4 +1,4 @@
-"""A Synapse process without the plugin beside one with it, as in a rolling restart."""
+"""A Synapse process with the plugin beside one without, as in a rolling restart."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ from .test_synapse import query
 from .test_synapse_race import wait_for_log
 
 ROOM = "!room"
-#: Seconds until the built-in endpoint waits for a row.
+#: Timeout, in seconds, until the built-in endpoint waits for a row lock.
 DEADLINE = 30.0
 
 
 @attrs.frozen
 class Fleet:
-    """Two processes of one homeserver.
+    """Two Synapse processes of one homeserver.
 
     Attributes:
-        plugin: has the plugin loaded.
-        hosts: that one, and one with Synapse's own endpoints.
+        plugin: the process with the plugin.
+        hosts: the process with the plugin and the one with Synapse's own endpoints.
     """
 
     plugin: Synapse
     hosts: tuple[HttpHost, HttpHost]
 
     def clients(self) -> tuple[Client, Client]:
-        """The clients of one new user, one at each process."""
+        """Return two clients of a new user, one for each process."""
         user = self.hosts[0].new_user()
         return Client(self.hosts[0], user), Client(self.hosts[1], user)
 
@@ -50,7 +50,11 @@ class Fleet:
 def fleet(
     postgres: PostgresServer, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Fleet]:
-    """The second process starts when the first has ended its background updates."""
+    """Two processes on one database.
+
+    The second starts when the first has ended its background updates, because two
+    processes would disturb each other's updates.
+    """
     directory = tmp_path_factory.mktemp("fleet")
     database = postgres.create_database()
     extra = {"background_updates": {"sleep_enabled": False}}
@@ -67,8 +71,17 @@ def fleet(
 def overtake(
     fleet: Fleet, clients: tuple[Client, Client], version: str, uploads: int
 ) -> Generator[Deferred[Any], Any, Rooms]:
-    """Upload through the plugin while an upload of the built-in endpoint waits for a
-    row, after it has read the etag; fires with all keys that were acknowledged."""
+    """Upload through the plugin while an upload of the built-in endpoint waits.
+
+    The built-in endpoint has read the etag by then and waits for a row lock. The
+    Deferred fires with all keys whose uploads were acknowledged.
+
+    Args:
+        fleet: the two processes.
+        clients: two clients of one user, that of the plugin first.
+        version: the version of the backup.
+        uploads: the number of uploads through the plugin.
+    """
     database: Any = fleet.plugin.database
     with closing(psycopg2.connect(**database)) as other:
         other.cursor().execute(
@@ -93,8 +106,12 @@ def overtake(
 
 @inlineCallbacks
 def test_two_changes_may_share_an_etag(fleet: Fleet) -> Steps:
-    """No key is lost. The count of the plugin lacks those of the other process until an
-    hour has passed, or the cached counts are deleted."""
+    """Concurrent uploads through both processes may end with the same etag; no key is
+    lost.
+
+    The plugin's count then lacks the other process's keys until the cached count
+    expires after one hour (3,600 s) or is deleted.
+    """
     for end in (
         "UPDATE roomkeys_counts SET counted_ts = counted_ts - 3601",
         "DELETE FROM roomkeys_counts",
@@ -111,8 +128,11 @@ def test_two_changes_may_share_an_etag(fleet: Fleet) -> Steps:
 
 @inlineCallbacks
 def test_an_etag_may_go_back(fleet: Fleet) -> Steps:
-    """No key is lost, and as the etag isn't that of the cached count, the plugin counts
-    at once."""
+    """The etag may decrease after concurrent uploads; no key is lost.
+
+    The plugin recounts immediately, because the etag differs from that of the cached
+    count.
+    """
     clients = fleet.clients()
     version: str = yield clients[0].create_version()
     rooms: Rooms = yield overtake(fleet, clients, version, 2)
@@ -123,7 +143,7 @@ def test_an_etag_may_go_back(fleet: Fleet) -> Steps:
 
 @inlineCallbacks
 def test_one_after_the_other(fleet: Fleet) -> Steps:
-    """Uploads that don't meet are counted exactly by both processes."""
+    """Both processes report exact counts for uploads that are not concurrent."""
     clients = fleet.clients()
     version: str = yield clients[0].create_version()
     for number in range(4):
@@ -137,8 +157,11 @@ def test_one_after_the_other(fleet: Fleet) -> Steps:
 
 @inlineCallbacks
 def test_the_other_process_keeps_its_rule(fleet: Fleet) -> Steps:
-    """Synapse's own endpoint replaces a key by one that the specification calls worse,
-    and the plugin doesn't."""
+    """Each process applies its own merge rule.
+
+    Synapse's own endpoint replaces a key by a key that the specification ranks lower;
+    the plugin keeps the better key.
+    """
     better, worse = key(0, 1, True), key(5, 0, True)
     for place, kept in ((0, better), (1, worse)):
         clients = fleet.clients()

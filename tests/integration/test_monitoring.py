@@ -21,13 +21,15 @@ from ..servers.proxy import CONTRIB
 from ..servers.service import Service
 
 DEADLINE = 30.0
-#: Shown only once something was broken off.
+#: Metric without samples until the first download is aborted.
 NO_DATA = "synapse_roomkeys_broken_downloads_total"
 
 
 def test_alerts(tmp_path: Path) -> None:
-    """Each comes on its cause, none for a service that is well, and all say what to
-    do."""
+    """Each alert fires on its cause, none fires for a healthy service.
+
+    Each alert has a summary and a runbook that says what to do.
+    """
     rules = yaml.safe_load((CONTRIB / "alerts.yaml").read_text())["groups"]
     for alert in (alert for group in rules for alert in group["rules"]):
         assert alert["annotations"].keys() == {"summary", "runbook"}, alert
@@ -40,14 +42,14 @@ def test_alerts(tmp_path: Path) -> None:
 
 
 def expressions() -> list[str]:
-    """All queries of the dashboard, as Grafana sends them."""
+    """Return all queries of the dashboard, as Grafana sends them."""
     dashboard = json.loads((CONTRIB / "grafana-dashboard.json").read_text())
     targets = [target for panel in dashboard["panels"] for target in panel["targets"]]
     return [target["expr"].replace("$__rate_interval", "1m") for target in targets]
 
 
 def work(api: Api) -> None:
-    """Some of everything: uploads, a download, refusals."""
+    """Cause traffic of each kind: uploads, a download, a refusal."""
     version = api.create_version()
     rooms: Rooms = {"!room": {"session": key()}}
     api.upload(version, rooms)
@@ -56,7 +58,8 @@ def work(api: Api) -> None:
 
 
 def test_dashboard(tmp_path: Path) -> None:
-    """Each query has data after some traffic, and every metric has its place."""
+    """Each query of the dashboard returns data after some traffic, and shows every
+    metric."""
     with Homeserver() as homeserver, Service(tmp_path, homeserver.url) as service:
         api = Api(service.url, homeserver.new_user().access_token)
         work(api)
@@ -85,6 +88,6 @@ def test_dashboard(tmp_path: Path) -> None:
 
 
 def numbers(prometheus: Prometheus, expression: str) -> list[Any]:
-    """The values that a query has, but for those that are no number."""
+    """Return a query's current values without NaN."""
     series = prometheus.query(expression)
     return [each["value"][1] for each in series if each["value"][1] != "NaN"]

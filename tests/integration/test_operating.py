@@ -1,4 +1,4 @@
-"""The commands of docs/operating.rst, run as an operator would."""
+"""The commands of docs/operating.rst, run as an operator runs them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,12 @@ AFTER = {"!a": {"late": key()}}
 
 
 def commands(section: str, engine: str) -> str:
-    """Return the commands below a heading of the document for one engine."""
+    """Return the commands of one section of the document for one engine.
+
+    Args:
+        section: the heading of the section.
+        engine: the name of the engine in the list of commands.
+    """
     text = DOCUMENT.read_text(encoding="utf-8")
     body = text.partition(f"\n{section}\n===")[2].partition("\n===")[0]
     item = body.partition(f"- {engine}::\n\n")[2]
@@ -37,7 +42,7 @@ def commands(section: str, engine: str) -> str:
 
 
 def run(text: str, directory: Path, environment: Mapping[str, str]) -> None:
-    """Run commands with a shell, which ends at the first that fails."""
+    """Run commands with a shell that exits at the first failure."""
     subprocess.run(
         ["sh", "-ec", text],
         cwd=directory,
@@ -47,32 +52,38 @@ def run(text: str, directory: Path, environment: Mapping[str, str]) -> None:
 
 
 def use_before_the_copy(api: Api) -> str:
-    """Make a version with keys; return its number."""
+    """Create a version with 300 keys and return the version."""
     version = api.create_version()
     api.upload(version, BEFORE)
     return version
 
 
 def use_after_the_copy(api: Api, version: str) -> str:
-    """Upload one more key, then make a newer version; return its number."""
+    """Upload one more key, then create a newer version and return that version."""
     api.upload(version, AFTER)
     return api.create_version()
 
 
 def look_after_the_restore(api: Api, version: str, newer: str) -> None:
-    """See the backup as it was when it was copied, and no number used twice."""
+    """Check that the backup is in the state of the copy, and that no version is reused.
+
+    Args:
+        api: the user's client, at the restored service.
+        version: the version from before the copy.
+        newer: a version created after the copy, which is therefore unknown now.
+    """
     assert api.info()["version"] == version
     assert api.download(version) == BEFORE
     assert api.tally(version)[1] == len(BEFORE["!a"])
     assert api.get(version_path(newer)).status == 404
-    # The promise counts in whole seconds: two numbers of one second may coincide.
+    # Version numbers are seconds: a number is unused again only in a later second.
     while time.time() < int(newer) + 1:
         time.sleep(0.05)
     assert int(api.create_version()) > int(newer)
 
 
 def test_copy_and_restore_on_sqlite(homeserver: Homeserver, tmp_path: Path) -> None:
-    """A copy made while the service runs is whole, and can be put back."""
+    """An SQLite copy made while the service runs is complete and can be restored."""
     sqlite3 = locate("sqlite3", "sqlite3")
     path = f"{sqlite3.path.parent}:{os.environ['PATH']}"
     environment = {"PATH": path, **sqlite3.environment}
@@ -91,7 +102,8 @@ def test_copy_and_restore_on_sqlite(homeserver: Homeserver, tmp_path: Path) -> N
 def test_copy_and_restore_on_postgres(
     homeserver: Homeserver, postgres: PostgresServer, tmp_path: Path
 ) -> None:
-    """A dump made while the service runs is whole, and can be restored elsewhere."""
+    """A dump made while the service runs is complete and restores to another
+    database."""
     database = postgres.create_database()
     restored = f"{database['dbname']}_restored"
     environment = environment_of(database)
@@ -112,7 +124,7 @@ def test_copy_and_restore_on_postgres(
 
 
 def environment_of(database: Mapping[str, Any]) -> dict[str, str]:
-    """Build what PostgreSQL's programs need to reach a database."""
+    """Return the environment by which PostgreSQL's programs connect to a database."""
     return {
         "PGHOST": database["host"],
         "PGPORT": str(database["port"]),
@@ -123,7 +135,7 @@ def environment_of(database: Mapping[str, Any]) -> dict[str, str]:
 
 
 def named(text: str, database: Mapping[str, Any]) -> str:
-    """Put a test's database and role in the place of the document's."""
+    """Replace the document's names of database and role by those of a test."""
     name = database["dbname"]
     text = text.replace("-O roomkeys ", f"-O {database['user']} ")
     text = text.replace("roomkeys_restored", f"{name}_restored")
@@ -133,7 +145,7 @@ def named(text: str, database: Mapping[str, Any]) -> str:
 def test_a_second_role_takes_over(
     homeserver: Homeserver, postgres: PostgresServer, tmp_path: Path
 ) -> None:
-    """A role that is made as the document says serves what the first one made."""
+    """A second role, created as documented, can use the tables of the first role."""
     database = postgres.create_database()
     text = DOCUMENT.read_text(encoding="utf-8").partition("password changes\n")[2]
     statements = re.findall(r"``((?:CREATE|ALTER) ROLE roomkeys2 [^`]*)``", text)

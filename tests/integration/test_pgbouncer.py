@@ -1,5 +1,8 @@
-"""The plugin behind a PgBouncer that pools transactions: what one transaction leaves
-on a connection, the next one would meet, whosever it is."""
+"""The plugin behind a PgBouncer in transaction mode.
+
+A setting that one transaction left on a connection would affect the next transaction on
+that connection, even that of another client.
+"""
 
 from __future__ import annotations
 
@@ -22,19 +25,19 @@ from . import test_storage
 Steps = Generator[Deferred[Any], Any, None]
 Sites = tuple[OwnSite, OwnSite]
 ROOM = "!room"
-#: What the plugin sets in its transactions.
+#: The database settings that the plugin changes in its transactions.
 SETTINGS = (
     "enable_sort",
     "enable_incremental_sort",
     "synchronous_commit",
     "lock_timeout",
     "idle_in_transaction_session_timeout",
-    # Set at connect where there is no pooler.
+    # Set at connect instead if there is no pooler.
     "tcp_user_timeout",
     "tcp_keepalives_idle",
 )
 
-# The races of two servers on one database, once more, on the backend below.
+# The tests of two servers on one database, repeated on this module's backend.
 sites = test_storage.sites
 test_tables_may_be_made_by_several_at_once = (
     test_storage.test_tables_may_be_made_by_several_at_once
@@ -55,7 +58,7 @@ test_a_backup_of_another_locale_is_paged_whole = (
 
 @pytest.fixture(scope="module")
 def direct(postgres: PostgresServer) -> Mapping[str, Any]:
-    """A database, and how to reach it past the pooler."""
+    """The arguments by which psycopg2 connects to a new database without the pooler."""
     return postgres.create_database()
 
 
@@ -63,30 +66,33 @@ def direct(postgres: PostgresServer) -> Mapping[str, Any]:
 def pooler(
     direct: Mapping[str, Any], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[PgBouncer]:
-    """A pooler in front of it."""
+    """A PgBouncer in front of that database."""
     with PgBouncer(tmp_path_factory.mktemp("pgbouncer"), direct) as pooler:
         yield pooler
 
 
 @pytest.fixture(scope="module")
 def backend(pooler: PgBouncer) -> Backend:
-    """The database as it is reached through the pooler."""
+    """The database as reached through the pooler."""
     return Backend("pgbouncer", pooler.arguments, Path())
 
 
 class Alternating:
-    """Two servers as one, as a balancer makes them: each gets every other request."""
+    """Two servers as one host, as behind a load balancer.
+
+    Requests alternate between the two servers.
+    """
 
     def __init__(self, sites: Sites) -> None:
         self._first = sites[0].host
         self._hosts = cycle([site.host for site in sites])
 
     def new_user(self) -> User:
-        """As `Host.new_user`."""
+        """See `Host.new_user`."""
         return self._first.new_user()
 
     def new_guest(self) -> User:
-        """As `Host.new_guest`."""
+        """See `Host.new_guest`."""
         return self._first.new_guest()
 
     def request(
@@ -98,7 +104,7 @@ class Alternating:
         body: bytes | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> Deferred[Answer]:
-        """As `Host.request`, at the server whose turn it is."""
+        """See `Host.request`; the next server in turn gets the request."""
         host = next(self._hosts)
         return host.request(method, path, token=token, body=body, headers=headers)
 
@@ -111,7 +117,7 @@ def test_contract(scenario: Scenario, sites: Sites) -> Deferred[None]:
 
 @inlineCallbacks
 def work(sites: Sites) -> Steps:
-    """Uploads and downloads of many users at once, at both servers."""
+    """Upload and download backups of 40 users concurrently, at both servers."""
     clients = [Client(site.host, site.host.new_user()) for site in sites * 20]
     versions = yield gatherResults([client.create_version() for client in clients])
     rooms: Rooms = {ROOM: {f"{i}": key() for i in range(20)}}
@@ -125,8 +131,10 @@ def work(sites: Sites) -> Steps:
 def test_connections_are_shared(
     sites: Sites, pooler: PgBouncer, direct: Mapping[str, Any]
 ) -> Steps:
-    """The database has no more connections than the pool, however many the servers
-    have."""
+    """The database has at most `pool_size` connections.
+
+    The servers have more connections than that to the pooler.
+    """
     yield work(sites)
     assert clients_of(pooler) > pooler.pool_size
     assert 1 < backends_of(direct) <= pooler.pool_size
@@ -136,8 +144,10 @@ def test_connections_are_shared(
 def test_a_transaction_leaves_nothing_behind(
     sites: Sites, pooler: PgBouncer, direct: Mapping[str, Any]
 ) -> Steps:
-    """What the plugin sets for a transaction ends with it: every connection in the pool
-    has the database's own settings afterwards."""
+    """Settings of the plugin's transactions end with the transaction.
+
+    Each connection in the pool has the database's own settings afterwards.
+    """
     with closing(psycopg2.connect(**direct)) as connection:
         own = settings_of(connection)[1:]
     yield work(sites)
@@ -152,8 +162,10 @@ def test_a_transaction_leaves_nothing_behind(
 
 
 def settings_of(connection: Any) -> tuple[Any, ...]:
-    """The pid of a connection's backend, and its settings; the transaction that it
-    begins is left open, so that the pooler gives the backend to nobody else."""
+    """Return the backend's pid of a connection and the current settings.
+
+    The transaction stays open, so that the pooler gives the backend to no other client.
+    """
     columns = ", ".join(f"current_setting('{name}')" for name in SETTINGS)
     with connection.cursor() as cursor:
         cursor.execute(f"SELECT pg_backend_pid(), {columns}")
@@ -162,7 +174,7 @@ def settings_of(connection: Any) -> tuple[Any, ...]:
 
 
 def clients_of(pooler: PgBouncer) -> int:
-    """How many connections the pooler has from clients of the database."""
+    """Return the number of client connections to the database at the pooler."""
     with closing(psycopg2.connect(**pooler.console)) as connection:
         connection.autocommit = True
         with connection.cursor() as cursor:
@@ -174,7 +186,8 @@ def clients_of(pooler: PgBouncer) -> int:
 
 
 def backends_of(arguments: Mapping[str, Any]) -> int:
-    """How many connections the database has, but for the one that asks."""
+    """Return the number of connections that the database has, without the current
+    one."""
     with (
         closing(psycopg2.connect(**arguments)) as connection,
         connection.cursor() as cursor,

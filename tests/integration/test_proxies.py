@@ -38,15 +38,16 @@ from ..servers.proxy import Proxy
 from ..servers.service import Service
 
 KEYS = 80_000
-#: As long as a real one, in its JSON text; 73 MB of them are downloaded.
+#: session_data as long, in JSON, as real session_data; all keys together are 73 MB.
 SESSION_DATA = json.dumps({"ciphertext": "x" * 820, "mac": "y" * 11, "ephemeral": "z"})
 VERSION = 1_700_000_000
 ROOM = "!room"
-#: What a download may add to the memory of a process.
+#: Limit, in bytes, of the memory that one download may add to a process.
 BOUND = 20 * 1024 * 1024
 DEADLINE = 30.0
 PROXIES = [Nginx, HaProxy, Caddy, Apache]
-#: The others don't wait for the whole of an upload, and can't send it twice.
+#: Proxies that buffer a whole upload before they forward the request. The others stream
+#: uploads and thus can't repeat an upload at another process.
 PASS_WHOLE_UPLOADS = [Nginx, HaProxy]
 passes_whole_uploads = pytest.mark.parametrize(
     "proxy", PASS_WHOLE_UPLOADS, indirect=True
@@ -56,7 +57,7 @@ TRAFFIC = "synapse_roomkeys_download_bytes_total"
 
 @pytest.fixture(scope="module")
 def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The file that both processes work on."""
+    """The path of the SQLite file that both processes share."""
     return tmp_path_factory.mktemp("database") / "roomkeys.db"
 
 
@@ -64,7 +65,7 @@ def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def services(
     homeserver: Homeserver, database: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[Service, Service]]:
-    """Two processes on one database."""
+    """Two service processes on one database."""
     settings = {
         "database": {"name": "sqlite3", "args": {"database": str(database)}},
         "trusted_proxies": [HOST],
@@ -95,7 +96,10 @@ def proxy(
 
 
 class WithoutNul(HttpHost):
-    """A proxy, but for what nginx and Apache refuse themselves: a path with a NUL."""
+    """A proxy under test, except that paths with a NUL go directly to the service.
+
+    nginx and Apache refuse such paths themselves.
+    """
 
     def __init__(
         self,
@@ -108,7 +112,7 @@ class WithoutNul(HttpHost):
         self._urls = {True: service_url, False: url}
 
     def open(self, method: str, path: str, **rest: Any) -> Deferred[IResponse]:
-        """As `HttpHost.open`."""
+        """See `HttpHost.open`."""
         self.url = self._urls["%00" in path]
         return super().open(method, path, **rest)
 
@@ -132,7 +136,7 @@ def host_on_postgres(
     postgres: PostgresServer,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[HttpHost]:
-    """A process on PostgreSQL behind nginx; the others here are on SQLite."""
+    """A process on PostgreSQL behind nginx; the other tests here use SQLite."""
     directory = tmp_path_factory.mktemp("service")
     database = postgres.create_database()
     with Service(directory, homeserver.url, database=database) as service:
@@ -149,18 +153,19 @@ def host_on_postgres(
 def test_contract_on_postgres(
     scenario: Scenario, host_on_postgres: HttpHost
 ) -> Deferred[None]:
-    """The engine makes no difference behind a proxy."""
+    """The service on PostgreSQL keeps the contract behind a proxy."""
     return scenario(host_on_postgres)
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS.values(), ids=SCENARIOS)
 def test_contract(scenario: Scenario, host: HttpHost) -> Deferred[None]:
-    """The service keeps it behind each proxy, and so does every path intact."""
+    """The service keeps the contract behind each proxy, which forwards each path
+    unchanged."""
     return scenario(host)
 
 
 def test_all_else_is_the_homeserver_s(proxy: Proxy, homeserver: Homeserver) -> None:
-    """Paths of others go where they went before, as they are."""
+    """The proxy sends all other paths to the homeserver, unchanged."""
     api = Api(proxy.url, homeserver.new_user().access_token)
     paths = [
         "/_matrix/client/versions",
@@ -177,7 +182,7 @@ def test_all_else_is_the_homeserver_s(proxy: Proxy, homeserver: Homeserver) -> N
 
 
 def fetch_any(url: str, token: str) -> bytes | None:
-    """The body of a success; None for an error."""
+    """Return the body of a successful answer, or None for an error."""
     try:
         return fetch(url, token=token)
     except RuntimeError:
@@ -191,11 +196,13 @@ def ask(
     headers: Mapping[str, str],
     body: bytes | None = None,
 ) -> Answer:
-    """Send a request as it is; the answer may be any. A header that comes twice has its
-    values joined."""
+    """Send a request without changes and return the answer, whatever its status.
+
+    The values of a repeated header are joined.
+    """
     port = urlsplit(proxy.url).port
     with closing(HTTPConnection(HOST, port, timeout=DEADLINE)) as connection:
-        # Caddy closes the connection of a body that is refused, while it is sent.
+        # Caddy closes the connection during an upload whose body is refused.
         with suppress(BrokenPipeError, ConnectionResetError):
             connection.request(method, PREFIX + path, body, dict(headers))
         response = connection.getresponse()
@@ -208,8 +215,11 @@ def ask(
 def test_too_large_an_upload(
     mebibytes: int, proxy: Proxy, homeserver: Homeserver
 ) -> None:
-    """An upload over the limit of the service, or of the proxy as well, is refused in
-    JSON that clients understand, whichever of the two refuses it."""
+    """An upload above the limit is answered 413 in JSON that clients understand.
+
+    This holds for 10 MiB + 1 byte, refused by the service, and for 12 MiB + 1 byte,
+    above the proxy's limit as well.
+    """
     headers = bearer(homeserver.new_user().access_token)
     body = b" " * (mebibytes * 2**20 + 1)
     answer = ask(proxy, "PUT", keys_path(str(VERSION)), headers, body)
@@ -218,21 +228,23 @@ def test_too_large_an_upload(
 
 
 def bearer(token: str) -> dict[str, str]:
-    """The header that says who asks."""
+    """Return the Authorization header for a token."""
     return {"Authorization": f"Bearer {token}"}
 
 
 def test_a_stranger_names_neither_id_nor_address(
     proxy: Proxy, services: tuple[Service, Service], homeserver: Homeserver
 ) -> None:
-    """The proxy's own request id and the client's real address are in the log, not what
-    the client sent as such."""
+    """The log has the proxy's request id and the client's real address.
+
+    The headers by which the client claims another id and address have no effect.
+    """
     claims = {"X-Request-ID": "made-up", "X-Forwarded-For": "203.0.113.9"}
     headers = {**bearer(homeserver.new_user().access_token), **claims}
     before = [len(service.log()) for service in services]
     answer = ask(proxy, "GET", "/version", headers)
     request_id = answer.headers["x-request-id"]
-    # The service's own ids have 16 digits.
+    # Request ids made by the service have 16 digits.
     assert re.fullmatch("[0-9a-f-]{32,36}", request_id)
     logs = "".join(
         service.log()[start:] for service, start in zip(services, before, strict=True)
@@ -246,8 +258,10 @@ def test_a_stranger_names_neither_id_nor_address(
 def test_no_process_is_up(
     kind: type[Proxy], homeserver: Homeserver, tmp_path: Path
 ) -> None:
-    """A proxy that reaches no process of the service answers 503 in JSON, which
-    browsers let a client read, and says when to try again."""
+    """A proxy without any running service process answers 503 in JSON.
+
+    The answer has CORS headers for browsers, and Retry-After.
+    """
     ports = [free_port(), free_port()]
     with kind(tmp_path, ports, homeserver.port) as proxy:
         answer = ask(proxy, "GET", "/version", bearer("token"))
@@ -260,7 +274,7 @@ def test_no_process_is_up(
 def big(
     services: tuple[Service, Service], homeserver: Homeserver, database: Path
 ) -> str:
-    """The token of somebody with a big backup."""
+    """The token of a user with a backup of 80,000 keys."""
     user = homeserver.new_user()
     rows = (
         (user.user_id, ROOM, f"{n:08}", VERSION, n, 0, True, SESSION_DATA)
@@ -284,7 +298,11 @@ def big(
 
 
 def open_download(proxy: Proxy, token: str) -> HTTPResponse:
-    """Ask for a whole backup with little room for it, and read the head."""
+    """Request the whole backup and read the headers of the answer.
+
+    The receive buffer has 64 KiB, so that the connection stalls soon if the test does
+    not read.
+    """
     connection = socket.socket()
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
     connection.settimeout(DEADLINE)
@@ -300,7 +318,7 @@ def open_download(proxy: Proxy, token: str) -> HTTPResponse:
 
 
 def check_whole(body: bytes) -> None:
-    """It has every key of the big backup, once."""
+    """Check that a body has each key of the big backup."""
     sessions = json.loads(body)["rooms"][ROOM]["sessions"]
     assert len(sessions) == KEYS
     data = json.loads(SESSION_DATA)
@@ -308,7 +326,7 @@ def check_whole(body: bytes) -> None:
 
 
 def sent(services: tuple[Service, Service]) -> float:
-    """How many bytes of downloads both processes have sent so far."""
+    """Return the number of bytes that both processes have sent in downloads so far."""
     total = 0.0
     for service in services:
         for line in fetch(service.metrics_url).decode().splitlines():
@@ -320,8 +338,11 @@ def sent(services: tuple[Service, Service]) -> float:
 def test_a_slow_download(
     proxy: Proxy, services: tuple[Service, Service], big: str
 ) -> None:
-    """It begins at once, is held by nobody while its client doesn't read, and comes
-    whole."""
+    """A download starts within 1 s, and stalls while the client does not read.
+
+    Meanwhile neither proxy nor service buffers it in memory or in files. Afterwards the
+    download is complete.
+    """
     before = sent(services)
     parties: list[Proxy | Service] = [proxy, *services]
     memory = [party.rss_bytes() for party in parties]
@@ -341,7 +362,7 @@ def test_a_slow_download(
             assert party.rss_bytes() - first < BOUND
         body += response.read()
     check_whole(body)
-    # The rest is what the system keeps for connections: some MiB for each.
+    # The kernel buffers some MiB for each connection.
     assert 0 < halted < len(body) / 2
 
 
@@ -352,7 +373,7 @@ def test_a_refused_connection_goes_to_the_other(
     homeserver: Homeserver,
     tmp_path: Path,
 ) -> None:
-    """While one of the processes is down the other answers every request."""
+    """If one process is down, the other process answers each request."""
     headers = bearer(homeserver.new_user().access_token)
     ports = [free_port(), services[0].port]
     with kind(tmp_path, ports, homeserver.port) as proxy:
@@ -362,7 +383,7 @@ def test_a_refused_connection_goes_to_the_other(
 
 
 class Away(BaseHTTPRequestHandler):
-    """A process that is about to stop: it is asked, and answers 503."""
+    """Handler of a process that is stopping: ready, but 503 for each other request."""
 
     protocol_version = "HTTP/1.1"
     asked: list[str]
@@ -379,14 +400,14 @@ class Away(BaseHTTPRequestHandler):
     do_GET = do_PUT = do_POST = do_DELETE = answer
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Print nothing."""
+        """Discard the log line of a request."""
 
 
 class AwayServer(ThreadingHTTPServer):
-    """Doesn't mind that a proxy drops its connections."""
+    """HTTP server that ignores connections dropped by the proxy."""
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Print nothing."""
+        """Discard the error of a request."""
 
 
 @pytest.mark.parametrize("kind", PASS_WHOLE_UPLOADS)
@@ -396,7 +417,10 @@ def test_a_503_is_passed_to_the_other(
     homeserver: Homeserver,
     tmp_path: Path,
 ) -> None:
-    """Whatever is asked: an upload of 200 keys and a new version too."""
+    """A request that one process answers 503 is repeated at the other process.
+
+    This holds for each method, for an upload of 200 keys and for a new version too.
+    """
     asked: list[str] = []
     handler = type("Handler", (Away,), {"asked": asked})
     with ExitStack() as stack:
@@ -420,14 +444,19 @@ def test_a_503_is_passed_to_the_other(
 
 
 def batch(start: int, size: int) -> Rooms:
-    """Some keys as large as real ones."""
+    """Build keys with session_data of the usual length."""
     data = json.loads(SESSION_DATA)
     return {ROOM: {f"{n}/+": key(data=data) for n in range(start, start + size)}}
 
 
 def back_up_until(done: threading.Event, api: Api) -> int:
-    """Upload keys, one or a hundred at a time, and read them again; the number of
-    requests, all of which were answered well."""
+    """Upload keys, 1 or 100 at a time, and read the backup, until an event is set.
+
+    The test fails if a request isn't answered with success.
+
+    Returns:
+        The number of requests.
+    """
     requests = 2
     version = api.create_version()
     rooms = batch(0, 0)
@@ -443,7 +472,8 @@ def back_up_until(done: threading.Event, api: Api) -> int:
 
 
 def begin_until(done: threading.Event, api: Api) -> int:
-    """Make new versions and delete them; the number of requests."""
+    """Create versions and delete them until an event is set; return the number of
+    requests."""
     requests = 0
     while not done.wait(0.01):
         version = api.create_version()
@@ -453,7 +483,7 @@ def begin_until(done: threading.Event, api: Api) -> int:
 
 
 def read_slowly(proxy: Proxy, token: str) -> None:
-    """Download a big backup in about three seconds."""
+    """Download the big backup at a speed that takes about three seconds."""
     body = b""
     with open_download(proxy, token) as response:
         while more := response.read(2**20):
@@ -466,8 +496,7 @@ def read_slowly(proxy: Proxy, token: str) -> None:
 def test_restarts_under_load(
     proxy: Proxy, services: tuple[Service, Service], homeserver: Homeserver, big: str
 ) -> None:
-    """While the processes are restarted one after the other no request fails, and no
-    download is cut."""
+    """No request fails and no download is cut while the processes restart in turn."""
     done = threading.Event()
     apis = [Api(proxy.url, homeserver.new_user().access_token) for _ in range(5)]
     with ThreadPoolExecutor(10) as pool:

@@ -1,4 +1,4 @@
-"""Whether the database is ready, on each engine."""
+"""The readiness check of the database, on each engine."""
 
 from __future__ import annotations
 
@@ -24,7 +24,14 @@ Steps = Generator[Deferred[Any], Any, None]
 
 
 class Target:
-    """A database whose readiness is tested, and the time that the tests are told."""
+    """A database under test and the clock of its readiness check.
+
+    Attributes:
+        backend: the database and how to connect.
+        database: the connection pool of the check.
+        now: the clock's time, in seconds; tests advance the clock.
+        readiness: the check.
+    """
 
     def __init__(self, backend: Backend) -> None:
         self.backend = backend
@@ -36,7 +43,7 @@ class Target:
         )
 
     def execute(self, statement: str) -> Deferred[None]:
-        """Run a statement."""
+        """Run a statement; the Deferred fires when the statement is committed."""
 
         def run(txn: Transaction) -> None:
             txn.execute(statement)
@@ -45,7 +52,7 @@ class Target:
 
     @inlineCallbacks
     def fail(self, text: str) -> Steps:
-        """The database isn't ready, for a reason with this text."""
+        """Check that the database isn't ready, for a reason that matches `text`."""
         with pytest.raises(Unready, match=text):
             yield self.readiness.check()
 
@@ -62,7 +69,11 @@ def target(
 
 @inlineCallbacks
 def test_tables(target: Target) -> Steps:
-    """Each table is missed within `TEST_SECONDS`, and found as soon as it is back."""
+    """A missing table makes the database unready within `TEST_SECONDS`.
+
+    The database is ready again with the first check after the table is back. Tables of
+    a later version make it unready too.
+    """
     engine = target.backend.engine
     yield target.fail("lack a part of number")
     yield target.database.run("upgrade", upgrade_tables, engine, True)
@@ -86,8 +97,11 @@ def test_tables(target: Target) -> Steps:
 
 @inlineCallbacks
 def test_a_lock_of_another_process(target: Target) -> Steps:
-    """A lock on the row that is written delays no test; SQLite, whose lock is on the
-    whole file, isn't ready once it has lasted."""
+    """A lock on the row that the check writes does not delay the check.
+
+    SQLite locks the whole file: it isn't ready once a lock has lasted `LOCK_SECONDS`.
+    PostgreSQL stays ready.
+    """
     engine = target.backend.engine
     yield target.database.run("upgrade", upgrade_tables, engine, True)
     yield target.readiness.check()
@@ -116,7 +130,7 @@ def test_a_lock_of_another_process(target: Target) -> Steps:
 
 @inlineCallbacks
 def test_estimates(target: Target) -> Steps:
-    """The number of keys in all is about right once the engine has looked."""
+    """The estimated number of keys is right once the engine has statistics."""
     engine = target.backend.engine
     yield target.database.run("upgrade", upgrade_tables, engine, True)
     assert (yield target.database.run("estimate", estimate_keys, engine)) == 0

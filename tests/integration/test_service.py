@@ -1,4 +1,4 @@
-"""The service, run as operators run it: what it answers, tells and logs."""
+"""The service as operators run it: answers, status, metrics and log."""
 
 from __future__ import annotations
 
@@ -49,9 +49,11 @@ def service(
 def proxied(
     homeserver: Homeserver, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Service]:
-    """The service with a unix socket too, where we are a trusted proxy, and JSON logs.
+    """The service with a trusted proxy, a second listener on a unix socket, and JSON
+    logs.
 
-    Its log has all that its requests of this file had it log.
+    The loopback network is the trusted proxy, so the tests are trusted. The log has the
+    requests of all tests in this module.
     """
     directory = tmp_path_factory.mktemp("proxied")
     service = Service(
@@ -71,7 +73,7 @@ def proxied(
 
 
 def host_of(service: Service, homeserver: Homeserver) -> HttpHost:
-    """The service as a server under test."""
+    """Make the service a server under test."""
     return HttpHost(service.url, homeserver.new_user, homeserver.new_guest)
 
 
@@ -85,13 +87,13 @@ def host(service: Service, homeserver: Homeserver) -> Iterator[HttpHost]:
 
 @implementer(IAgentEndpointFactory)
 class UnixEndpoints:
-    """Has an agent connect to a unix socket, whatever the address."""
+    """Endpoint factory that connects to a unix socket, whatever the address."""
 
     def __init__(self, path: Path) -> None:
         self._path = str(path)
 
     def endpointForURI(self, uri: URI) -> IStreamClientEndpoint:
-        """As `IAgentEndpointFactory.endpointForURI`."""
+        """See `IAgentEndpointFactory.endpointForURI`."""
         return UNIXClientEndpoint(reactor, self._path)
 
 
@@ -108,7 +110,7 @@ def unix_host(proxied: Service, homeserver: Homeserver) -> Iterator[HttpHost]:
 
 @each_scenario
 def test_contract(scenario: Scenario, host: HttpHost) -> Deferred[None]:
-    """The service keeps it, on each engine."""
+    """The service keeps the contract on each engine."""
     return scenario(host)
 
 
@@ -116,12 +118,12 @@ def test_contract(scenario: Scenario, host: HttpHost) -> Deferred[None]:
 def test_contract_over_a_unix_socket(
     scenario: Scenario, unix_host: HttpHost
 ) -> Deferred[None]:
-    """The service keeps it there as well."""
+    """The service keeps the contract over a unix socket."""
     return scenario(unix_host)
 
 
 def exchange(service: Service, *sent: bytes) -> bytes:
-    """Send bytes as they are, and return all that comes back until the end."""
+    """Send bytes unchanged; return all bytes until the server closes the connection."""
     with socket.create_connection((HOST, service.port), timeout=DEADLINE) as client:
         for part in sent:
             client.sendall(part)
@@ -129,20 +131,20 @@ def exchange(service: Service, *sent: bytes) -> bytes:
 
 
 def get(path: str, *headers: str) -> bytes:
-    """A request, after which the connection ends."""
+    """Build a GET request after which the server closes the connection."""
     lines = [f"GET {path} HTTP/1.1", "Host: a", "Connection: close", *headers]
     return "\r\n".join([*lines, "", ""]).encode()
 
 
 def head_of(answer: bytes) -> tuple[int, dict[str, str]]:
-    """The status and the headers of an answer, their names in lower case."""
+    """Return the status and the headers of an answer, with names in lower case."""
     status, *lines = answer.partition(b"\r\n\r\n")[0].decode().split("\r\n")
     headers = (line.split(": ", 1) for line in lines)
     return int(status.split()[1]), {name.lower(): value for name, value in headers}
 
 
 def lines_of(service: Service, number: str) -> list[dict[str, Any]]:
-    """What a request with this id has in the log, once it has its access line."""
+    """Return the log lines of a request id, once the access line is logged."""
     deadline = time.monotonic() + DEADLINE
     while time.monotonic() < deadline:
         lines = [json.loads(line) for line in service.log().splitlines()]
@@ -154,7 +156,7 @@ def lines_of(service: Service, number: str) -> list[dict[str, Any]]:
 
 
 def access(service: Service, *headers: str, path: str = "/x") -> tuple[str, str]:
-    """Send a request; its id, and its line in the access log."""
+    """Send a GET request; return its id and its access log line."""
     _, got = head_of(exchange(service, get(path, *headers)))
     number = got["x-request-id"]
     lines = lines_of(service, number)
@@ -162,7 +164,8 @@ def access(service: Service, *headers: str, path: str = "/x") -> tuple[str, str]
 
 
 def test_status(service: Service) -> None:
-    """It lives and is ready, as all its listeners tell; the metrics are elsewhere."""
+    """``/health`` and ``/ready`` are served by all listeners, metrics by their listener
+    only."""
     for url in (service.url, service.metrics_url.removesuffix("/metrics")):
         assert json.loads(fetch(f"{url}/health")) == {"status": "ok"}
         assert json.loads(fetch(f"{url}/ready")) == {
@@ -177,7 +180,12 @@ def test_status(service: Service) -> None:
 
 
 def test_metrics(service: Service, homeserver: Homeserver) -> None:
-    """What was asked, how it went and how long it took; what waits."""
+    """Requests are counted by method, servlet and status, and timed by method and
+    servlet.
+
+    Unknown methods count as ``other``. Gauges show requests in progress and waiting,
+    and transactions running and waiting.
+    """
     api = Api(service.url, homeserver.new_user().access_token)
     api.request("GET", "/version")
     head_of(exchange(service, get("/unknown").replace(b"GET", b"BREW")))
@@ -200,7 +208,10 @@ def test_metrics(service: Service, homeserver: Homeserver) -> None:
 
 
 def test_requests_have_ids(proxied: Service, homeserver: Homeserver) -> None:
-    """In the answer, and in each line that they have logged, before and after waits."""
+    """Each answer has a request id, and each log line of the request has the same id.
+
+    The id is still there in lines logged after a wait for the database.
+    """
     user = homeserver.new_user()
     api = Api(proxied.url, user.access_token)
     version = api.request("POST", "/version", {"algorithm": "a", "auth_data": {}})
@@ -227,8 +238,10 @@ def test_requests_have_ids(proxied: Service, homeserver: Homeserver) -> None:
 
 
 def test_access_lines_have_fields(proxied: Service, homeserver: Homeserver) -> None:
-    """In JSON, what an operator counts and filters by is a member of its own; the query
-    is in none. A refusal has its user too."""
+    """In JSON logs, each value that operators filter by is a field of its own.
+
+    The query string is in no field. The line of a refusal has the user, too.
+    """
     user = homeserver.new_user()
     api = Api(proxied.url, user.access_token)
     made = api.request("POST", "/version", {"algorithm": "a", "auth_data": {}})
@@ -261,7 +274,8 @@ def test_access_lines_have_fields(proxied: Service, homeserver: Homeserver) -> N
 
 
 def test_ids_and_addresses_of_trusted_proxies(proxied: Service) -> None:
-    """They are believed if they are sane; the query isn't logged."""
+    """Request id and address from a trusted proxy are used if valid; no query is
+    logged."""
     headers = ("X-Request-ID: abc-1", "X-Forwarded-For: 1.2.3.4, 203.0.113.9")
     number, line = access(proxied, *headers, path="/x?access_token=syt_query")
     assert number == "abc-1"
@@ -272,7 +286,8 @@ def test_ids_and_addresses_of_trusted_proxies(proxied: Service) -> None:
 
 
 def test_ids_and_addresses_of_strangers(service: Service) -> None:
-    """They are not believed."""
+    """Request id and address from an untrusted client are ignored; no query is
+    logged."""
     headers = ("X-Request-ID: abc-2", "X-Forwarded-For: 203.0.113.9")
     _, got = head_of(
         exchange(service, get("/strange?access_token=syt_query", *headers))
@@ -284,7 +299,7 @@ def test_ids_and_addresses_of_strangers(service: Service) -> None:
 
 
 def test_long_lines_are_cut(proxied: Service) -> None:
-    """A path may have 16 KB, a line of the log has 2."""
+    """Log lines have at most 2,048 bytes, though paths may have 16 KB."""
     access(proxied, path="/" + "x" * 10_000)
     assert max(map(len, proxied.log().encode().splitlines())) <= 2048
 
@@ -292,7 +307,11 @@ def test_long_lines_are_cut(proxied: Service) -> None:
 def test_every_line_is_json_without_secrets(
     proxied: Service, homeserver: Homeserver
 ) -> None:
-    """After all that the tests above have sent."""
+    """Each log line is a JSON object with the common fields, without a secret or an
+    error.
+
+    The log has the requests of all tests above.
+    """
     user = homeserver.new_user()
     api = Api(proxied.url, user.access_token)
     api.request("GET", "/version")
@@ -307,13 +326,16 @@ def test_every_line_is_json_without_secrets(
 
 
 def chunked(size: int) -> Iterator[bytes]:
-    """A body of unknown length that has this many bytes and doesn't end."""
+    """Yield a chunked body of `size` bytes without the final chunk."""
     for _ in range(size // 65536):
         yield b"10000\r\n" + bytes(65536) + b"\r\n"
 
 
 def test_a_body_over_the_limit_is_refused_early(service: Service) -> None:
-    """Before it has come, with what every answer has, and the connection ends."""
+    """A body above the limit is refused with 413 before all of it is received.
+
+    The answer has the usual headers, and the connection is closed.
+    """
     head = get("/_matrix/client/v3/room_keys/keys?version=1").replace(b"GET", b"PUT")
     head = head.removesuffix(b"\r\n").replace(b"Connection: close\r\n", b"")
     for answer in (
@@ -327,7 +349,8 @@ def test_a_body_over_the_limit_is_refused_early(service: Service) -> None:
             head + b"Transfer-Encoding: chunked\r\n\r\n",
             *chunked(LIMIT + 2 * 65536),
         ),
-        # The client goes on sending: it is heard out, or it would see a reset.
+        # The client continues to send. The service reads and discards these bytes,
+        # because closing the connection early would reset it and lose the answer.
         exchange(
             service,
             head + b"Content-Length: %d\r\n\r\n" % (4 * LIMIT),
@@ -344,7 +367,7 @@ def test_a_body_over_the_limit_is_refused_early(service: Service) -> None:
 
 
 def test_a_body_at_the_limit_is_read(service: Service) -> None:
-    """One byte less is for the servlet to judge."""
+    """A body of exactly the limit is read and passed to the servlet."""
     head = get(PREFIX + "/version", f"Content-Length: {LIMIT}").replace(b"GET", b"POST")
     status, headers = head_of(exchange(service, head, bytes(LIMIT)))
     assert status == 401
@@ -352,7 +375,8 @@ def test_a_body_at_the_limit_is_read(service: Service) -> None:
 
 
 def test_an_unknown_path_has_cors_headers(service: Service) -> None:
-    """So that a client in a browser can read the error."""
+    """A 404 for an unknown path has CORS headers, so that browsers show clients the
+    error."""
     status, headers = head_of(exchange(service, get("/_matrix/client/v3/nothing")))
     assert status == 404
     assert headers["access-control-allow-origin"] == "*"

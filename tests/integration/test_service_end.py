@@ -1,4 +1,4 @@
-"""The service's end: what is finished, what is refused and what is dropped."""
+"""The service's shutdown: requests that are finished, refused or aborted."""
 
 from __future__ import annotations
 
@@ -22,13 +22,22 @@ from ..servers.processes import HOST
 from ..servers.service import Service
 
 DEADLINE = 20.0
-#: Of 60 KB each: more than the system's buffers for a connection, which hold 10 MB.
+#: Number of keys, of 60 KB each: 24 MB, more than the kernel's buffers for a
+#: connection, which hold 10 MB.
 KEYS = 400
 DATA = "x" * 60_000
 
 
 class Backup:
-    """A user's backup, larger than what a connection holds, and connections to it."""
+    """A user's backup that exceeds the kernel's buffers, and raw connections to the
+    service.
+
+    Attributes:
+        service: the service.
+        token: the user's access token.
+        api: the user's client.
+        version: the version of the backup.
+    """
 
     def __init__(
         self, service: Service, homeserver: Homeserver, keys: int = KEYS
@@ -38,17 +47,17 @@ class Backup:
         self.api = Api(service.url, self.token)
         body = {"algorithm": ALGORITHM, "auth_data": AUTH_DATA}
         self.version: str = self.api.request("POST", "/version", body).json["version"]
-        # Larger uploads would wait for a while, for others' sake.
+        # Small uploads, because larger ones are throttled.
         for start in range(0, keys, 10):
             some = {f"{start + n}": key(data=DATA) for n in range(10)}
             assert self.api.request("PUT", *self.upload({"!a": some})).status == 200
 
     def upload(self, rooms: Rooms) -> tuple[str, object]:
-        """The path and the body of an upload."""
+        """Return the path and the body of an upload."""
         return keys_path(self.version), wrapped(rooms)
 
     def send(self, method: str, path: str, *headers: str) -> socket.socket:
-        """Begin a request: what it has after its headers is to be sent."""
+        """Send the headers of a request on a new connection, without a body."""
         lines = [f"{method} {PREFIX}{path} HTTP/1.1", "Host: a", *headers]
         lines.append(f"Authorization: Bearer {self.token}")
         client = socket.create_connection((HOST, self.service.port), timeout=DEADLINE)
@@ -56,7 +65,7 @@ class Backup:
         return client
 
     def download(self) -> socket.socket:
-        """Begin a download, and read until it has begun to come."""
+        """Start a download and wait for the first bytes of the answer."""
         client = self.send("GET", keys_path(self.version))
         assert client.recv(1000, socket.MSG_PEEK).startswith(b"HTTP/1.1 200")
         return client
@@ -64,7 +73,7 @@ class Backup:
 
 @pytest.fixture
 def service(homeserver: Homeserver, tmp_path: Path) -> Iterator[Service]:
-    """The service, with time enough to finish."""
+    """The service with the default shutdown timeout."""
     with Service(tmp_path, homeserver.url) as service:
         yield service
     assert "Traceback" not in service.log()
@@ -72,14 +81,14 @@ def service(homeserver: Homeserver, tmp_path: Path) -> Iterator[Service]:
 
 @pytest.fixture
 def hasty(homeserver: Homeserver, tmp_path: Path) -> Iterator[Service]:
-    """The service, with one second to finish."""
+    """The service with a shutdown timeout of one second."""
     with Service(tmp_path, homeserver.url, settings={"shutdown_seconds": 1}) as service:
         yield service
     assert "Traceback" not in service.log()
 
 
 def stop(service: Service, number: signal.Signals = signal.SIGTERM) -> None:
-    """Tell it to stop, and wait until it knows."""
+    """Send a signal, and wait until ``/ready`` reports that the service is stopping."""
     ready = service.metrics_url.replace("/metrics", "/ready")
     service.send(number)
     deadline = time.monotonic() + DEADLINE
@@ -95,19 +104,19 @@ def stop(service: Service, number: signal.Signals = signal.SIGTERM) -> None:
 
 
 def answer_to(client: socket.socket) -> tuple[HTTPResponse, bytes]:
-    """The answer, and its body."""
+    """Read an answer from a connection; return it with its body."""
     response = HTTPResponse(client)
     response.begin()
     return response, response.read()
 
 
 def ended(client: socket.socket) -> bool:
-    """Whether the server closes the connection without another byte."""
+    """Return whether the server closes the connection without another byte."""
     return client.recv(1000) == b""
 
 
 def rest_of(client: socket.socket) -> bytes:
-    """What comes until the connection is closed or broken."""
+    """Return all bytes until the connection is closed or reset."""
     parts = []
     with suppress(ConnectionResetError):
         while part := client.recv(65536):
@@ -118,7 +127,11 @@ def rest_of(client: socket.socket) -> bytes:
 def test_what_is_under_way_is_finished(
     service: Service, homeserver: Homeserver
 ) -> None:
-    """A download and an upload; what comes later is refused."""
+    """A download and an upload in progress are finished; later requests are refused.
+
+    New connections are refused, idle connections are closed. A request whose headers
+    were incomplete is answered 503 with Retry-After.
+    """
     backup = Backup(service, homeserver)
     body = json.dumps(backup.upload({"!b": {"new": key()}})[1]).encode()
     with closing(backup.send("GET", "/version")) as idle:
@@ -158,7 +171,10 @@ def test_what_is_under_way_is_finished(
 
 
 def test_what_takes_too_long_is_dropped(hasty: Service, homeserver: Homeserver) -> None:
-    """A download that nobody reads is cut, never ended as if it were whole."""
+    """A download that the client does not read is aborted at the shutdown timeout.
+
+    The final chunk is never sent, so the client can't take the download for complete.
+    """
     backup = Backup(hasty, homeserver)
     with closing(backup.download()) as download:
         stop(hasty)
@@ -171,7 +187,10 @@ def test_what_takes_too_long_is_dropped(hasty: Service, homeserver: Homeserver) 
 def test_a_transaction_that_takes_too_long_is_left(
     hasty: Service, homeserver: Homeserver
 ) -> None:
-    """Its thread can't be ended, and keeps nobody waiting."""
+    """A transaction that waits for a lock does not delay the exit beyond the timeout.
+
+    The thread of the transaction can't be stopped, so the service exits without it.
+    """
     backup = Backup(hasty, homeserver)
     body = json.dumps(backup.upload({"!b": {"new": key()}})[1]).encode()
     path = hasty.directory / "roomkeys.db"
@@ -192,7 +211,7 @@ def test_a_transaction_that_takes_too_long_is_left(
 def test_a_second_signal_ends_it_at_once(
     service: Service, homeserver: Homeserver
 ) -> None:
-    """An operator needn't wait."""
+    """A second signal ends the service immediately with exit code 1."""
     backup = Backup(service, homeserver)
     with closing(backup.download()):
         stop(service)
@@ -202,14 +221,14 @@ def test_a_second_signal_ends_it_at_once(
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_idle_service_ends_soon(service: Service, number: signal.Signals) -> None:
-    """Any of the signals ends it in order, that of a closed terminal as well."""
+    """An idle service exits with 0 on SIGINT, SIGTERM or SIGHUP (closed terminal)."""
     service.send(number)
     assert service.wait(5.0) == 0
     assert "Stopped" in service.log()
 
 
 def test_a_terminal_that_closes(service: Service, homeserver: Homeserver) -> None:
-    """An upload under way is finished, as with any other signal to stop."""
+    """SIGHUP finishes an upload in progress, as any other signal to stop does."""
     backup = Backup(service, homeserver, keys=0)
     body = json.dumps(backup.upload({"!b": {"new": key()}})[1]).encode()
     headers = f"Content-Length: {len(body)}", "Expect: 100-continue"
@@ -222,7 +241,7 @@ def test_a_terminal_that_closes(service: Service, homeserver: Homeserver) -> Non
 
 
 def test_a_service_under_nohup(homeserver: Homeserver, tmp_path: Path) -> None:
-    """It was started not to end with its terminal."""
+    """A service started with SIGHUP ignored keeps running on SIGHUP, as under nohup."""
     service = Service(tmp_path, homeserver.url)
     ignore = "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN);"
     run = "import runpy; runpy.run_module('synapse_roomkeys.service', alter_sys=True)"

@@ -1,4 +1,4 @@
-"""The service's start, and what the other commands tell."""
+"""The service's start, and the output of the other commands."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ from ..servers.processes import HOST, free_port
 from ..servers.service import Service
 
 SECRET = "hunter2"
-#: Does as systemd does with a socket unit, and becomes the service.
+#: Program that opens a socket as systemd does for a socket unit, and then executes the
+#: service.
 ACTIVATE = """
 import os, socket, sys
 listening = socket.create_server(("127.0.0.1", int(os.environ.pop("PORT"))))
@@ -45,8 +46,15 @@ os.execv(sys.executable, program)
 
 
 def failure(service: Service, code: int, *names: str, tries: int = 0) -> None:
-    """It ends with this code and one line that says why, and tells no secret; before it
-    are only those of the tries that failed, and the two sides of a migration."""
+    """Check that a command ends with an exit code and one last line with the reason.
+
+    Args:
+        service: the command to run; its output must not contain `SECRET`.
+        code: the exit code.
+        names: texts that the last line has to contain.
+        tries: the number of lines before the last, each about a failed attempt. The two
+            lines about source and target of a migration may come first, not counted.
+    """
     found, output = service.run_to_end()
     assert found == code, output
     sides = ("From source, ", "to target, ")
@@ -59,9 +67,13 @@ def failure(service: Service, code: int, *names: str, tries: int = 0) -> None:
 
 
 def test_no_file_is_needed(homeserver: Homeserver, tmp_path: Path) -> None:
-    """With the homeserver's address it serves, from a file beside it."""
+    """With the homeserver's address as an option, the service needs no configuration
+    file.
+
+    The database is then an SQLite file in the working directory.
+    """
     service = Service(tmp_path, "", arguments=("serve", "--homeserver", homeserver.url))
-    # Somebody may have the port that is the default.
+    # The default port may be in use.
     service.environment = {"ROOMKEYS_LISTENERS": f"tcp:{service.port}:interface={HOST}"}
     with service:
         user = homeserver.new_user()
@@ -72,8 +84,10 @@ def test_no_file_is_needed(homeserver: Homeserver, tmp_path: Path) -> None:
 
 
 def test_its_file_is_its_owners(homeserver: Homeserver, tmp_path: Path) -> None:
-    """Nobody else reads the database or what SQLite keeps beside it, whatever the
-    umask; a file that was there keeps its mode."""
+    """The SQLite file and SQLite's files beside it are readable by their owner only.
+
+    The umask makes no difference. An existing file keeps its mode.
+    """
     service = Service(tmp_path, homeserver.url)
     path = tmp_path / "roomkeys.db"
     umask = os.umask(0o022)
@@ -90,7 +104,7 @@ def test_its_file_is_its_owners(homeserver: Homeserver, tmp_path: Path) -> None:
 
 
 def test_a_port_in_use(homeserver: Homeserver, tmp_path: Path) -> None:
-    """It doesn't start, and says which listener it is."""
+    """If a port is in use, the service does not start and names the listener."""
     service = Service(tmp_path, homeserver.url)
     with closing(socket.create_server((HOST, service.port))):
         failure(service, 1, f"listeners: tcp:{service.port}:", "already in use")
@@ -100,7 +114,12 @@ def test_a_port_in_use(homeserver: Homeserver, tmp_path: Path) -> None:
 def test_a_database_of_another_encoding(
     homeserver: Homeserver, tmp_path: Path, postgres: PostgresServer, command: str
 ) -> None:
-    """It is refused before the first key, with what to do about it."""
+    """A database in another encoding than UTF-8 is refused before the first key is
+    stored.
+
+    ``serve`` and ``migrate`` name the encoding and the command that creates a suitable
+    database.
+    """
     database = postgres.create_database(encoding="LATIN1")
     service = Service(tmp_path, homeserver.url, database=database)
     if command == "migrate":
@@ -116,8 +135,11 @@ def test_a_database_of_another_encoding(
 
 
 def test_a_database_that_is_away(homeserver: Homeserver, tmp_path: Path) -> None:
-    """It is tried for some seconds, then it ends; the lines name the database and no
-    password, two for all tries."""
+    """An unreachable database is retried for some seconds, then the service exits.
+
+    Each log line names the database but no password. The log has two lines for all
+    attempts.
+    """
     args = {"host": HOST, "port": free_port(), "user": "a", "password": SECRET}
     failure(
         Service(tmp_path / "a", homeserver.url, database=args),
@@ -134,7 +156,10 @@ def test_a_database_that_is_away(homeserver: Homeserver, tmp_path: Path) -> None
 def test_a_database_that_is_locked_for_a_moment(
     homeserver: Homeserver, tmp_path: Path
 ) -> None:
-    """Another process makes its tables: this one waits, and starts."""
+    """The service starts once another process releases its lock on the SQLite file.
+
+    Such a lock is held while another process creates the tables.
+    """
     service = Service(tmp_path, homeserver.url)
     path = tmp_path / "roomkeys.db"
     with closing(sqlite3.connect(path, isolation_level=None)) as connection:
@@ -154,7 +179,7 @@ def test_a_database_that_is_locked_for_a_moment(
 
 
 def test_a_database_of_a_later_version(homeserver: Homeserver, tmp_path: Path) -> None:
-    """It doesn't start, and leaves it alone."""
+    """The service does not start on tables of a later version."""
     with closing(sqlite3.connect(tmp_path / "roomkeys.db")) as connection:
         upgrade_tables(connection.cursor(), SQLITE, True)
         connection.execute("UPDATE roomkeys_schema SET number = 999")
@@ -163,7 +188,7 @@ def test_a_database_of_a_later_version(homeserver: Homeserver, tmp_path: Path) -
 
 
 def test_a_table_that_is_missing(homeserver: Homeserver, tmp_path: Path) -> None:
-    """The service doesn't start without a table of the homeserver's that was there."""
+    """The service does not start without a homeserver's table that existed before."""
     with closing(sqlite3.connect(tmp_path / "roomkeys.db")) as connection:
         upgrade_tables(connection.cursor(), SQLITE, True)
         connection.commit()
@@ -172,7 +197,7 @@ def test_a_table_that_is_missing(homeserver: Homeserver, tmp_path: Path) -> None
 
 
 def test_a_homeserver_that_is_away(tmp_path: Path) -> None:
-    """It starts all the same, and isn't ready."""
+    """Without a reachable homeserver the service starts, but is not ready."""
     away = f"http://{HOST}:{free_port()}"
     with Service(tmp_path, away) as service:
         assert json.loads(fetch(f"{service.url}/health")) == {"status": "ok"}
@@ -183,7 +208,10 @@ def test_a_homeserver_that_is_away(tmp_path: Path) -> None:
 
 
 def test_a_wrong_configuration(homeserver: Homeserver, tmp_path: Path) -> None:
-    """It doesn't start; the line names the file and the option."""
+    """With an invalid configuration the service does not start.
+
+    The error names the file and the option.
+    """
     for name, settings, names in (
         ("a", {"shutdown_seconds": "30"}, ["roomkeys.yaml", "shutdown_seconds"]),
         ("b", {"database": {"args": {"path": SECRET}}}, ["database.args.path"]),
@@ -209,7 +237,7 @@ def test_a_wrong_configuration(homeserver: Homeserver, tmp_path: Path) -> None:
 
 
 def test_a_socket_of_systemd(homeserver: Homeserver, tmp_path: Path) -> None:
-    """It serves on a socket that was there before it."""
+    """The service serves on a socket that systemd opened before."""
     settings = {"listeners": ["systemd:domain=INET:index=0"]}
     service = Service(tmp_path, homeserver.url, settings=settings)
     service.program = ("-c", ACTIVATE)
@@ -223,7 +251,7 @@ def test_several_start_at_once(
     database: Callable[[], Mapping[str, Any] | None],
     tmp_path: Path,
 ) -> None:
-    """On one new database, whose tables one of them makes."""
+    """Several processes can start at the same time on a new, shared database."""
     arguments = database()
     shared = {"name": "sqlite3", "args": {"database": str(tmp_path / "shared.db")}}
     if arguments is not None:
@@ -244,8 +272,11 @@ def test_several_start_at_once(
 def test_no_part_of_a_password_is_told(
     homeserver: Homeserver, postgres: PostgresServer, tmp_path: Path
 ) -> None:
-    """Commands print no password in the place of another argument, though libpq or the
-    server quotes it: as an unknown option, as the host, as the database."""
+    """No command prints a password that stands in place of another argument.
+
+    libpq or the server quotes such a password: as an unknown option, as the host or as
+    the database.
+    """
     reachable = postgres.create_database()
     wrong: list[Mapping[str, Any]] = [
         {"dsn": f"host={HOST} password=my {SECRET} pass"},
@@ -277,7 +308,7 @@ def test_no_part_of_a_password_is_told(
 
 
 def test_migrate(homeserver: Homeserver, tmp_path: Path) -> None:
-    """It reads what a Synapse is configured with, and tells what it did."""
+    """``migrate`` reads a Synapse's configuration file and reports the result."""
     source = tmp_path / "homeserver.db"
     with closing(sqlite3.connect(source)) as connection:
         upgrade_tables(connection.cursor(), SQLITE, True)
@@ -302,7 +333,8 @@ def test_migrate(homeserver: Homeserver, tmp_path: Path) -> None:
 
 
 def test_the_command() -> None:
-    """It is installed, tells its version and its configuration, and how it is used."""
+    """The installed command prints its version, an example configuration and its
+    usage."""
     command = Path(sys.executable).with_name("synapse-roomkeys")
 
     def run(*arguments: str) -> tuple[int, str]:

@@ -1,4 +1,4 @@
-"""The users of a Synapse with the plugin: who is served, who isn't, who is gone."""
+"""The users of a Synapse with the plugin: allowed, refused and deactivated ones."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ COMPLAINT = re.compile(
 
 
 def query(synapse: Synapse, statement: str, *parameters: Any) -> list[tuple[Any, ...]]:
-    """Run a statement on a Synapse's database, past the Synapse."""
+    """Run a statement on a Synapse's database, in a connection of the test's own."""
     if synapse.database is None:
         connection: Any = sqlite3.connect(synapse.directory / "homeserver.db")
     else:
@@ -68,20 +68,27 @@ def query(synapse: Synapse, statement: str, *parameters: Any) -> list[tuple[Any,
 
 
 def rows(synapse: Synapse, table: str, user_id: str) -> int:
-    """How many rows of a table are a user's."""
+    """Return the number of a user's rows in a table."""
     statement = f"SELECT COUNT(*) FROM {table} WHERE user_id = ?"
     count: int = query(synapse, statement, user_id)[0][0]
     return count
 
 
 def complaints(log: str) -> list[str]:
-    """The lines of a log that no Synapse in good health writes."""
+    """Return the log lines about errors, tracebacks and log contexts."""
     return [line for line in log.splitlines() if COMPLAINT.search(line)]
 
 
 @attrs.frozen
 class Pair:
-    """A Synapse with the plugin and one without, on the same database."""
+    """A Synapse with the plugin and one without, on the same database.
+
+    Attributes:
+        synapse: the one with the plugin.
+        stock: the one with Synapse's own endpoints.
+        plugin_host: `synapse` as a server under test.
+        stock_host: `stock` as a server under test.
+    """
 
     synapse: Synapse
     stock: Synapse
@@ -90,12 +97,12 @@ class Pair:
 
     @property
     def hosts(self) -> tuple[HttpHost, HttpHost]:
-        """Both, the plugin's first."""
+        """Both servers under test, the one with the plugin first."""
         return self.plugin_host, self.stock_host
 
 
 def registration(directory: Path) -> Path:
-    """Write down an application service."""
+    """Write the registration file of an application service and return its path."""
     users = [{"exclusive": True, "regex": "@bridged_.*"}]
     file = directory / "bridge.yaml"
     settings = {
@@ -114,7 +121,7 @@ def registration(directory: Path) -> Path:
 def pair(
     postgres: PostgresServer, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Pair]:
-    """Two Synapses with an application service, whose answers can be compared."""
+    """Two Synapses with an application service, on one database, to compare answers."""
     directory = tmp_path_factory.mktemp("pair")
     database = postgres.create_database()
     extra = {
@@ -136,7 +143,7 @@ def pair(
 def call(
     pair: Pair, method: str, path: str, body: object, token: str | None
 ) -> dict[str, Any]:
-    """Send a request to Synapse, to an endpoint that isn't the plugin's."""
+    """Send a request to an endpoint of Synapse's own; return the JSON object."""
     url = pair.synapse.url + path
     answer: dict[str, Any] = json.loads(
         fetch(url, method=method, token=token, body=body)
@@ -145,7 +152,7 @@ def call(
 
 
 def administer(pair: Pair, method: str, path: str, body: object = None) -> None:
-    """Send a request as an administrator."""
+    """Send a request as a server administrator."""
     admin = pair.synapse.register(f"admin{time.monotonic_ns()}", admin=True)
     call(pair, method, "/_synapse/admin" + path, body, admin.access_token)
 
@@ -155,8 +162,10 @@ def administer(pair: Pair, method: str, path: str, body: object = None) -> None:
 
 @inlineCallbacks
 def test_deactivation(synapse: Synapse, synapse_host: HttpHost) -> Steps:
-    """A user who is deactivated leaves nothing behind but the last version number,
-    others keep what is theirs."""
+    """A deactivated user's rows are deleted, except the last version number.
+
+    Other users' rows are unchanged.
+    """
     users = [synapse.register(f"deactivated{n}") for n in range(2)]
     versions: list[str] = []
     for user in users:
@@ -175,16 +184,16 @@ def test_deactivation(synapse: Synapse, synapse_host: HttpHost) -> Steps:
 
 
 def nobody(pair: Pair) -> None:
-    """No token at all."""
+    """Return no token."""
 
 
 def stranger(pair: Pair) -> str:
-    """A token that was never given out."""
+    """Return a token that the homeserver never issued."""
     return "syt_c3RyYW5nZXI_AAAAAAAAAAAAAAAAAAAA_0aaaaa"
 
 
 def logged_out(pair: Pair) -> str:
-    """The token of a device that logged out."""
+    """Return the token of a device that has logged out."""
     user = pair.synapse.register("logged_out")
     device = pair.synapse.login(user)
     pair.synapse.logout(device)
@@ -192,7 +201,7 @@ def logged_out(pair: Pair) -> str:
 
 
 def expired(pair: Pair) -> str:
-    """A token that can be refreshed, after its time."""
+    """Return an expired token that can be refreshed."""
     user = pair.synapse.register("expired")
     token = pair.synapse.login(user, soft=True).access_token
     deadline = time.monotonic() + DEADLINE
@@ -205,19 +214,19 @@ def expired(pair: Pair) -> str:
 
 
 def guest(pair: Pair) -> str:
-    """A guest's token."""
+    """Return a guest's token."""
     return pair.synapse.guest().access_token
 
 
 def locked(pair: Pair) -> str:
-    """The token of a user whom an administrator has locked out."""
+    """Return the token of a user whom an administrator has locked."""
     user = pair.synapse.register("locked")
     administer(pair, "PUT", f"/v2/users/{quoted(user.user_id)}", {"locked": True})
     return user.access_token
 
 
 def deactivated(pair: Pair) -> str:
-    """The token of a user who was deactivated."""
+    """Return the token of a deactivated user."""
     user = pair.synapse.register("deactivated")
     pair.synapse.deactivate(user)
     return user.access_token
@@ -244,7 +253,8 @@ def test_refused(
     soft_logout: bool | None,
     pair: Pair,
 ) -> Steps:
-    """Every endpoint refuses whom Synapse's own refuse, in the same words."""
+    """Each endpoint refuses the users that Synapse's own refuse, with the same
+    errors."""
     token = token_of(pair)
     upload = encoded(wrapped(ROOMS))
     new = encoded({"algorithm": ALGORITHM, "auth_data": AUTH_DATA})
@@ -270,10 +280,15 @@ def test_refused(
 def use_backup(
     host: HttpHost, token: str, user_id: str | None = None
 ) -> Generator[Deferred[Any], Any, Answer]:
-    """Make a backup, fill it, and ask what it is like.
+    """Create a backup, upload keys, download them and delete one.
 
     Args:
-        user_id: whom an application service acts as.
+        host: the server under test.
+        token: the access token.
+        user_id: the user that an application service acts as, or None.
+
+    Returns:
+        A Deferred that fires with the answer about the current version.
     """
 
     def send(method: str, path: str, body: Any = None) -> Deferred[Answer]:
@@ -293,12 +308,12 @@ def use_backup(
 
 
 def shadow_ban(pair: Pair, user_id: str) -> None:
-    """Have a user's messages reach nobody."""
+    """Shadow-ban a user, whose messages then reach nobody."""
     administer(pair, "POST", f"/v1/users/{quoted(user_id)}/shadow_ban")
 
 
 def suspend(pair: Pair, user_id: str) -> None:
-    """Have a user read but not write."""
+    """Suspend a user, who can then read but not write."""
     administer(pair, "PUT", f"/v1/suspend/{quoted(user_id)}", {"suspend": True})
 
 
@@ -308,7 +323,8 @@ SANCTIONS = (shadow_ban, suspend) if SYNAPSE >= (1, 120) else (shadow_ban,)
 @pytest.mark.parametrize("sanction", SANCTIONS)
 @inlineCallbacks
 def test_sanctioned(sanction: Callable[[Pair, str], None], pair: Pair) -> Steps:
-    """A user who can't send messages has a backup as everybody, as in Synapse."""
+    """A user who can't send messages can use a backup, as with Synapse's own
+    endpoints."""
     user = pair.synapse.register(sanction.__name__)
     sanction(pair, user.user_id)
     for host in pair.hosts:
@@ -317,7 +333,7 @@ def test_sanctioned(sanction: Callable[[Pair, str], None], pair: Pair) -> Steps:
 
 @inlineCallbacks
 def test_appservice(pair: Pair) -> Steps:
-    """An application service acts as the user that it names."""
+    """An application service acts as a user of its namespace, named in the query."""
     login = {"type": "m.login.application_service"}
     body = {**login, "username": "bridged_one"}
     call(pair, "POST", "/_matrix/client/v3/register", body, AS_TOKEN)
@@ -339,7 +355,7 @@ def test_appservice_as_itself(pair: Pair) -> Steps:
 
 @inlineCallbacks
 def test_appservice_as_stranger(pair: Pair) -> Steps:
-    """An application service can't act as a user who isn't its own."""
+    """An application service can't act as a user outside its namespace."""
     user = pair.synapse.register("not_bridged")
     path = f"{PREFIX}/version?user_id={quoted(user.user_id)}"
     answers: list[Answer] = []

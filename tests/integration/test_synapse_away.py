@@ -1,4 +1,4 @@
-"""A database that goes away under a Synapse with the plugin."""
+"""A database that stops or restarts under a Synapse with the plugin."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ROOM = "!room"
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PostgresServer]:
-    """A PostgreSQL of its own, to be stopped."""
+    """A PostgreSQL for this module alone, which the tests stop."""
     with PostgresServer(tmp_path_factory.mktemp("postgres"), durable=True) as server:
         yield server
 
@@ -41,8 +41,10 @@ def host(
 
 @inlineCallbacks
 def test_a_restart_costs_a_moment(host: HttpHost, server: PostgresServer) -> Steps:
-    """After each restart or crash, requests at once on all connections that died are
-    answered as if nothing had been."""
+    """After a restart or crash of the database, all requests succeed.
+
+    The requests are concurrent, so that each broken connection in the pool is used.
+    """
     client = Client(host, host.new_user())
     version: str = yield client.create_version()
     for number, again in enumerate((server.restart, server.kill)):
@@ -63,8 +65,10 @@ def test_a_restart_costs_a_moment(host: HttpHost, server: PostgresServer) -> Ste
 
 @inlineCallbacks
 def test_away_is_503(host: HttpHost, server: PostgresServer) -> Steps:
-    """While the database stays away the client is told when to come again; nothing is
-    stored, and nothing is said to be missing."""
+    """While the database is stopped, requests are answered 503 with Retry-After.
+
+    Nothing is stored, and no answer says that a backup does not exist.
+    """
     client = Client(host, host.new_user())
     version: str = yield client.create_version()
     server.stop()

@@ -1,4 +1,4 @@
-"""What a Synapse with the plugin tells its operator: the log and the metrics."""
+"""The log and the metrics of a Synapse with the plugin."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ SESSION = "log/session+0"
 UPLOADS = 3
 KEYS_AN_UPLOAD = 600
 AT_ONCE = 10
-#: For how long a slow client reads nothing: pages are fetched in less. Seconds.
+#: Seconds for which a slow client reads nothing; fetching a page takes less.
 DAWDLED = 0.5
-#: A backup of such keys is longer than what the system buffers of a connection.
+#: session_data long enough for a backup above the kernel's buffers of a connection.
 LONG = SESSION_DATA + "." * 14_000
 SERVLETS = (
     "RoomKeysServlet",
@@ -58,12 +58,14 @@ SERVLETS = (
 
 @attrs.frozen
 class Remains:
-    """What the run leaves to be looked at.
+    """Log and metrics of a run of all endpoints.
 
     Attributes:
         account: the only user.
-        version: the backup that was used, and deleted in the end.
-        second_version: another one.
+        version: the backup that was used and deleted in the end.
+        second_version: another version.
+        log: the log and the output.
+        metrics: the metrics at the end of the run.
     """
 
     account: Account
@@ -73,23 +75,24 @@ class Remains:
     metrics: str
 
     def lines(self, *parts: str) -> list[str]:
-        """The lines of the log that hold every one of some texts."""
+        """Return the log lines that contain each of some texts."""
         lines = self.log.splitlines()
         return [line for line in lines if all(part in line for part in parts)]
 
     def said(self, text: str, *parts: str) -> list[str]:
-        """What the plugin has said of the user's device, at INFO."""
+        """Return the plugin's INFO lines that contain the user, the device and some
+        texts."""
         who = (self.account.user_id, self.account.device_id)
         return self.lines(" INFO synapse_roomkeys", text, *who, *parts)
 
     def requests(self, pattern: str) -> list[str]:
-        """The lines of requests whose method and path match a pattern."""
+        """Return Synapse's lines of requests whose method and path match a pattern."""
         lines = self.lines("Processed request")
         return [line for line in lines if re.search(f'"{pattern}', line)]
 
 
 def metric(metrics: str, name: str, **labels: str) -> float:
-    """The sum of a metric's samples that have some labels."""
+    """Return the sum of a metric's samples that have these labels."""
     wanted = [f'{label}="{value}"' for label, value in labels.items()]
     samples = re.findall(rf"^{name}(?:{{(.*)}})? (\S+)$", metrics, re.MULTILINE)
     return sum(
@@ -100,7 +103,11 @@ def metric(metrics: str, name: str, **labels: str) -> float:
 
 
 class Reader(Protocol):
-    """A client that says when its download has ended."""
+    """Client of a download.
+
+    Attributes:
+        done: fires at the end of the connection.
+    """
 
     def __init__(self) -> None:
         self.done: Deferred[None] = Deferred()
@@ -110,7 +117,7 @@ class Reader(Protocol):
 
 
 class Dawdler(Reader):
-    """One that reads nothing for a while when the download has begun."""
+    """Client that pauses reading for a while after the first bytes."""
 
     size = 0
 
@@ -124,7 +131,7 @@ class Dawdler(Reader):
 
 
 class HangUp(Reader):
-    """One that breaks the download off when it has seen some of it."""
+    """Client that closes the connection after the first bytes."""
 
     def dataReceived(self, data: bytes) -> None:
         transport: Any = self.transport
@@ -132,10 +139,10 @@ class HangUp(Reader):
 
 
 def talkative(directory: Path, database: Mapping[str, Any] | None) -> Synapse:
-    """A Synapse that logs all it can, except the values of its statements.
+    """Return a Synapse that logs at DEBUG, except the values of its SQL statements.
 
-    Those are in its log for its own endpoints too, by its own doing: an operator who
-    turns that on has them.
+    Synapse logs those values for its own endpoints as well, if an operator turns that
+    on.
     """
     settings = config.log(directory / "homeserver.log")
     settings["loggers"] = {"synapse.storage.SQL": {"level": "INFO"}}
@@ -147,7 +154,7 @@ def talkative(directory: Path, database: Mapping[str, Any] | None) -> Synapse:
 
 
 def settled_metrics(synapse: Synapse) -> str:
-    """The metrics when every request has ended, as far as Synapse is concerned."""
+    """Return the metrics once Synapse has finished each request to the plugin."""
     deadline = time.monotonic() + DEADLINE
     while time.monotonic() < deadline:
         metrics = fetch(synapse.metrics_url).decode()
@@ -168,7 +175,8 @@ def remains(
     database: Callable[[], Mapping[str, Any] | None],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Remains:
-    """A run of everything that a client does, right and wrong, on each engine."""
+    """Log and metrics after all valid and invalid requests of a client, on each
+    engine."""
     with talkative(tmp_path_factory.mktemp("log"), database()) as synapse:
         host = host_of(synapse)
         account = synapse.register("user")
@@ -183,7 +191,7 @@ def remains(
 def everything(
     host: HttpHost, client: Client
 ) -> Generator[Deferred[Any], Any, tuple[str, str]]:
-    """Use a backup and another; the numbers of the two."""
+    """Send each kind of request; fires with the two versions created."""
     version: str = yield client.create_version({"public_key": AUTH_DATA})
     yield upload(client, version)
     yield read(host, client, version)
@@ -207,7 +215,7 @@ def everything(
 
 @inlineCallbacks
 def upload(client: Client, version: str) -> Generator[Deferred[Any], Any, None]:
-    """Upload keys, many at a time and at once, a better one and a worse one."""
+    """Upload many keys in concurrent requests, then a better and a worse key."""
     for number in range(UPLOADS):
         sessions = {f"{number}-{n}": key(data=LONG) for n in range(KEYS_AN_UPLOAD)}
         yield client.upload(version, {ROOM: sessions})
@@ -226,7 +234,7 @@ def upload(client: Client, version: str) -> Generator[Deferred[Any], Any, None]:
 def read(
     host: HttpHost, client: Client, version: str
 ) -> Generator[Deferred[Any], Any, None]:
-    """Download what there is, as a whole and in parts."""
+    """Download a backup as a whole, by room and by session, and read the version."""
     rooms = yield client.download(version)
     assert len(rooms[ROOM]) == UPLOADS * KEYS_AN_UPLOAD + 1
     accepted((yield client.get(keys_path(version, ROOM))))
@@ -240,7 +248,7 @@ def read(
 def read_with(
     reader: Reader, host: HttpHost, client: Client, path: str
 ) -> Generator[Deferred[Any], Any, None]:
-    """Have a client read a download in its own way."""
+    """Download a path with a client's own behaviour; fires at the end."""
     token = client.user.access_token
     response = yield host.open("GET", PREFIX + path, token=token)
     response.deliverBody(reader)
@@ -251,7 +259,7 @@ def read_with(
 def wrong(
     host: HttpHost, client: Client, version: str
 ) -> Generator[Deferred[Any], Any, None]:
-    """Send what is refused, secrets in it."""
+    """Send requests with secrets that are refused."""
     path = keys_path(version, ROOM, SESSION)
     answer = yield client.put(path, b'{"session_data": "%s' % SESSION_DATA.encode())
     refused(answer, 400, "M_NOT_JSON")
@@ -276,21 +284,21 @@ def wrong(
 
 
 def test_secrets(remains: Remains) -> None:
-    """Keys, auth_data and tokens aren't logged, whatever is said about them."""
+    """No log line contains a key, auth_data or a token, in any kind of request."""
     secrets = (SESSION_DATA, AUTH_DATA, FALSE_TOKEN, remains.account.access_token)
     for secret in secrets:
         assert remains.lines(secret) == []
 
 
 def test_complaints(remains: Remains) -> None:
-    """Nothing has gone wrong, neither a request nor its log context."""
+    """The log has no error, no warning of the plugin and no log context problem."""
     assert remains.lines(" DEBUG "), "the log level isn't DEBUG"
     assert complaints(remains.log) == []
     assert remains.lines(" WARNING synapse_roomkeys") == []
 
 
 def test_contexts(remains: Remains) -> None:
-    """What the plugin logs of a request has the request's name on it."""
+    """Each line that the plugin logs during a request has the request's name."""
     lines = remains.lines(" synapse_roomkeys.")
     lines = [line for line in lines if "answers /room_keys in Synapse" not in line]
     for line in lines:
@@ -300,7 +308,8 @@ def test_contexts(remains: Remains) -> None:
 
 
 def test_replaced_key(remains: Remains) -> None:
-    """A replaced key is logged once, with what is known of the two."""
+    """A replaced key is logged once, with the user, the ids and the fields of both
+    keys."""
     (line,) = remains.lines("Replaced key")
     who = (remains.account.user_id, remains.account.device_id, remains.version)
     assert " INFO synapse_roomkeys" in line
@@ -318,7 +327,7 @@ def test_deleted_key(remains: Remains) -> None:
 
 
 def test_versions(remains: Remains) -> None:
-    """A new version is logged once, a deleted one too."""
+    """A created version is logged once, and a deleted version once."""
     assert len(remains.lines("Created version")) == 2
     assert len(remains.said("Created version", remains.version)) == 1
     assert len(remains.said("Created version", remains.second_version)) == 1
@@ -327,7 +336,10 @@ def test_versions(remains: Remains) -> None:
 
 
 def test_refusals(remains: Remains) -> None:
-    """A refusal that is no ordinary answer is logged with its status and errcode."""
+    """A refusal by a client's mistake is logged and counted with status and errcode.
+
+    Ordinary answers, such as 404 and 401, are not logged.
+    """
     for status, errcode, number in (
         (400, "M_NOT_JSON", 1),
         (400, "M_BAD_JSON", 4),
@@ -342,8 +354,10 @@ def test_refusals(remains: Remains) -> None:
 
 
 def test_transactions(remains: Remains) -> None:
-    """The database's work on a download is put down to its request, also what is begun
-    when its client reads on."""
+    """The database transactions of a download are accounted to its request.
+
+    This includes transactions that begin only when a slow client reads on.
+    """
     whole = remains.requests("GET .*/keys.version=" + remains.version)
     transactions = [int(re.findall(r"/(\d+)\)", line)[-1]) for line in whole]
     assert max(transactions) >= 2, whole
@@ -365,7 +379,7 @@ def test_transactions(remains: Remains) -> None:
     ],
 )
 def test_servlets(servlet: str, method: str, path: str, remains: Remains) -> None:
-    """Each request is logged once, and counted under the name of its servlet."""
+    """Each request is logged once and counted under the name of its servlet."""
     lines = remains.requests(rf"{method} /_matrix/client/v3/room_keys/{path}\b")
     responses = "synapse_http_server_response_count_total"
     labels = {"servlet": servlet, "method": method}
@@ -375,7 +389,8 @@ def test_servlets(servlet: str, method: str, path: str, remains: Remains) -> Non
 
 
 def test_plugin_metrics(remains: Remains) -> None:
-    """The plugin's own metrics are among Synapse's and count what was done."""
+    """The plugin's metrics are exposed with Synapse's and count keys, bytes and
+    aborts."""
     uploaded = "synapse_roomkeys_uploaded_keys_total"
     stored = UPLOADS * KEYS_AN_UPLOAD + AT_ONCE + 1
     assert metric(remains.metrics, uploaded, outcome="stored") == stored

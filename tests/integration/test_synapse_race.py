@@ -1,4 +1,4 @@
-"""Two processes of one homeserver write to the same user's backup at once."""
+"""Concurrent writes to one user's backup through two processes of a homeserver."""
 
 from __future__ import annotations
 
@@ -42,10 +42,12 @@ NEW_VERSION = {"algorithm": ALGORITHM, "auth_data": AUTH_DATA}
 
 @attrs.frozen
 class Processes:
-    """Two processes, and how to reach each.
+    """Two processes of one homeserver.
 
     Attributes:
-        main: the first of them.
+        main: the first process.
+        second: the other process.
+        hosts: both processes as servers under test.
     """
 
     main: Synapse
@@ -53,13 +55,13 @@ class Processes:
     hosts: Sequence[HttpHost]
 
     def clients(self) -> tuple[Client, Client]:
-        """The clients of one new user, one at each process."""
+        """Return two clients of a new user, one for each process."""
         user = self.hosts[0].new_user()
         first, second = (Client(host, user) for host in self.hosts)
         return first, second
 
     def keys(self, client: Client, version: str) -> int:
-        """How many keys of a version the database holds."""
+        """Return the number of a version's keys in the database."""
         counted = "SELECT COUNT(*) FROM e2e_room_keys WHERE user_id = ? AND version = ?"
         ((count,),) = query(self.main, counted, client.user.user_id, int(version))
         number: int = count
@@ -67,7 +69,7 @@ class Processes:
 
 
 def processes_of(main: Synapse, second: Synapse | Worker) -> Iterator[Processes]:
-    """The two, whose logs hold no complaint in the end."""
+    """Yield the two processes, and check afterwards that their logs have no errors."""
     hosts = [host_of(main), host_of(main, second.url)]
     yield Processes(main, second, hosts)
     for host in hosts:
@@ -82,8 +84,8 @@ def mains(
 ) -> Iterator[Processes]:
     """Two main processes on one database.
 
-    The second starts when the first has finished its background updates, which they
-    would fail at together.
+    The second starts when the first has finished its background updates, because both
+    would fail if they ran concurrently.
     """
     directory = tmp_path_factory.mktemp("mains")
     database = postgres.create_database()
@@ -118,7 +120,7 @@ def main_and_worker(
 
 @pytest.fixture(scope="module", params=["mains", "main_and_worker"])
 def processes(request: pytest.FixtureRequest) -> Processes:
-    """Each way to be two."""
+    """Two processes: two main processes, and then a main process and a worker."""
     processes: Processes = request.getfixturevalue(request.param)
     return processes
 
@@ -127,13 +129,13 @@ def processes(request: pytest.FixtureRequest) -> Processes:
 
 
 def rank(room_key: dict[str, Any]) -> tuple[bool, int, int]:
-    """The place of a key in the specification's order, the best one lowest."""
+    """Return a key's rank in the specification's order; the best key has the lowest."""
     verified, forwarded = room_key["is_verified"], room_key["forwarded_count"]
     return not verified, room_key["first_message_index"], forwarded
 
 
 def best(uploads: Iterable[Rooms]) -> Rooms:
-    """The best key of each session."""
+    """Return the best key of each session in some uploads."""
     merged: Rooms = {}
     for rooms in uploads:
         for room, sessions in rooms.items():
@@ -144,7 +146,10 @@ def best(uploads: Iterable[Rooms]) -> Rooms:
 
 
 def overlapping(number: int) -> Rooms:
-    """Some of the sessions that all share, no two uploads' keys of equal rank."""
+    """Build an upload of sessions that other uploads contain as well.
+
+    No two uploads have keys of equal rank for the same session.
+    """
     rooms: Rooms = {}
     for n in range(SHARED_IN_AN_UPLOAD):
         session = (3 * number + n) % SHARED
@@ -156,19 +161,20 @@ def overlapping(number: int) -> Rooms:
 
 
 def with_one_more(number: int) -> Rooms:
-    """The same, and a session that no other upload has."""
+    """Build the upload of `overlapping` with a session that no other upload
+    contains."""
     return {**overlapping(number), f"!own{number}:h": {"own": key(number)}}
 
 
 def size(rooms: Rooms) -> int:
-    """How many keys there are."""
+    """Return the number of keys."""
     return sum(map(len, rooms.values()))
 
 
 def at_once(
     clients: Sequence[Client], version: str, uploads: Sequence[Rooms]
 ) -> list[Deferred[Answer]]:
-    """Upload through both processes by turns, without waiting."""
+    """Upload through both processes alternately, without waiting for answers."""
     path = keys_path(version)
     return [clients[n % 2].put(path, wrapped(rooms)) for n, rooms in enumerate(uploads)]
 
@@ -177,7 +183,11 @@ def at_once(
 def check_contents(
     processes: Processes, clients: Sequence[Client], version: str, want: Rooms
 ) -> Generator[Deferred[Any], Any, int]:
-    """Both processes tell the same of a version, and it is so; fires with its etag."""
+    """Check that both processes return these keys, and the same etag and exact count.
+
+    Returns:
+        A Deferred that fires with the etag.
+    """
     tallies = []
     for client in clients:
         same((yield client.download(version)), want)
@@ -193,7 +203,10 @@ def check_contents(
 
 @inlineCallbacks
 def test_uploads(processes: Processes) -> Steps:
-    """Nothing is lost, the best keys stay, each upload of a new key moves the etag."""
+    """Concurrent uploads lose no key, and the best key of each session is stored.
+
+    Each upload with a new key increments the etag.
+    """
     clients = processes.clients()
     version = yield clients[0].create_version()
     start, _ = yield clients[1].tally(version)
@@ -209,7 +222,7 @@ def test_uploads(processes: Processes) -> Steps:
 
 @inlineCallbacks
 def test_uploads_without_news(processes: Processes) -> Steps:
-    """The etag moves once for each upload that changes something, and no other."""
+    """The etag increments once for each upload that changes a key, and for no other."""
     clients = processes.clients()
     version = yield clients[0].create_version()
     start, _ = yield clients[0].tally(version)
@@ -226,7 +239,7 @@ def test_uploads_without_news(processes: Processes) -> Steps:
 
 @inlineCallbacks
 def test_uploads_and_deletions(processes: Processes) -> Steps:
-    """Keys that are deleted while others come leave a count that is right."""
+    """Deletions that are concurrent with uploads leave an exact count."""
     for _ in range(ROUNDS):
         clients = processes.clients()
         version = yield clients[0].create_version()
@@ -247,7 +260,7 @@ def test_uploads_and_deletions(processes: Processes) -> Steps:
 
 @inlineCallbacks
 def test_new_versions(processes: Processes) -> Steps:
-    """Two versions never have the same number, and the highest one is current."""
+    """Concurrently created versions all differ, and the highest one is current."""
     clients = processes.clients()
     numbers: list[str] = []
     for _ in range(2):
@@ -264,7 +277,10 @@ def test_new_versions(processes: Processes) -> Steps:
 
 @inlineCallbacks
 def test_uploads_and_a_deleted_version(processes: Processes) -> Steps:
-    """An upload that comes too late is told so, and leaves no key behind."""
+    """An upload after the version's deletion is answered 404.
+
+    No key of the version is left in the database.
+    """
     for number in range(ROUNDS):
         clients = processes.clients()
         version = yield clients[0].create_version()
@@ -287,7 +303,10 @@ def test_uploads_and_a_deleted_version(processes: Processes) -> Steps:
 
 @inlineCallbacks
 def test_uploads_and_a_new_version(processes: Processes) -> Steps:
-    """An upload is stored in the version it is for, or told which one is current."""
+    """An upload is stored in its version, or refused with the current version.
+
+    Uploads are refused once a newer version exists.
+    """
     for number in range(ROUNDS):
         clients = processes.clients()
         version = yield clients[0].create_version()
@@ -314,14 +333,15 @@ def test_uploads_and_a_new_version(processes: Processes) -> Steps:
 
 
 def test_worker_start(main_and_worker: Processes) -> None:
-    """A worker replaces the endpoints too, and says so once."""
+    """A worker replaces Synapse's endpoints as the main process does, and logs one
+    line."""
     for server in (main_and_worker.main, main_and_worker.second):
         assert server.log().count("answers /room_keys in Synapse") == 1
 
 
 @inlineCallbacks
 def test_worker_answers(main_and_worker: Processes) -> Steps:
-    """A worker answers as the plugin does where Synapse's endpoints answer 405."""
+    """A worker answers 400 where Synapse's own endpoints would answer 405."""
     for client in main_and_worker.clients():
         answer = yield client.put("/version", NEW_VERSION)
         refused(answer, 400, "M_MISSING_PARAM")
@@ -329,7 +349,7 @@ def test_worker_answers(main_and_worker: Processes) -> Steps:
 
 @inlineCallbacks
 def test_worker_shares(main_and_worker: Processes) -> Steps:
-    """What is written through one process is read through the other at once."""
+    """Writes through one process are immediately visible through the other."""
     for clients in (main_and_worker.clients(), main_and_worker.clients()[::-1]):
         writer, reader = clients
         version = yield writer.create_version()

@@ -1,4 +1,4 @@
-"""A Synapse starts with the plugin, or says why it doesn't."""
+"""Starts of a Synapse with the plugin, and refusals to start with their reasons."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ ModuleApi.__init__ = lambda self, hs, auth_handler: None
 
 
 def refusal(server: Synapse) -> str:
-    """What a Synapse prints that doesn't start, having listened nowhere."""
+    """Start a Synapse that must exit before it listens; return its output."""
     before = server.log().count(LISTENING)
     output = server.run_to_failure(DEADLINE)
     assert server.log().count(LISTENING) == before
@@ -76,7 +76,7 @@ def refusal(server: Synapse) -> str:
 
 
 def test_unknown_option(tmp_path: Path) -> None:
-    """An option that doesn't exist is named, with those that do."""
+    """An unknown option is an error that names the option and the known ones."""
     option = "stalled_donwload_seconds"
     output = refusal(Synapse(tmp_path, module_config={option: 5}))
     assert f"Error in configuration at 'modules.<item 0>.config.{option}'" in output
@@ -85,7 +85,7 @@ def test_unknown_option(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", ["5", 0, True, None, [5]])
 def test_wrong_value(value: object, tmp_path: Path) -> None:
-    """An option that isn't a positive integer is named."""
+    """A value that isn't a positive integer is an error that names the option."""
     config = {"max_body_bytes": 1000, "stalled_download_seconds": value}
     output = refusal(Synapse(tmp_path, module_config=config))
     where = "'modules.<item 0>.config.stalled_download_seconds'"
@@ -95,7 +95,7 @@ def test_wrong_value(value: object, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("options", [["max_body_bytes"], "max_body_bytes"])
 def test_options_that_are_no_mapping(options: object, tmp_path: Path) -> None:
-    """Options that are no mapping are refused."""
+    """Options must be a mapping."""
     modules = [{"module": MODULE, "config": options}]
     output = refusal(Synapse(tmp_path, extra_config={"modules": modules}))
     assert "Error in configuration at 'modules.<item 0>.config" in output
@@ -117,7 +117,10 @@ def test_options_that_are_no_mapping(options: object, tmp_path: Path) -> None:
     ],
 )
 def test_other_internals(preload: str, place: str, tmp_path: Path) -> None:
-    """A Synapse whose insides have moved is told what was expected and found."""
+    """A Synapse with other internals than expected does not start.
+
+    The error names what was expected and what was found.
+    """
     output = refusal(Synapse(tmp_path, preload=preload))
     versions = f"{__version__} can't be loaded into Synapse {SYNAPSE_VERSION}"
     said = re.search(
@@ -131,7 +134,7 @@ def test_other_internals(preload: str, place: str, tmp_path: Path) -> None:
 
 
 def test_listed_twice(tmp_path: Path) -> None:
-    """The module can't be loaded twice, with two sets of options."""
+    """A module that is listed twice is an error, because each entry has options."""
     modules = [{"module": MODULE, "config": {}}] * 2
     output = refusal(Synapse(tmp_path, extra_config={"modules": modules}))
     assert re.search("ConfigError: synapse_roomkeys .+ expected .+; found .+", output)
@@ -145,7 +148,8 @@ def stopped(
     database: Callable[[], Mapping[str, Any] | None],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Synapse]:
-    """A Synapse with the plugin that can start, on a database that stock has made."""
+    """A stopped Synapse with the plugin, on a database created by Synapse without
+    it."""
     directory = tmp_path_factory.mktemp("stopped")
     arguments = database()
     with Synapse(directory, database=arguments, module_config=None):
@@ -190,7 +194,10 @@ def stopped(
 def test_other_tables(
     change: str, undo: str, table: str, found: str, stopped: Synapse
 ) -> None:
-    """Tables that aren't Synapse's are named, with what was expected and found."""
+    """A Synapse whose tables differ from the expected ones does not start.
+
+    The error names the table, what was expected and what was found.
+    """
     query(stopped, change)
     try:
         output = refusal(stopped)
@@ -207,7 +214,7 @@ def test_other_tables(
 
 
 def test_newer_tables(stopped: Synapse) -> None:
-    """Tables of a later version of the plugin are refused, with what to do."""
+    """Tables of a later version of the plugin are an error that says what to do."""
     with stopped:
         pass
     ((number,),) = query(stopped, "SELECT number FROM roomkeys_schema")
@@ -224,13 +231,16 @@ def test_newer_tables(stopped: Synapse) -> None:
 
 
 def answering_lines(server: Synapse) -> list[str]:
-    """Those of the log that tell of the plugin, one for each start."""
+    """Return the log lines that announce the plugin, one for each start."""
     text = f"{__version__} answers /room_keys in Synapse {SYNAPSE_VERSION}"
     return [line for line in server.log().splitlines() if text in line]
 
 
 def test_start(stopped: Synapse) -> None:
-    """One line says what was replaced in which version; the plugin's table is there."""
+    """One log line names the replaced function and both versions.
+
+    The plugin's table exists after the start.
+    """
     before = answering_lines(stopped)
     with stopped:
         *earlier, line = answering_lines(stopped)
@@ -241,7 +251,7 @@ def test_start(stopped: Synapse) -> None:
 
 
 def test_start_at_once(postgres: PostgresServer, tmp_path: Path) -> None:
-    """Processes that all find the plugin's table missing at the same moment start."""
+    """Processes that start at the same time can all create the plugin's table."""
     database = postgres.create_database()
     with Synapse(tmp_path / "stock", database=database, module_config=None):
         pass
@@ -257,7 +267,7 @@ def test_start_at_once(postgres: PostgresServer, tmp_path: Path) -> None:
 
 
 def start_together(servers: Sequence[Synapse], database: Mapping[str, Any]) -> None:
-    """Start servers that are held up until all are about to make the table."""
+    """Start servers, blocked by a lock until all are about to create the table."""
     with ThreadPoolExecutor() as threads:
         with closing(psycopg2.connect(**database)) as connection:
             connection.cursor().execute(POSTGRES.lock_schema)
@@ -268,7 +278,7 @@ def start_together(servers: Sequence[Synapse], database: Mapping[str, Any]) -> N
 
 
 def wait_for_locks(synapse: Synapse, number: int) -> None:
-    """Wait until so many processes wait for the lock on the plugin's tables."""
+    """Wait until `number` processes wait for the lock on the plugin's tables."""
     waiting = "SELECT COUNT(*) FROM pg_locks WHERE locktype = 'advisory'"
     deadline = time.monotonic() + DEADLINE
     while query(synapse, f"{waiting} AND NOT granted") != [(number,)]:

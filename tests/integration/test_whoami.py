@@ -1,4 +1,4 @@
-"""Who a token belongs to: a homeserver that fails in many ways, and a real one."""
+"""Authentication by a homeserver's whoami: a faulty homeserver, and a real one."""
 
 from __future__ import annotations
 
@@ -48,12 +48,12 @@ from .test_synapse import AS_TOKEN, DEADLINE, IN_NAMESPACE, SYNAPSE, registratio
 
 USER = Requester("@user:test.example", "DEVICE")
 CACHE_SECONDS = 2
-#: What one question may take where others are busy too.
+#: Seconds that one whoami request may take on a loaded machine.
 SLACK = 2.0
 
 
 def new_auth(url: str, **options: Any) -> WhoamiAuth:
-    """One that knows nobody yet."""
+    """Return an authenticator for a homeserver, with an empty cache."""
     real: Any = reactor
     return WhoamiAuth(real, Clock(real), HomeserverOptions(url, **options))
 
@@ -62,7 +62,13 @@ def new_auth(url: str, **options: Any) -> WhoamiAuth:
 
 
 class Listening:
-    """A fake homeserver on a port of its own, and who asks it."""
+    """A fake homeserver that listens on a port, and an authenticator that asks it.
+
+    Attributes:
+        homeserver: the fake homeserver.
+        url: its base URL.
+        auth: the authenticator, with timeouts of one second.
+    """
 
     def __init__(self) -> None:
         self.homeserver = FakeHomeserver()
@@ -73,14 +79,14 @@ class Listening:
         self.start()
 
     def start(self) -> None:
-        """Listen, at the same port as ever."""
+        """Listen, on the same port each time."""
         listen: Any = reactor.listenTCP
         site = Site(self.homeserver)
         self._port: Any = listen(self._number, site, interface="127.0.0.1")
 
     @inlineCallbacks
     def stop(self) -> Steps:
-        """Listen no more, and have no connection left."""
+        """Stop listening and close all connections."""
         yield self.auth.close()
         yield self._port.stopListening()
 
@@ -91,7 +97,11 @@ class Listening:
 
 @inlineCallbacks
 def fail_and_recover(fault: Fault) -> Steps:
-    """Have a fault answer until the client is told so, and then part of the time."""
+    """Answer with a fault until a request is refused with 503, then recover.
+
+    In a second run, the homeserver recovers before the retries end, and the request
+    succeeds.
+    """
     one = Listening()
     one.homeserver.fault = fault
     try:
@@ -118,7 +128,7 @@ def fail_and_recover(fault: Fault) -> Steps:
 
 @inlineCallbacks
 def test_faults() -> Steps:
-    """Whatever is wrong with the homeserver is a 503, and is over when it is over."""
+    """Each fault of the homeserver leads to 503, and requests succeed after its end."""
     faults = {**FAULTS, "stall": stall, "stall in body": stall_in_body}
     results = yield DeferredList(
         [fail_and_recover(fault) for fault in faults.values()], consumeErrors=True
@@ -133,7 +143,8 @@ def test_faults() -> Steps:
 
 @inlineCallbacks
 def test_refusing_connections() -> Steps:
-    """A homeserver that isn't there is a 503, and is found when it is back."""
+    """Without a homeserver requests are refused with 503, and succeed once it listens
+    again."""
     one = Listening()
     assert (yield one.auth.check()) is None
     yield one.stop()
@@ -148,9 +159,12 @@ def test_refusing_connections() -> Steps:
 
 @inlineCallbacks
 def test_a_crowd() -> Steps:
-    """Users who come all at once are all answered, over a few connections."""
+    """1,000 concurrent requests of 500 users share few connections and all succeed.
+
+    Two requests with the same token cause one whoami request.
+    """
     one = Listening()
-    # A second of Listening's is too short where others load the machine.
+    # The timeout of Listening, one second, is too short on a loaded machine.
     one.auth = new_auth(one.url)
     homeserver = one.homeserver
     for number in range(500):
@@ -180,7 +194,7 @@ def stock(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Synapse]:
 
 @pytest.fixture
 def auth(stock: Synapse) -> Iterator[WhoamiAuth]:
-    """Asks the real homeserver, and knows nobody yet."""
+    """An authenticator for the real homeserver, with an empty cache."""
     auth = new_auth(stock.url, cache_seconds=CACHE_SECONDS)
     yield auth
     blockon(auth.close())
@@ -188,7 +202,8 @@ def auth(stock: Synapse) -> Iterator[WhoamiAuth]:
 
 @inlineCallbacks
 def refusal(auth: WhoamiAuth, *args: Any, **query: str) -> Any:
-    """How a request is refused: the status, the errcode, and soft_logout."""
+    """Return the status, the errcode and soft_logout of a request that must be
+    refused."""
     try:
         found = yield auth.get_user_by_req(client_request(*args, **query))
     except TokenError as error:
@@ -197,29 +212,29 @@ def refusal(auth: WhoamiAuth, *args: Any, **query: str) -> Any:
 
 
 def logout(synapse: Synapse, user: User) -> None:
-    """Have the user log out."""
+    """Log the user's device out."""
     synapse.logout(user)
 
 
 def delete_device(synapse: Synapse, user: User) -> None:
-    """Have an administrator delete the user's device."""
+    """Delete the user's device as an administrator."""
     path = f"/v2/users/{quoted(user.user_id)}/devices/{quoted(user.device_id)}"
     administer(synapse, "DELETE", path)
 
 
 def deactivate(synapse: Synapse, user: User) -> None:
-    """End the user's account."""
+    """Deactivate the user's account."""
     synapse.deactivate(user)
 
 
 def lock(synapse: Synapse, user: User) -> None:
-    """Have an administrator lock the user out."""
+    """Lock the user's account as an administrator."""
     path = f"/v2/users/{quoted(user.user_id)}"
     administer(synapse, "PUT", path, {"locked": True})
 
 
 def administer(synapse: Synapse, method: str, path: str, body: object = None) -> Any:
-    """Send a request as an administrator; returns the JSON value of the answer."""
+    """Send a request as a server administrator; return the JSON value of the answer."""
     admin = synapse.register(f"admin{time.monotonic_ns()}", admin=True)
     url = f"{synapse.url}/_synapse/admin{path}"
     return json.loads(fetch(url, method=method, token=admin.access_token, body=body))
@@ -243,7 +258,8 @@ def test_ended(
     stock: Synapse,
     auth: WhoamiAuth,
 ) -> Steps:
-    """A user who was let in is refused at the latest when the cache's time is over."""
+    """A token that became invalid is refused at the latest when its cache entry
+    expires."""
     user = stock.register(f"ended_by_{end.__name__}")
     request = client_request(user.access_token)
     found = yield auth.get_user_by_req(request)
@@ -265,7 +281,7 @@ def test_ended(
 
 @inlineCallbacks
 def test_never_let_in(stock: Synapse, auth: WhoamiAuth) -> Steps:
-    """Strangers and guests are refused."""
+    """Unknown tokens, missing tokens and guests are refused."""
     stranger = "syt_c3RyYW5nZXI_AAAAAAAAAAAAAAAAAAAA_0aaaaa"
     assert (yield refusal(auth, None)) == (401, "M_MISSING_TOKEN", None)
     assert (yield refusal(auth, stranger)) == (401, "M_UNKNOWN_TOKEN", False)
@@ -275,7 +291,7 @@ def test_never_let_in(stock: Synapse, auth: WhoamiAuth) -> Steps:
 
 @inlineCallbacks
 def test_expired(stock: Synapse, auth: WhoamiAuth) -> Steps:
-    """A client whose token can be refreshed is told that it keeps its data."""
+    """An expired token that can be refreshed is refused with soft_logout."""
     user = stock.login(stock.register("expired"), soft=True)
     deadline = time.monotonic() + DEADLINE
     while True:
@@ -290,7 +306,7 @@ def test_expired(stock: Synapse, auth: WhoamiAuth) -> Steps:
 
 @inlineCallbacks
 def test_two_devices(stock: Synapse, auth: WhoamiAuth) -> Steps:
-    """Each token has its own device, wherever it stands in the request."""
+    """Each token belongs to its own device, in the header as well as in the query."""
     first = stock.register("two_devices")
     second = stock.login(first)
     for user in (first, second):
@@ -303,8 +319,11 @@ def test_two_devices(stock: Synapse, auth: WhoamiAuth) -> Steps:
 
 @inlineCallbacks
 def test_application_service(stock: Synapse, auth: WhoamiAuth) -> Steps:
-    """It acts as itself or as a user of its own, and as nobody else; a user who names
-    another remains the same."""
+    """An application service acts as itself or as a user of its namespace.
+
+    Other users are refused with 403. An ordinary user's ``user_id`` parameter has no
+    effect.
+    """
     body = {"type": "m.login.application_service", "username": "bridged_one"}
     url = f"{stock.url}/_matrix/client/v3/register"
     fetch(url, method="POST", token=AS_TOKEN, body=body)
@@ -318,7 +337,7 @@ def test_application_service(stock: Synapse, auth: WhoamiAuth) -> Steps:
         assert found.user_id == expected
     refused = yield refusal(auth, AS_TOKEN, user_id=user.user_id)
     assert refused == (403, "M_FORBIDDEN", None)
-    if SYNAPSE >= (1, 163):  # Older ones may take no device.
+    if SYNAPSE >= (1, 163):  # Older versions ignore device_id.
         mask = {"user_id": IN_NAMESPACE, "device_id": "NONE"}
         assert (yield refusal(auth, AS_TOKEN, **mask))[0] == 400
     request = client_request(user.access_token, user_id=IN_NAMESPACE)
@@ -328,8 +347,11 @@ def test_application_service(stock: Synapse, auth: WhoamiAuth) -> Steps:
 
 @inlineCallbacks
 def test_registered_after_a_refusal(stock: Synapse, auth: WhoamiAuth) -> Steps:
-    """An application service that was refused for a user who wasn't registered yet is
-    let in as soon as it has registered the user; likewise an unlocked user."""
+    """A refusal is not cached.
+
+    An application service is accepted for a user as soon as it has registered that
+    user. A user is accepted as soon as an administrator has removed the lock.
+    """
     new = {"user_id": "@bridged_new:test.example"}
     assert (yield refusal(auth, AS_TOKEN, **new))[0] == 403
     body = {"type": "m.login.application_service", "username": "bridged_new"}
@@ -347,7 +369,8 @@ def test_registered_after_a_refusal(stock: Synapse, auth: WhoamiAuth) -> Steps:
 
 
 def test_two_authorization_headers(homeserver: Homeserver, tmp_path: Path) -> None:
-    """The service refuses a request with two, and takes none of them."""
+    """The service refuses a request with two Authorization headers and uses neither
+    token."""
     headers = [f"Authorization: Bearer {homeserver.new_user().access_token}"] * 2
     lines = ["GET /_matrix/client/v3/room_keys/version HTTP/1.1", "Host: a", *headers]
     with (
@@ -362,8 +385,11 @@ def test_two_authorization_headers(homeserver: Homeserver, tmp_path: Path) -> No
 
 
 def test_last_seen(stock: Synapse, tmp_path: Path) -> None:
-    """The homeserver's "last seen" of a device shows the address and the user agent of
-    the client that used the service, behind a trusted proxy."""
+    """The homeserver's "last seen" shows address and user agent of the service's
+    client.
+
+    The client is behind a trusted proxy of the service.
+    """
     user = stock.register("seen")
     settings = {"trusted_proxies": ["127.0.0.0/8"]}
     with Service(tmp_path, stock.url, settings=settings) as service:
@@ -378,16 +404,16 @@ def test_last_seen(stock: Synapse, tmp_path: Path) -> None:
             with pytest.raises(urllib.error.HTTPError) as missing:
                 urllib.request.urlopen(answer)
             with missing.value as error:
-                assert error.code == 400  # "version" is missing: the user was let in.
+                assert error.code == 400  # No "version": authentication passed.
             path = f"/v2/users/{quoted(user.user_id)}/devices/{user.device_id}"
             device = administer(stock, "GET", path)
             assert device["last_seen_ip"] == host
-            if SYNAPSE >= (1, 163):  # Older ones may not tell it.
+            if SYNAPSE >= (1, 163):  # Older versions may omit the agent.
                 assert device["last_seen_user_agent"] == agent
     assert "lacks an x-forwarded-proto header" not in stock.log()
 
 
 @inlineCallbacks
 def test_check(auth: WhoamiAuth) -> Steps:
-    """The real homeserver is there."""
+    """The check succeeds with a real homeserver."""
     assert (yield auth.check()) is None
