@@ -19,7 +19,7 @@ _numbers = count()
 
 @pytest.fixture(scope="session", params=["sqlite", "postgres"])
 def engine(request: pytest.FixtureRequest) -> str:
-    """Name of the database engine, once for each engine that the plugin supports."""
+    """Name of the database engine, once for each supported engine."""
     name: str = request.param
     return name
 
@@ -81,7 +81,7 @@ def host_of(synapse: Synapse, url: str | None = None) -> HttpHost:
 
     Args:
         synapse: registers the users.
-        url: the address for requests, by default that of `synapse`.
+        url: the address for requests, by default the address of `synapse`.
     """
 
     def new_user() -> User:

@@ -1,6 +1,6 @@
-"""Backups in a homeserver that gets the plugin, loses the plugin and gets it back.
+"""Backups in a homeserver before, with and after the plugin.
 
-"Built-in" is Synapse without the plugin, with its own endpoints.
+"Built-in" is Synapse without the plugin, with Synapse's own endpoints.
 """
 
 from __future__ import annotations
@@ -187,11 +187,11 @@ def make_rooms(mark: str) -> Rooms:
 
 @attrs.frozen
 class BadRow:
-    """A row with values that the plugin would refuse in an upload.
+    """A row with values that an upload through the plugin can't contain.
 
     Attributes:
         uploaded: the key as uploaded to Synapse's own endpoint.
-        served: the key as the plugin returns it, or None if hidden.
+        served: the key as the plugin returns the row, or None if hidden.
         change: the SET clause of an UPDATE that follows the upload, or None.
     """
 
@@ -242,20 +242,19 @@ class Owner:
 
 @attrs.frozen
 class Adopted:
-    """A homeserver that was used without the plugin and now runs with it.
+    """A homeserver that was used without the plugin and now runs with the plugin.
 
     Attributes:
         house: the directory and database.
         server: the running Synapse with the plugin.
-        owner: a user whose current backup both implementations read alike.
-        older: a backup of the same user that is not current, with a string as
-            auth_data.
+        owner: a user with a current backup that both implementations read alike.
+        older: an older backup of the same user, with a string as auth_data.
         said: the built-in endpoints' answers about these two backups, by version.
         deleted: a deleted version of the same user.
         large: a backup of several pages.
         long: a backup with ids that are now refused in uploads.
         bad_rows: the bad rows in each backup of `victims`, by session id.
-        victims: backups with bad rows; each test takes one of its own.
+        victims: backups with bad rows; each test takes another backup.
     """
 
     house: House
@@ -279,7 +278,7 @@ class Adopted:
 
 
 def back_up(server: Synapse, user: User, rooms: Rooms, auth_data: Any) -> Owner:
-    """Create a backup with these keys through the running server's endpoints."""
+    """Create a backup with the given keys through the running server's endpoints."""
     api = client(server, user)
     version = api.create_version(auth_data)
     api.upload(version, rooms)
@@ -309,8 +308,7 @@ def spoil(house: House, victims: list[Owner], bad_rows: Mapping[str, BadRow]) ->
 
 
 def back_up_many(server: Synapse) -> Owner:
-    """Create a backup with 1,103 keys in one room, few in 200 rooms, and unusual
-    ids."""
+    """Create a backup with 1,103 keys in a room, few in 200 rooms, and unusual ids."""
     ids = [f"{number}/+=" for number in range(1100)]
     few = {"": key(1), LONG_ID: key(2), "\U0001f511": key(3)}
     rooms: Rooms = {f"!{number}": few for number in range(200)}
@@ -319,7 +317,7 @@ def back_up_many(server: Synapse) -> Owner:
 
 
 def back_up_long_ids(server: Synapse) -> Owner:
-    """Create a backup with ids that are empty or of 1,000 characters."""
+    """Create a backup with empty ids and ids of 1,000 characters."""
     ids = {"": key(1), LONG_ID: key(2), "short": key(3)}
     rooms: Rooms = {ROOM: ids, LONG_ID: ids, "": ids}
     return back_up(server, new_user(server), rooms, {})
@@ -336,7 +334,7 @@ def new_house(
 
 @pytest.fixture(scope="module")
 def adopted_server(new_house: Callable[[], House], engine: str) -> Iterator[Adopted]:
-    """A homeserver that was used without the plugin and now runs with it."""
+    """A homeserver that was used without the plugin and now runs with the plugin."""
     house = new_house()
     bad_rows = BAD_ROWS | (SQLITE_BAD_ROWS if engine == "sqlite" else {})
     with house.serve(plugin=False) as stock:
@@ -378,7 +376,7 @@ def test_what_stock_wrote_is_served(adopted: Adopted) -> None:
 
 
 def test_what_stock_deleted_is_gone(adopted: Adopted) -> None:
-    """A version deleted without the plugin is unknown, and deleting it again
+    """A version deleted without the plugin is unknown; deleting the version again
     succeeds."""
     api = adopted.api(adopted.owner)
     check_unknown(api, adopted.deleted)
@@ -397,17 +395,17 @@ def test_an_older_version_of_stock_is_not_current(adopted: Adopted) -> None:
 
 
 def sound(adopted: Adopted, owner: Owner) -> Rooms:
-    """Return the keys that the plugin serves of a backup with bad rows."""
+    """Return the keys served by the plugin for a backup with bad rows."""
     served = {name: row.served for name, row in adopted.bad_rows.items() if row.served}
     return {ROOM: GOOD_ROWS | served, OTHER_ROOM: GOOD_ROWS}
 
 
 def test_bad_rows_are_served(adopted: Adopted) -> None:
-    """Numbers that are NULL or invalid read as 0, booleans that are NULL as false.
+    """Numbers that are NULL or invalid read as 0, booleans that are NULL read as false.
 
-    This holds for the whole backup, the room and the session. A key whose session_data
-    is null or invalid JSON is left out. Each download of a key with invalid JSON logs
-    one line.
+    The whole backup, the room and the session have the same keys. A key is left out if
+    session_data is null or invalid JSON. Each download of a key with invalid JSON logs
+    a line.
     """
     owner = next(adopted.victims)
     api = adopted.api(owner)
@@ -469,7 +467,7 @@ def test_good_keys_beat_bad_rows_in_one_upload(adopted: Adopted) -> None:
 
 
 def test_bad_rows_can_be_deleted(adopted: Adopted) -> None:
-    """Bad rows can be deleted like any key, even those hidden from downloads."""
+    """Bad rows can be deleted like any key, including rows hidden from downloads."""
     owner = next(adopted.victims)
     api = adopted.api(owner)
     etag, rows = api.tally(owner.version)
@@ -515,7 +513,7 @@ def test_long_and_empty_ids_are_tolerated(adopted: Adopted) -> None:
 
 def test_stock_backups_go_on(new_house: Callable[[], House]) -> None:
     """A built-in backup accepts uploads, updates and deletions, and a new version
-    succeeds it."""
+    follows."""
     house = new_house()
     with house.serve(plugin=False) as stock:
         owner = back_up(stock, new_user(stock), make_rooms("stock"), "text")
@@ -557,19 +555,19 @@ def change(api: Api, version: str, rows: int, etag: int) -> None:
     same(api.info(version)["auth_data"], body["auth_data"])
 
 
-# Removing the plugin and adding it again
+# Removal and return of the plugin
 
 
 @attrs.frozen
 class Left:
-    """A user's backups, written with the plugin before its removal.
+    """A user's backups, written with the plugin before the plugin was removed.
 
     Attributes:
         user: the user.
         before: keys and the plugin's answers, by version, for each version not deleted.
-        older: the version that is not current.
+        older: the older version.
         current: the current version.
-        deleted: the newest version, which is deleted.
+        deleted: the newest version, since deleted.
     """
 
     user: User
@@ -582,7 +580,7 @@ class Left:
 def test_the_plugin_can_go_and_come_back(new_house: Callable[[], House]) -> None:
     """Synapse without the plugin serves and continues backups made with the plugin.
 
-    Afterwards the plugin serves and continues what Synapse wrote, with exact counts.
+    Afterwards the plugin serves and continues the built-in writes, with exact counts.
     """
     house = new_house()
     with house.serve(plugin=True) as server:
@@ -673,9 +671,9 @@ def go_on_with_plugin(house: House, api: Api, left: Left, version: str) -> None:
 def test_the_first_write_after_stock_counts_anew(
     new_house: Callable[[], House],
 ) -> None:
-    """The first write with the plugin reports an exact count after writes without it.
+    """After built-in writes, the first write with the plugin reports an exact count.
 
-    This holds for an upload or a deletion, with or without a change.
+    The first write is an upload or a deletion, with or without a change.
     """
     house = new_house()
     with house.serve(plugin=True) as server:

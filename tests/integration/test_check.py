@@ -1,4 +1,4 @@
-"""``synapse-roomkeys check``: each part that is checked, with and without a fault."""
+"""``synapse-roomkeys check``: each checked part, with and without a fault."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ARGUMENTS = ("check", "--config", "roomkeys.yaml")
 
 
 def checking(directory: Path, homeserver: str, **settings: Any) -> Service:
-    """Return a service process that checks its configuration instead of serving."""
+    """Return a process of the check command for a service's configuration."""
     return Service(directory, homeserver, arguments=ARGUMENTS, **settings)
 
 
@@ -94,7 +94,7 @@ def test_beside_a_running_service(
 
 
 def test_listeners(homeserver: Homeserver, tmp_path: Path) -> None:
-    """A port in use and a socket in a missing directory fail, with what to do."""
+    """A port in use and a socket in a missing directory fail, with advice."""
     service = checking(tmp_path / "a", homeserver.url)
     with closing(socket.create_server((HOST, service.port))) as server:
         server.settimeout(0.1)
@@ -135,7 +135,7 @@ def test_tables(
 
 
 def test_tables_of_an_older_version(homeserver: Homeserver, tmp_path: Path) -> None:
-    """Tables of an older version are ok; the service upgrades them, the command does
+    """Tables of an older version are ok; the service upgrades tables, the command does
     not."""
     service = checking(tmp_path, homeserver.url)
     with tables(tmp_path / "roomkeys.db") as connection:
@@ -172,7 +172,7 @@ def test_databases(
     database: Callable[[], Mapping[str, Any] | None],
     tmp_path: Path,
 ) -> None:
-    """A read-only database and a missing one fail, with their address."""
+    """A read-only database and a missing database fail, with their address."""
     arguments = database()
     if arguments is None:
         path = "/nowhere/roomkeys.db"

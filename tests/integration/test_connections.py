@@ -21,7 +21,7 @@ Steps = Generator[Deferred[Any], Any, None]
 
 @pytest.fixture(scope="module")
 def database(postgres: PostgresServer) -> Mapping[str, Any]:
-    """The arguments by which psycopg2 connects to a new database."""
+    """psycopg2's arguments for a new database."""
     return postgres.create_database()
 
 
@@ -41,8 +41,8 @@ def test_the_server_notices_a_client_that_vanished(
 ) -> Steps:
     """Each connection sets the server's keepalives and TCP timeout.
 
-    The operator's own setting of any of them takes precedence. The server thus drops
-    connections of clients that vanished.
+    The server thus drops connections of vanished clients. Settings of the operator take
+    precedence.
     """
     for options, expected in (
         ({}, ("10000", "5", "5")),

@@ -1,6 +1,6 @@
-"""Messages that a new device can decrypt only with the backup, with real Megolm.
+"""Decryption of messages with keys from the backup only, with real Megolm.
 
-The backup is served by the module in a Synapse, or by the service beside that Synapse.
+The backup is served by the module in a Synapse, or by the service beside the Synapse.
 """
 
 from __future__ import annotations
@@ -91,8 +91,7 @@ class Device:
         return Api(self.backups, self.user.access_token)
 
     def login(self, user: User) -> Device:
-        """Log a user of the same homeserver in on another device, and return that
-        device."""
+        """Log a user of the same homeserver in on another device; return the device."""
         return Device(self.synapse, self.synapse.login(user), self.backups)
 
     def call(self, method: str, path: str, body: Any = None) -> dict[str, Any]:
@@ -169,8 +168,7 @@ def backups(
     database: Callable[[], Mapping[str, Any] | None],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[str]:
-    """The base URL of the module's Synapse, and then of the service beside that
-    Synapse."""
+    """The base URL for ``/room_keys``, of the module first and then of the service."""
     if request.param == "module":
         yield synapse.url
         return
@@ -215,7 +213,7 @@ def decrypted(
     device: Device, room_id: str, sessions: dict[str, Session]
 ) -> tuple[list[str], int]:
     """Return a room's decrypted messages, sorted, and the number of undecryptable
-    ones."""
+    messages."""
     contents = device.read(room_id)
     known = [content for content in contents if content["session_id"] in sessions]
     texts = [sessions[content["session_id"]].decrypt(content) for content in known]
@@ -223,14 +221,13 @@ def decrypted(
 
 
 def only_session(device: Device, version: str, private: str) -> Session:
-    """Restore a backup that contains exactly one session; return the session."""
+    """Restore a backup of exactly one session; return the session."""
     (session,) = restored(device.api.download(version), private).values()
     return session
 
 
 def test_the_whole_backup_restores_every_message(device: Device) -> None:
-    """A new device with the private key decrypts all messages that the lost device
-    could."""
+    """A new device with the private key decrypts all messages of the lost device."""
     history = live(device)
     second = device.login(history.user)
     version = second.api.info()["version"]
@@ -240,7 +237,7 @@ def test_the_whole_backup_restores_every_message(device: Device) -> None:
 
 
 def test_one_room_restores_its_messages(device: Device) -> None:
-    """The keys of one room decrypt the messages of that room and of no other room."""
+    """The keys of a room decrypt the messages of the room and of no other room."""
     history = live(device)
     second = device.login(history.user)
     for room_id in history.said:
@@ -253,7 +250,7 @@ def test_one_room_restores_its_messages(device: Device) -> None:
 
 
 def test_one_session_restores_its_messages(device: Device) -> None:
-    """The key of one session decrypts the messages of that session and no others."""
+    """The key of a session decrypts the messages of the session and no others."""
     history = live(device)
     second = device.login(history.user)
     for room_id, room in history.said.items():
@@ -265,7 +262,7 @@ def test_one_session_restores_its_messages(device: Device) -> None:
 
 
 def test_a_second_device_trusts_the_version(device: Device) -> None:
-    """The signature of auth_data is still valid when another device downloads it."""
+    """The signature of auth_data is still valid in another device's download."""
     user = device.user
     private = private_key()
     device.create_backup(private)
@@ -343,8 +340,8 @@ def test_a_second_device_let_in_later_changes_nothing(device: Device) -> None:
 
 
 def test_a_verified_export_beats_an_earlier_unverified_one(device: Device) -> None:
-    """A verified export ranks above an unverified one, whatever message each starts
-    from."""
+    """A verified export ranks above an unverified export, even of an earlier
+    message."""
     private = private_key()
     version = device.create_backup(private)
     whole = device.sender(device.create_room()).session()

@@ -36,7 +36,7 @@ os.execv(sys.executable, program)
 
 
 def limited(service: Service, soft: int, hard: int) -> Service:
-    """Make a service start with these limits of open files; return the service."""
+    """Make a service start with low limits of open files; return the service."""
     service.program = ("-c", LIMITED)
     service.environment = {"FILES": f"{soft} {hard}"}
     return service
@@ -125,7 +125,7 @@ def test_more_clients_than_files(service: Service) -> None:
 def test_bodies_in_files_are_counted(service: Service) -> None:
     """Open files remain even if each allowed connection keeps its body in a file.
 
-    ``/ready`` succeeds in that state, and each upload is read to its end.
+    ``/ready`` succeeds meanwhile, and each upload is read to the end.
     """
     most = int(values(service)["synapse_roomkeys_max_connections"])
     head = f"PUT {PREFIX}/keys?version=1 HTTP/1.1\r\nHost: a\r\nContent-Length: 200000"

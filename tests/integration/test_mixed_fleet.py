@@ -1,4 +1,5 @@
-"""A Synapse process with the plugin beside one without, as in a rolling restart."""
+"""A Synapse process with the plugin beside a process without, as in a rolling
+restart."""
 
 from __future__ import annotations
 
@@ -30,11 +31,11 @@ DEADLINE = 30.0
 
 @attrs.frozen
 class Fleet:
-    """Two Synapse processes of one homeserver.
+    """Two Synapse processes of a homeserver.
 
     Attributes:
         plugin: the process with the plugin.
-        hosts: the process with the plugin and the one with Synapse's own endpoints.
+        hosts: the process with the plugin and the process with Synapse's own endpoints.
     """
 
     plugin: Synapse
@@ -52,7 +53,7 @@ def fleet(
 ) -> Iterator[Fleet]:
     """Two processes on one database.
 
-    The second starts when the first has ended its background updates, because two
+    The second starts when the first has ended the background updates, because two
     processes would disturb each other's updates.
     """
     directory = tmp_path_factory.mktemp("fleet")

@@ -28,7 +28,7 @@ NO_DATA = "synapse_roomkeys_broken_downloads_total"
 def test_alerts(tmp_path: Path) -> None:
     """Each alert fires on its cause, none fires for a healthy service.
 
-    Each alert has a summary and a runbook that says what to do.
+    Each alert has a summary and a runbook with the operator's next steps.
     """
     rules = yaml.safe_load((CONTRIB / "alerts.yaml").read_text())["groups"]
     for alert in (alert for group in rules for alert in group["rules"]):

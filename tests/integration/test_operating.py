@@ -1,4 +1,4 @@
-"""The commands of docs/operating.rst, run as an operator runs them."""
+"""The commands of docs/operating.rst, run as by an operator."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ AFTER = {"!a": {"late": key()}}
 
 
 def commands(section: str, engine: str) -> str:
-    """Return the commands of one section of the document for one engine.
+    """Return a section's commands for an engine.
 
     Args:
         section: the heading of the section.
@@ -59,18 +59,18 @@ def use_before_the_copy(api: Api) -> str:
 
 
 def use_after_the_copy(api: Api, version: str) -> str:
-    """Upload one more key, then create a newer version and return that version."""
+    """Upload one more key, then create a newer version; return the newer version."""
     api.upload(version, AFTER)
     return api.create_version()
 
 
 def look_after_the_restore(api: Api, version: str, newer: str) -> None:
-    """Check that the backup is in the state of the copy, and that no version is reused.
+    """Check that the backup has the state of the copy and that new versions are unused.
 
     Args:
         api: the user's client, at the restored service.
         version: the version from before the copy.
-        newer: a version created after the copy, which is therefore unknown now.
+        newer: a version created after the copy, therefore unknown now.
     """
     assert api.info()["version"] == version
     assert api.download(version) == BEFORE
@@ -124,7 +124,8 @@ def test_copy_and_restore_on_postgres(
 
 
 def environment_of(database: Mapping[str, Any]) -> dict[str, str]:
-    """Return the environment by which PostgreSQL's programs connect to a database."""
+    """Return the environment variables for PostgreSQL's programs to reach a
+    database."""
     return {
         "PGHOST": database["host"],
         "PGPORT": str(database["port"]),
@@ -135,7 +136,7 @@ def environment_of(database: Mapping[str, Any]) -> dict[str, str]:
 
 
 def named(text: str, database: Mapping[str, Any]) -> str:
-    """Replace the document's names of database and role by those of a test."""
+    """Replace the document's names of database and role by a test's names."""
     name = database["dbname"]
     text = text.replace("-O roomkeys ", f"-O {database['user']} ")
     text = text.replace("roomkeys_restored", f"{name}_restored")

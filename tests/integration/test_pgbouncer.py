@@ -1,7 +1,7 @@
 """The plugin behind a PgBouncer in transaction mode.
 
-A setting that one transaction left on a connection would affect the next transaction on
-that connection, even that of another client.
+A setting left on a connection by a transaction would affect the connection's next
+transaction, even a transaction of another client.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from . import test_storage
 Steps = Generator[Deferred[Any], Any, None]
 Sites = tuple[OwnSite, OwnSite]
 ROOM = "!room"
-#: The database settings that the plugin changes in its transactions.
+#: Database settings changed by the plugin's transactions.
 SETTINGS = (
     "enable_sort",
     "enable_incremental_sort",
@@ -37,7 +37,7 @@ SETTINGS = (
     "tcp_keepalives_idle",
 )
 
-# The tests of two servers on one database, repeated on this module's backend.
+# Tests of two servers on a database, repeated on this module's backend.
 sites = test_storage.sites
 test_tables_may_be_made_by_several_at_once = (
     test_storage.test_tables_may_be_made_by_several_at_once
@@ -58,7 +58,7 @@ test_a_backup_of_another_locale_is_paged_whole = (
 
 @pytest.fixture(scope="module")
 def direct(postgres: PostgresServer) -> Mapping[str, Any]:
-    """The arguments by which psycopg2 connects to a new database without the pooler."""
+    """psycopg2's arguments for a connection to a new database, without the pooler."""
     return postgres.create_database()
 
 
@@ -66,7 +66,7 @@ def direct(postgres: PostgresServer) -> Mapping[str, Any]:
 def pooler(
     direct: Mapping[str, Any], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[PgBouncer]:
-    """A PgBouncer in front of that database."""
+    """A PgBouncer in front of the database of `direct`."""
     with PgBouncer(tmp_path_factory.mktemp("pgbouncer"), direct) as pooler:
         yield pooler
 
@@ -78,7 +78,7 @@ def backend(pooler: PgBouncer) -> Backend:
 
 
 class Alternating:
-    """Two servers as one host, as behind a load balancer.
+    """Two servers as a single host, as behind a load balancer.
 
     Requests alternate between the two servers.
     """
@@ -111,7 +111,7 @@ class Alternating:
 
 @pytest.mark.parametrize("scenario", SCENARIOS.values(), ids=SCENARIOS)
 def test_contract(scenario: Scenario, sites: Sites) -> Deferred[None]:
-    """Two servers that take turns behind a pooler keep the contract."""
+    """Two alternating servers behind a pooler keep the contract."""
     return scenario(Alternating(sites))
 
 
@@ -133,7 +133,7 @@ def test_connections_are_shared(
 ) -> Steps:
     """The database has at most `pool_size` connections.
 
-    The servers have more connections than that to the pooler.
+    The servers have more connections to the pooler.
     """
     yield work(sites)
     assert clients_of(pooler) > pooler.pool_size
@@ -162,9 +162,10 @@ def test_a_transaction_leaves_nothing_behind(
 
 
 def settings_of(connection: Any) -> tuple[Any, ...]:
-    """Return the backend's pid of a connection and the current settings.
+    """Return the pid and the current settings of a connection's backend.
 
-    The transaction stays open, so that the pooler gives the backend to no other client.
+    The transaction stays open. Therefore the pooler gives the backend to no other
+    client.
     """
     columns = ", ".join(f"current_setting('{name}')" for name in SETTINGS)
     with connection.cursor() as cursor:
@@ -186,8 +187,8 @@ def clients_of(pooler: PgBouncer) -> int:
 
 
 def backends_of(arguments: Mapping[str, Any]) -> int:
-    """Return the number of connections that the database has, without the current
-    one."""
+    """Return the number of the database's connections, without the current
+    connection."""
     with (
         closing(psycopg2.connect(**arguments)) as connection,
         connection.cursor() as cursor,

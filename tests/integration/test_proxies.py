@@ -42,12 +42,12 @@ KEYS = 80_000
 SESSION_DATA = json.dumps({"ciphertext": "x" * 820, "mac": "y" * 11, "ephemeral": "z"})
 VERSION = 1_700_000_000
 ROOM = "!room"
-#: Limit, in bytes, of the memory that one download may add to a process.
+#: Limit of the memory added to a process by a download, in bytes.
 BOUND = 20 * 1024 * 1024
 DEADLINE = 30.0
 PROXIES = [Nginx, HaProxy, Caddy, Apache]
-#: Proxies that buffer a whole upload before they forward the request. The others stream
-#: uploads and thus can't repeat an upload at another process.
+#: Proxies that buffer a whole upload before forwarding. The others stream uploads and
+#: thus can't repeat an upload at another process.
 PASS_WHOLE_UPLOADS = [Nginx, HaProxy]
 passes_whole_uploads = pytest.mark.parametrize(
     "proxy", PASS_WHOLE_UPLOADS, indirect=True
@@ -57,7 +57,7 @@ TRAFFIC = "synapse_roomkeys_download_bytes_total"
 
 @pytest.fixture(scope="module")
 def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The path of the SQLite file that both processes share."""
+    """The path of the SQLite file, shared by both processes."""
     return tmp_path_factory.mktemp("database") / "roomkeys.db"
 
 
@@ -159,7 +159,7 @@ def test_contract_on_postgres(
 
 @pytest.mark.parametrize("scenario", SCENARIOS.values(), ids=SCENARIOS)
 def test_contract(scenario: Scenario, host: HttpHost) -> Deferred[None]:
-    """The service keeps the contract behind each proxy, which forwards each path
+    """The service keeps the contract behind each proxy; each path is forwarded
     unchanged."""
     return scenario(host)
 
@@ -196,7 +196,7 @@ def ask(
     headers: Mapping[str, str],
     body: bytes | None = None,
 ) -> Answer:
-    """Send a request without changes and return the answer, whatever its status.
+    """Send a request without changes and return the answer, of any status.
 
     The values of a repeated header are joined.
     """
@@ -300,8 +300,7 @@ def big(
 def open_download(proxy: Proxy, token: str) -> HTTPResponse:
     """Request the whole backup and read the headers of the answer.
 
-    The receive buffer has 64 KiB, so that the connection stalls soon if the test does
-    not read.
+    The receive buffer has 64 KiB. Therefore the connection stalls soon without reads.
     """
     connection = socket.socket()
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
@@ -326,7 +325,7 @@ def check_whole(body: bytes) -> None:
 
 
 def sent(services: tuple[Service, Service]) -> float:
-    """Return the number of bytes that both processes have sent in downloads so far."""
+    """Return the number of bytes sent by both processes in downloads until now."""
     total = 0.0
     for service in services:
         for line in fetch(service.metrics_url).decode().splitlines():
@@ -340,7 +339,7 @@ def test_a_slow_download(
 ) -> None:
     """A download starts within 1 s, and stalls while the client does not read.
 
-    Meanwhile neither proxy nor service buffers it in memory or in files. Afterwards the
+    Meanwhile no process buffers the download in memory or in files. Afterwards the
     download is complete.
     """
     before = sent(services)
@@ -383,7 +382,7 @@ def test_a_refused_connection_goes_to_the_other(
 
 
 class Away(BaseHTTPRequestHandler):
-    """Handler of a process that is stopping: ready, but 503 for each other request."""
+    """Handler of a stopping process: ``/ready`` is 200, any other request 503."""
 
     protocol_version = "HTTP/1.1"
     asked: list[str]
@@ -404,7 +403,7 @@ class Away(BaseHTTPRequestHandler):
 
 
 class AwayServer(ThreadingHTTPServer):
-    """HTTP server that ignores connections dropped by the proxy."""
+    """HTTP server without a log of connections dropped by the proxy."""
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Discard the error of a request."""
@@ -419,7 +418,8 @@ def test_a_503_is_passed_to_the_other(
 ) -> None:
     """A request that one process answers 503 is repeated at the other process.
 
-    This holds for each method, for an upload of 200 keys and for a new version too.
+    The requests have all methods; an upload of 200 keys and a new version are among the
+    requests.
     """
     asked: list[str] = []
     handler = type("Handler", (Away,), {"asked": asked})

@@ -97,10 +97,10 @@ def test_tables(target: Target) -> Steps:
 
 @inlineCallbacks
 def test_a_lock_of_another_process(target: Target) -> Steps:
-    """A lock on the row that the check writes does not delay the check.
+    """A lock on the row written by the check does not delay the check.
 
-    SQLite locks the whole file: it isn't ready once a lock has lasted `LOCK_SECONDS`.
-    PostgreSQL stays ready.
+    An SQLite lock blocks the whole file: the file isn't ready once a lock has lasted
+    `LOCK_SECONDS`. PostgreSQL stays ready.
     """
     engine = target.backend.engine
     yield target.database.run("upgrade", upgrade_tables, engine, True)

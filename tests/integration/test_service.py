@@ -1,4 +1,4 @@
-"""The service as operators run it: answers, status, metrics and log."""
+"""The service as run by operators: answers, status, metrics and log."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def host(service: Service, homeserver: Homeserver) -> Iterator[HttpHost]:
 
 @implementer(IAgentEndpointFactory)
 class UnixEndpoints:
-    """Endpoint factory that connects to a unix socket, whatever the address."""
+    """Endpoint factory for connections to a unix socket, for any address."""
 
     def __init__(self, path: Path) -> None:
         self._path = str(path)
@@ -156,7 +156,7 @@ def lines_of(service: Service, number: str) -> list[dict[str, Any]]:
 
 
 def access(service: Service, *headers: str, path: str = "/x") -> tuple[str, str]:
-    """Send a GET request; return its id and its access log line."""
+    """Send a GET request; return the request id and the access log line."""
     _, got = head_of(exchange(service, get(path, *headers)))
     number = got["x-request-id"]
     lines = lines_of(service, number)
@@ -349,8 +349,8 @@ def test_a_body_over_the_limit_is_refused_early(service: Service) -> None:
             head + b"Transfer-Encoding: chunked\r\n\r\n",
             *chunked(LIMIT + 2 * 65536),
         ),
-        # The client continues to send. The service reads and discards these bytes,
-        # because closing the connection early would reset it and lose the answer.
+        # The client continues to send. The service reads and discards the rest, because
+        # an early close would reset the connection and lose the answer.
         exchange(
             service,
             head + b"Content-Length: %d\r\n\r\n" % (4 * LIMIT),
@@ -375,8 +375,7 @@ def test_a_body_at_the_limit_is_read(service: Service) -> None:
 
 
 def test_an_unknown_path_has_cors_headers(service: Service) -> None:
-    """A 404 for an unknown path has CORS headers, so that browsers show clients the
-    error."""
+    """A 404 for an unknown path has CORS headers, for clients in browsers."""
     status, headers = head_of(exchange(service, get("/_matrix/client/v3/nothing")))
     assert status == 404
     assert headers["access-control-allow-origin"] == "*"

@@ -1,4 +1,4 @@
-"""The service's shutdown: requests that are finished, refused or aborted."""
+"""The service's shutdown: finished, refused and aborted requests."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def stop(service: Service, number: signal.Signals = signal.SIGTERM) -> None:
 
 
 def answer_to(client: socket.socket) -> tuple[HTTPResponse, bytes]:
-    """Read an answer from a connection; return it with its body."""
+    """Read an answer from a connection; return the answer and the body."""
     response = HTTPResponse(client)
     response.begin()
     return response, response.read()
@@ -171,9 +171,10 @@ def test_what_is_under_way_is_finished(
 
 
 def test_what_takes_too_long_is_dropped(hasty: Service, homeserver: Homeserver) -> None:
-    """A download that the client does not read is aborted at the shutdown timeout.
+    """A download without reads by the client is aborted at the shutdown timeout.
 
-    The final chunk is never sent, so the client can't take the download for complete.
+    The final chunk is never sent. Otherwise the client would take the download for
+    complete.
     """
     backup = Backup(hasty, homeserver)
     with closing(backup.download()) as download:
@@ -189,7 +190,8 @@ def test_a_transaction_that_takes_too_long_is_left(
 ) -> None:
     """A transaction that waits for a lock does not delay the exit beyond the timeout.
 
-    The thread of the transaction can't be stopped, so the service exits without it.
+    A thread can't be stopped. The service exits without waiting for the transaction's
+    thread.
     """
     backup = Backup(hasty, homeserver)
     body = json.dumps(backup.upload({"!b": {"new": key()}})[1]).encode()

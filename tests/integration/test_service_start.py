@@ -30,7 +30,7 @@ from ..servers.processes import HOST, free_port
 from ..servers.service import Service
 
 SECRET = "hunter2"
-#: Program that opens a socket as systemd does for a socket unit, and then executes the
+#: Program that opens a socket, as systemd for a socket unit, and then executes the
 #: service.
 ACTIVATE = """
 import os, socket, sys
@@ -84,9 +84,9 @@ def test_no_file_is_needed(homeserver: Homeserver, tmp_path: Path) -> None:
 
 
 def test_its_file_is_its_owners(homeserver: Homeserver, tmp_path: Path) -> None:
-    """The SQLite file and SQLite's files beside it are readable by their owner only.
+    """The SQLite file, the WAL and the shared memory file are private to their owner.
 
-    The umask makes no difference. An existing file keeps its mode.
+    The umask makes no difference. An existing file keeps the existing mode.
     """
     service = Service(tmp_path, homeserver.url)
     path = tmp_path / "roomkeys.db"
@@ -156,9 +156,9 @@ def test_a_database_that_is_away(homeserver: Homeserver, tmp_path: Path) -> None
 def test_a_database_that_is_locked_for_a_moment(
     homeserver: Homeserver, tmp_path: Path
 ) -> None:
-    """The service starts once another process releases its lock on the SQLite file.
+    """The service starts once another process releases the lock on the SQLite file.
 
-    Such a lock is held while another process creates the tables.
+    A process holds the lock while creating the tables.
     """
     service = Service(tmp_path, homeserver.url)
     path = tmp_path / "roomkeys.db"
@@ -333,8 +333,7 @@ def test_migrate(homeserver: Homeserver, tmp_path: Path) -> None:
 
 
 def test_the_command() -> None:
-    """The installed command prints its version, an example configuration and its
-    usage."""
+    """The installed command prints version, example configuration and usage."""
     command = Path(sys.executable).with_name("synapse-roomkeys")
 
     def run(*arguments: str) -> tuple[int, str]:

@@ -1,4 +1,4 @@
-"""The users of a Synapse with the plugin: allowed, refused and deactivated ones."""
+"""The users of a Synapse with the plugin: allowed, refused and deactivated users."""
 
 from __future__ import annotations
 
@@ -81,11 +81,11 @@ def complaints(log: str) -> list[str]:
 
 @attrs.frozen
 class Pair:
-    """A Synapse with the plugin and one without, on the same database.
+    """A Synapse with the plugin and a Synapse without, on the same database.
 
     Attributes:
-        synapse: the one with the plugin.
-        stock: the one with Synapse's own endpoints.
+        synapse: the Synapse with the plugin.
+        stock: the Synapse with Synapse's own endpoints.
         plugin_host: `synapse` as a server under test.
         stock_host: `stock` as a server under test.
     """
@@ -97,12 +97,12 @@ class Pair:
 
     @property
     def hosts(self) -> tuple[HttpHost, HttpHost]:
-        """Both servers under test, the one with the plugin first."""
+        """Both servers under test, first with the plugin, then without."""
         return self.plugin_host, self.stock_host
 
 
 def registration(directory: Path) -> Path:
-    """Write the registration file of an application service and return its path."""
+    """Write the registration file of an application service; return the path."""
     users = [{"exclusive": True, "regex": "@bridged_.*"}]
     file = directory / "bridge.yaml"
     settings = {
@@ -121,7 +121,7 @@ def registration(directory: Path) -> Path:
 def pair(
     postgres: PostgresServer, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Pair]:
-    """Two Synapses with an application service, on one database, to compare answers."""
+    """Two Synapses with an application service, on one database, for comparison."""
     directory = tmp_path_factory.mktemp("pair")
     database = postgres.create_database()
     extra = {
@@ -180,7 +180,7 @@ def test_deactivation(synapse: Synapse, synapse_host: HttpHost) -> Steps:
     assert [rows(synapse, table, users[1].user_id) for table in TABLES] == [2, 1, 1]
 
 
-# Users that are refused
+# Refused users
 
 
 def nobody(pair: Pair) -> None:
@@ -188,12 +188,12 @@ def nobody(pair: Pair) -> None:
 
 
 def stranger(pair: Pair) -> str:
-    """Return a token that the homeserver never issued."""
+    """Return a token never issued by the homeserver."""
     return "syt_c3RyYW5nZXI_AAAAAAAAAAAAAAAAAAAA_0aaaaa"
 
 
 def logged_out(pair: Pair) -> str:
-    """Return the token of a device that has logged out."""
+    """Return the token of a device after a logout."""
     user = pair.synapse.register("logged_out")
     device = pair.synapse.login(user)
     pair.synapse.logout(device)
@@ -201,7 +201,7 @@ def logged_out(pair: Pair) -> str:
 
 
 def expired(pair: Pair) -> str:
-    """Return an expired token that can be refreshed."""
+    """Return an expired, refreshable token."""
     user = pair.synapse.register("expired")
     token = pair.synapse.login(user, soft=True).access_token
     deadline = time.monotonic() + DEADLINE
@@ -219,7 +219,7 @@ def guest(pair: Pair) -> str:
 
 
 def locked(pair: Pair) -> str:
-    """Return the token of a user whom an administrator has locked."""
+    """Return the token of a user locked by an administrator."""
     user = pair.synapse.register("locked")
     administer(pair, "PUT", f"/v2/users/{quoted(user.user_id)}", {"locked": True})
     return user.access_token
@@ -253,8 +253,7 @@ def test_refused(
     soft_logout: bool | None,
     pair: Pair,
 ) -> Steps:
-    """Each endpoint refuses the users that Synapse's own refuse, with the same
-    errors."""
+    """Each endpoint refuses the same users as Synapse's own, with the same errors."""
     token = token_of(pair)
     upload = encoded(wrapped(ROOMS))
     new = encoded({"algorithm": ALGORITHM, "auth_data": AUTH_DATA})
@@ -273,19 +272,19 @@ def test_refused(
         same(got, refused(answers[1], status, *errcodes), path)
 
 
-# Users that are served
+# Users with access
 
 
 @inlineCallbacks
 def use_backup(
     host: HttpHost, token: str, user_id: str | None = None
 ) -> Generator[Deferred[Any], Any, Answer]:
-    """Create a backup, upload keys, download them and delete one.
+    """Create a backup, upload two keys, download both and delete a key.
 
     Args:
         host: the server under test.
         token: the access token.
-        user_id: the user that an application service acts as, or None.
+        user_id: the user to act as, for an application service, or None.
 
     Returns:
         A Deferred that fires with the answer about the current version.
@@ -308,12 +307,12 @@ def use_backup(
 
 
 def shadow_ban(pair: Pair, user_id: str) -> None:
-    """Shadow-ban a user, whose messages then reach nobody."""
+    """Shadow-ban a user: other users don't receive the user's messages any more."""
     administer(pair, "POST", f"/v1/users/{quoted(user_id)}/shadow_ban")
 
 
 def suspend(pair: Pair, user_id: str) -> None:
-    """Suspend a user, who can then read but not write."""
+    """Suspend a user: reads are allowed, writes are refused."""
     administer(pair, "PUT", f"/v1/suspend/{quoted(user_id)}", {"suspend": True})
 
 
@@ -323,7 +322,7 @@ SANCTIONS = (shadow_ban, suspend) if SYNAPSE >= (1, 120) else (shadow_ban,)
 @pytest.mark.parametrize("sanction", SANCTIONS)
 @inlineCallbacks
 def test_sanctioned(sanction: Callable[[Pair, str], None], pair: Pair) -> Steps:
-    """A user who can't send messages can use a backup, as with Synapse's own
+    """Users barred from sending messages can use a backup, as with Synapse's own
     endpoints."""
     user = pair.synapse.register(sanction.__name__)
     sanction(pair, user.user_id)
@@ -355,7 +354,7 @@ def test_appservice_as_itself(pair: Pair) -> Steps:
 
 @inlineCallbacks
 def test_appservice_as_stranger(pair: Pair) -> Steps:
-    """An application service can't act as a user outside its namespace."""
+    """An application service can't act as a user outside the namespace."""
     user = pair.synapse.register("not_bridged")
     path = f"{PREFIX}/version?user_id={quoted(user.user_id)}"
     answers: list[Answer] = []

@@ -1,4 +1,4 @@
-"""A database that stops or restarts under a Synapse with the plugin."""
+"""Database outages under a Synapse with the plugin."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ROOM = "!room"
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PostgresServer]:
-    """A PostgreSQL for this module alone, which the tests stop."""
+    """A PostgreSQL for this module alone, because the tests stop the server."""
     with PostgresServer(tmp_path_factory.mktemp("postgres"), durable=True) as server:
         yield server
 
@@ -31,7 +31,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PostgresServer]
 def host(
     server: PostgresServer, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[HttpHost]:
-    """A Synapse with the plugin on that database."""
+    """A Synapse with the plugin on the PostgreSQL of this module."""
     directory = tmp_path_factory.mktemp("synapse")
     with Synapse(directory, database=server.create_database()) as synapse:
         host = host_of(synapse)
@@ -43,7 +43,7 @@ def host(
 def test_a_restart_costs_a_moment(host: HttpHost, server: PostgresServer) -> Steps:
     """After a restart or crash of the database, all requests succeed.
 
-    The requests are concurrent, so that each broken connection in the pool is used.
+    The requests are concurrent, to use each broken connection of the pool.
     """
     client = Client(host, host.new_user())
     version: str = yield client.create_version()
@@ -67,7 +67,7 @@ def test_a_restart_costs_a_moment(host: HttpHost, server: PostgresServer) -> Ste
 def test_away_is_503(host: HttpHost, server: PostgresServer) -> Steps:
     """While the database is stopped, requests are answered 503 with Retry-After.
 
-    Nothing is stored, and no answer says that a backup does not exist.
+    Uploads store no key, and no answer says that a backup does not exist.
     """
     client = Client(host, host.new_user())
     version: str = yield client.create_version()

@@ -92,7 +92,7 @@ class Remains:
 
 
 def metric(metrics: str, name: str, **labels: str) -> float:
-    """Return the sum of a metric's samples that have these labels."""
+    """Return the sum of a metric's samples with the given labels."""
     wanted = [f'{label}="{value}"' for label, value in labels.items()]
     samples = re.findall(rf"^{name}(?:{{(.*)}})? (\S+)$", metrics, re.MULTILINE)
     return sum(
@@ -139,10 +139,10 @@ class HangUp(Reader):
 
 
 def talkative(directory: Path, database: Mapping[str, Any] | None) -> Synapse:
-    """Return a Synapse that logs at DEBUG, except the values of its SQL statements.
+    """Return a Synapse with a DEBUG log, but without the values of SQL statements.
 
-    Synapse logs those values for its own endpoints as well, if an operator turns that
-    on.
+    If an operator turns the values on, Synapse logs the values of its own endpoints as
+    well.
     """
     settings = config.log(directory / "homeserver.log")
     settings["loggers"] = {"synapse.storage.SQL": {"level": "INFO"}}
@@ -298,7 +298,7 @@ def test_complaints(remains: Remains) -> None:
 
 
 def test_contexts(remains: Remains) -> None:
-    """Each line that the plugin logs during a request has the request's name."""
+    """Each line logged by the plugin during a request has the request's name."""
     lines = remains.lines(" synapse_roomkeys.")
     lines = [line for line in lines if "answers /room_keys in Synapse" not in line]
     for line in lines:
@@ -336,10 +336,8 @@ def test_versions(remains: Remains) -> None:
 
 
 def test_refusals(remains: Remains) -> None:
-    """A refusal by a client's mistake is logged and counted with status and errcode.
-
-    Ordinary answers, such as 404 and 401, are not logged.
-    """
+    """A refusal other than a GET's 404 is logged at INFO and counted, with its
+    errcode."""
     for status, errcode, number in (
         (400, "M_NOT_JSON", 1),
         (400, "M_BAD_JSON", 4),
@@ -354,9 +352,9 @@ def test_refusals(remains: Remains) -> None:
 
 
 def test_transactions(remains: Remains) -> None:
-    """The database transactions of a download are accounted to its request.
+    """A download's database transactions are accounted to its request.
 
-    This includes transactions that begin only when a slow client reads on.
+    Transactions that begin only when a slow client reads on are included.
     """
     whole = remains.requests("GET .*/keys.version=" + remains.version)
     transactions = [int(re.findall(r"/(\d+)\)", line)[-1]) for line in whole]

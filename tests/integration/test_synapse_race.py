@@ -1,4 +1,4 @@
-"""Concurrent writes to one user's backup through two processes of a homeserver."""
+"""Concurrent writes to a user's backup through two processes of a homeserver."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ NEW_VERSION = {"algorithm": ALGORITHM, "auth_data": AUTH_DATA}
 
 @attrs.frozen
 class Processes:
-    """Two processes of one homeserver.
+    """Two processes of a homeserver.
 
     Attributes:
         main: the first process.
@@ -84,8 +84,8 @@ def mains(
 ) -> Iterator[Processes]:
     """Two main processes on one database.
 
-    The second starts when the first has finished its background updates, because both
-    would fail if they ran concurrently.
+    The second starts when the first has finished the background updates, because
+    concurrent background updates would fail in both.
     """
     directory = tmp_path_factory.mktemp("mains")
     database = postgres.create_database()
@@ -107,7 +107,7 @@ def wait_for_log(server: Synapse, text: str) -> None:
 def main_and_worker(
     postgres: PostgresServer, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Processes]:
-    """A main process and a worker, as an operator runs them."""
+    """A main process and a worker, as in an operator's deployment."""
     directory = tmp_path_factory.mktemp("worker")
     database = postgres.create_database()
     with (
@@ -161,8 +161,7 @@ def overlapping(number: int) -> Rooms:
 
 
 def with_one_more(number: int) -> Rooms:
-    """Build the upload of `overlapping` with a session that no other upload
-    contains."""
+    """Build the upload of `overlapping`, plus a session unique to the upload."""
     return {**overlapping(number), f"!own{number}:h": {"own": key(number)}}
 
 
@@ -183,7 +182,8 @@ def at_once(
 def check_contents(
     processes: Processes, clients: Sequence[Client], version: str, want: Rooms
 ) -> Generator[Deferred[Any], Any, int]:
-    """Check that both processes return these keys, and the same etag and exact count.
+    """Check that both processes return the given keys, and the same etag and exact
+    count.
 
     Returns:
         A Deferred that fires with the etag.
@@ -239,7 +239,7 @@ def test_uploads_without_news(processes: Processes) -> Steps:
 
 @inlineCallbacks
 def test_uploads_and_deletions(processes: Processes) -> Steps:
-    """Deletions that are concurrent with uploads leave an exact count."""
+    """Deletions during uploads leave an exact count."""
     for _ in range(ROUNDS):
         clients = processes.clients()
         version = yield clients[0].create_version()
@@ -260,7 +260,7 @@ def test_uploads_and_deletions(processes: Processes) -> Steps:
 
 @inlineCallbacks
 def test_new_versions(processes: Processes) -> Steps:
-    """Concurrently created versions all differ, and the highest one is current."""
+    """Concurrently created versions all differ, and the highest is current."""
     clients = processes.clients()
     numbers: list[str] = []
     for _ in range(2):

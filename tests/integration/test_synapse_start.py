@@ -65,7 +65,8 @@ ModuleApi.__init__ = lambda self, hs, auth_handler: None
 
 
 def refusal(server: Synapse) -> str:
-    """Start a Synapse that must exit before it listens; return its output."""
+    """Start a Synapse, expect an exit before the first listener, and return the
+    output."""
     before = server.log().count(LISTENING)
     output = server.run_to_failure(DEADLINE)
     assert server.log().count(LISTENING) == before
@@ -76,7 +77,8 @@ def refusal(server: Synapse) -> str:
 
 
 def test_unknown_option(tmp_path: Path) -> None:
-    """An unknown option is an error that names the option and the known ones."""
+    """An unknown option is an error; the message has the option and all known
+    options."""
     option = "stalled_donwload_seconds"
     output = refusal(Synapse(tmp_path, module_config={option: 5}))
     assert f"Error in configuration at 'modules.<item 0>.config.{option}'" in output
@@ -85,7 +87,7 @@ def test_unknown_option(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", ["5", 0, True, None, [5]])
 def test_wrong_value(value: object, tmp_path: Path) -> None:
-    """A value that isn't a positive integer is an error that names the option."""
+    """A value other than a positive integer is an error with the option's name."""
     config = {"max_body_bytes": 1000, "stalled_download_seconds": value}
     output = refusal(Synapse(tmp_path, module_config=config))
     where = "'modules.<item 0>.config.stalled_download_seconds'"
@@ -119,7 +121,7 @@ def test_options_that_are_no_mapping(options: object, tmp_path: Path) -> None:
 def test_other_internals(preload: str, place: str, tmp_path: Path) -> None:
     """A Synapse with other internals than expected does not start.
 
-    The error names what was expected and what was found.
+    The error has the expected and the actual state.
     """
     output = refusal(Synapse(tmp_path, preload=preload))
     versions = f"{__version__} can't be loaded into Synapse {SYNAPSE_VERSION}"
@@ -134,7 +136,7 @@ def test_other_internals(preload: str, place: str, tmp_path: Path) -> None:
 
 
 def test_listed_twice(tmp_path: Path) -> None:
-    """A module that is listed twice is an error, because each entry has options."""
+    """A module listed twice is an error, because each entry has options."""
     modules = [{"module": MODULE, "config": {}}] * 2
     output = refusal(Synapse(tmp_path, extra_config={"modules": modules}))
     assert re.search("ConfigError: synapse_roomkeys .+ expected .+; found .+", output)
@@ -148,8 +150,8 @@ def stopped(
     database: Callable[[], Mapping[str, Any] | None],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Synapse]:
-    """A stopped Synapse with the plugin, on a database created by Synapse without
-    it."""
+    """A stopped Synapse with the plugin, on a database from Synapse without the
+    plugin."""
     directory = tmp_path_factory.mktemp("stopped")
     arguments = database()
     with Synapse(directory, database=arguments, module_config=None):
@@ -194,9 +196,9 @@ def stopped(
 def test_other_tables(
     change: str, undo: str, table: str, found: str, stopped: Synapse
 ) -> None:
-    """A Synapse whose tables differ from the expected ones does not start.
+    """A Synapse with other tables than expected does not start.
 
-    The error names the table, what was expected and what was found.
+    The error has the table, the expected and the actual state.
     """
     query(stopped, change)
     try:
@@ -214,7 +216,7 @@ def test_other_tables(
 
 
 def test_newer_tables(stopped: Synapse) -> None:
-    """Tables of a later version of the plugin are an error that says what to do."""
+    """Tables of a later version of the plugin are an error with advice."""
     with stopped:
         pass
     ((number,),) = query(stopped, "SELECT number FROM roomkeys_schema")
@@ -227,17 +229,18 @@ def test_newer_tables(stopped: Synapse) -> None:
     assert f" number {number + 1}," in output and f" number {number}:" in output
 
 
-# A start that succeeds
+# Successful starts
 
 
 def answering_lines(server: Synapse) -> list[str]:
-    """Return the log lines that announce the plugin, one for each start."""
+    """Return the plugin's log lines at its starts, one line for each start."""
     text = f"{__version__} answers /room_keys in Synapse {SYNAPSE_VERSION}"
     return [line for line in server.log().splitlines() if text in line]
 
 
 def test_start(stopped: Synapse) -> None:
-    """One log line names the replaced function and both versions.
+    """A log line names the replaced function, the plugin's version and Synapse's
+    version.
 
     The plugin's table exists after the start.
     """
@@ -251,7 +254,7 @@ def test_start(stopped: Synapse) -> None:
 
 
 def test_start_at_once(postgres: PostgresServer, tmp_path: Path) -> None:
-    """Processes that start at the same time can all create the plugin's table."""
+    """Processes started at the same time can all create the plugin's table."""
     database = postgres.create_database()
     with Synapse(tmp_path / "stock", database=database, module_config=None):
         pass

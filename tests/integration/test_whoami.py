@@ -1,4 +1,4 @@
-"""Authentication by a homeserver's whoami: a faulty homeserver, and a real one."""
+"""Authentication by a homeserver's whoami, with a faulty and a real homeserver."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ from .test_synapse import AS_TOKEN, DEADLINE, IN_NAMESPACE, SYNAPSE, registratio
 
 USER = Requester("@user:test.example", "DEVICE")
 CACHE_SECONDS = 2
-#: Seconds that one whoami request may take on a loaded machine.
+#: Seconds allowed for a whoami request on a loaded machine.
 SLACK = 2.0
 
 
@@ -58,15 +58,15 @@ def new_auth(url: str, **options: Any) -> WhoamiAuth:
     return WhoamiAuth(real, Clock(real), HomeserverOptions(url, **options))
 
 
-# A homeserver that fails
+# A faulty homeserver
 
 
 class Listening:
-    """A fake homeserver that listens on a port, and an authenticator that asks it.
+    """A fake homeserver on a port, and an authenticator for the homeserver.
 
     Attributes:
         homeserver: the fake homeserver.
-        url: its base URL.
+        url: the base URL of the homeserver.
         auth: the authenticator, with timeouts of one second.
     """
 
@@ -128,7 +128,8 @@ def fail_and_recover(fault: Fault) -> Steps:
 
 @inlineCallbacks
 def test_faults() -> Steps:
-    """Each fault of the homeserver leads to 503, and requests succeed after its end."""
+    """Each fault of the homeserver leads to 503, and requests succeed after the
+    fault."""
     faults = {**FAULTS, "stall": stall, "stall in body": stall_in_body}
     results = yield DeferredList(
         [fail_and_recover(fault) for fault in faults.values()], consumeErrors=True
@@ -143,8 +144,8 @@ def test_faults() -> Steps:
 
 @inlineCallbacks
 def test_refusing_connections() -> Steps:
-    """Without a homeserver requests are refused with 503, and succeed once it listens
-    again."""
+    """Requests are refused with 503 without a homeserver, and succeed after the
+    start."""
     one = Listening()
     assert (yield one.auth.check()) is None
     yield one.stop()
@@ -202,8 +203,8 @@ def auth(stock: Synapse) -> Iterator[WhoamiAuth]:
 
 @inlineCallbacks
 def refusal(auth: WhoamiAuth, *args: Any, **query: str) -> Any:
-    """Return the status, the errcode and soft_logout of a request that must be
-    refused."""
+    """Return status, errcode and soft_logout of a request, and fail if the request
+    succeeds."""
     try:
         found = yield auth.get_user_by_req(client_request(*args, **query))
     except TokenError as error:
@@ -291,7 +292,7 @@ def test_never_let_in(stock: Synapse, auth: WhoamiAuth) -> Steps:
 
 @inlineCallbacks
 def test_expired(stock: Synapse, auth: WhoamiAuth) -> Steps:
-    """An expired token that can be refreshed is refused with soft_logout."""
+    """An expired, refreshable token is refused with soft_logout."""
     user = stock.login(stock.register("expired"), soft=True)
     deadline = time.monotonic() + DEADLINE
     while True:
@@ -349,8 +350,8 @@ def test_application_service(stock: Synapse, auth: WhoamiAuth) -> Steps:
 def test_registered_after_a_refusal(stock: Synapse, auth: WhoamiAuth) -> Steps:
     """A refusal is not cached.
 
-    An application service is accepted for a user as soon as it has registered that
-    user. A user is accepted as soon as an administrator has removed the lock.
+    An application service is accepted for a user as soon as the user is registered. A
+    user is accepted as soon as an administrator has removed the lock.
     """
     new = {"user_id": "@bridged_new:test.example"}
     assert (yield refusal(auth, AS_TOKEN, **new))[0] == 403
