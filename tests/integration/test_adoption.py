@@ -38,7 +38,7 @@ SESSION = "a/b+c/d+e"
 LONG_ID = "x" * 1000
 HIGHEST = 2**31 - 1
 #: The worst valid key by the specification's order.
-WORST = key(HIGHEST, HIGHEST, False, {"the": "worst"})
+WORST_KEY = key(HIGHEST, HIGHEST, False, {"the": "worst"})
 
 #: A value of each JSON type, for fields that the server must not interpret.
 OPAQUE = {
@@ -56,7 +56,7 @@ _numbers = count()
 
 
 @attrs.frozen
-class House:
+class Deployment:
     """The directory and database of one homeserver.
 
     Attributes:
@@ -135,9 +135,9 @@ def check_log(server: Synapse) -> None:
     """
     lines = server.log().splitlines()
     marks = ("Traceback", " ERROR ", " CRITICAL ", "context")
-    said = "Left out a key: its session_data isn't JSON"
+    allowed = "Left out a key: its session_data isn't JSON"
     found = [line for line in lines if any(mark in line for mark in marks)]
-    assert [line for line in found if said not in line] == []
+    assert [line for line in found if allowed not in line] == []
 
 
 def client(server: Synapse, user: User) -> Api:
@@ -221,7 +221,7 @@ SQLITE_BAD_ROWS = {
     "blob": BadRow(key(1), key(0), "first_message_index = x'00ff'"),
 }
 #: Number of backups with bad rows, one for each test that changes such a backup.
-VICTIMS = 5
+BAD_BACKUPS = 5
 GOOD_ROWS = {"before": key(1, 2, True), "zz_after": key(3, 4, False, {"a": None})}
 
 
@@ -245,28 +245,28 @@ class Adopted:
     """A homeserver that was used without the plugin and now runs with the plugin.
 
     Attributes:
-        house: the directory and database.
+        deployment: the directory and database.
         server: the running Synapse with the plugin.
         owner: a user with a current backup that both implementations read alike.
         older: an older backup of the same user, with a string as auth_data.
-        said: the built-in endpoints' answers about these two backups, by version.
+        expected: the built-in endpoints' answers about these two backups, by version.
         deleted: a deleted version of the same user.
         large: a backup of several pages.
         long: a backup with ids that are now refused in uploads.
-        bad_rows: the bad rows in each backup of `victims`, by session id.
-        victims: backups with bad rows; each test takes another backup.
+        bad_rows: the bad rows in each backup of `bad_backups`, by session id.
+        bad_backups: backups with bad rows; each test takes another backup.
     """
 
-    house: House
+    deployment: Deployment
     server: Synapse
     owner: Owner
     older: Owner
-    said: dict[str, dict[str, Any]]
+    expected: dict[str, dict[str, Any]]
     deleted: str
     large: Owner
     long: Owner
     bad_rows: dict[str, BadRow]
-    victims: Iterator[Owner]
+    bad_backups: Iterator[Owner]
 
     def api(self, owner: Owner) -> Api:
         """Return the client of a backup's owner."""
@@ -274,7 +274,7 @@ class Adopted:
 
     def check_count(self, owner: Owner) -> None:
         """Check the reported and the cached count of a backup against its rows."""
-        self.house.check_count(owner.user, self.api(owner), owner.version)
+        self.deployment.check_count(owner.user, self.api(owner), owner.version)
 
 
 def back_up(server: Synapse, user: User, rooms: Rooms, auth_data: Any) -> Owner:
@@ -292,7 +292,9 @@ def back_up_bad_rows(server: Synapse, bad_rows: Mapping[str, BadRow]) -> Owner:
     return back_up(server, new_user(server), rooms, {})
 
 
-def spoil(house: House, victims: list[Owner], bad_rows: Mapping[str, BadRow]) -> None:
+def write_invalid_values(
+    deployment: Deployment, bad_backups: list[Owner], bad_rows: Mapping[str, BadRow]
+) -> None:
     """Write the values that no upload allows, straight to the database.
 
     The changes of `bad_rows` apply to all users. The etags of the victims' backups
@@ -301,10 +303,10 @@ def spoil(house: House, victims: list[Owner], bad_rows: Mapping[str, BadRow]) ->
     for name, row in bad_rows.items():
         if row.change is not None:
             statement = f"UPDATE e2e_room_keys SET {row.change} WHERE session_id = ?"
-            house.sql(statement, name)
-    for victim in victims:
+            deployment.sql(statement, name)
+    for bad_backup in bad_backups:
         statement = "UPDATE e2e_room_keys_versions SET etag = NULL WHERE user_id = ?"
-        house.sql(statement, victim.user.user_id)
+        deployment.sql(statement, bad_backup.user.user_id)
 
 
 def back_up_many(server: Synapse) -> Owner:
@@ -324,36 +326,46 @@ def back_up_long_ids(server: Synapse) -> Owner:
 
 
 @pytest.fixture(scope="module")
-def new_house(
+def new_deployment(
     database: Callable[[], Mapping[str, Any] | None],
     tmp_path_factory: pytest.TempPathFactory,
-) -> Callable[[], House]:
+) -> Callable[[], Deployment]:
     """Function that creates the directory and database of a new homeserver."""
-    return lambda: House(tmp_path_factory.mktemp("house"), database())
+    return lambda: Deployment(tmp_path_factory.mktemp("deployment"), database())
 
 
 @pytest.fixture(scope="module")
-def adopted_server(new_house: Callable[[], House], engine: str) -> Iterator[Adopted]:
+def adopted_server(
+    new_deployment: Callable[[], Deployment], engine: str
+) -> Iterator[Adopted]:
     """A homeserver that was used without the plugin and now runs with the plugin."""
-    house = new_house()
+    deployment = new_deployment()
     bad_rows = BAD_ROWS | (SQLITE_BAD_ROWS if engine == "sqlite" else {})
-    with house.serve(plugin=False) as stock:
-        user = new_user(stock)
-        older = back_up(stock, user, make_rooms("older"), "text é")
-        deleted = back_up(stock, user, make_rooms("deleted"), {}).version
-        accepted(client(stock, user).delete(version_path(deleted)))
-        owner = back_up(stock, user, make_rooms("newer"), OPAQUE)
-        said = {
-            backup.version: answers(client(stock, user), backup.version, backup.rooms)
+    with deployment.serve(plugin=False) as builtin:
+        user = new_user(builtin)
+        older = back_up(builtin, user, make_rooms("older"), "text é")
+        deleted = back_up(builtin, user, make_rooms("deleted"), {}).version
+        accepted(client(builtin, user).delete(version_path(deleted)))
+        owner = back_up(builtin, user, make_rooms("newer"), OPAQUE)
+        expected = {
+            backup.version: answers(client(builtin, user), backup.version, backup.rooms)
             for backup in (older, owner)
         }
-        large, long = back_up_many(stock), back_up_long_ids(stock)
-        victims = [back_up_bad_rows(stock, bad_rows) for _ in range(VICTIMS)]
-    spoil(house, victims, bad_rows)
-    with house.serve(plugin=True) as server:
+        large, long = back_up_many(builtin), back_up_long_ids(builtin)
+        bad_backups = [back_up_bad_rows(builtin, bad_rows) for _ in range(BAD_BACKUPS)]
+    write_invalid_values(deployment, bad_backups, bad_rows)
+    with deployment.serve(plugin=True) as server:
         yield Adopted(
-            *(house, server, owner, older, said, deleted, large, long),
-            *(bad_rows, iter(victims)),
+            deployment=deployment,
+            server=server,
+            owner=owner,
+            older=older,
+            expected=expected,
+            deleted=deleted,
+            large=large,
+            long=long,
+            bad_rows=bad_rows,
+            bad_backups=iter(bad_backups),
         )
 
 
@@ -364,18 +376,18 @@ def adopted(adopted_server: Adopted) -> Iterator[Adopted]:
     check_log(adopted_server.server)
 
 
-def test_what_stock_wrote_is_served(adopted: Adopted) -> None:
+def test_builtin_backups_are_served(adopted: Adopted) -> None:
     """The plugin answers each read of a built-in backup as Synapse did, with the same
     count."""
     for owner in (adopted.owner, adopted.older):
         api = adopted.api(owner)
-        said = adopted.said[owner.version]
-        same(answers(api, owner.version, owner.rooms), said)
+        expected = adopted.expected[owner.version]
+        same(answers(api, owner.version, owner.rooms), expected)
         adopted.check_count(owner)
     assert adopted.api(adopted.owner).info()["version"] == adopted.owner.version
 
 
-def test_what_stock_deleted_is_gone(adopted: Adopted) -> None:
+def test_versions_deleted_without_the_plugin_are_unknown(adopted: Adopted) -> None:
     """A version deleted without the plugin is unknown; deleting the version again
     succeeds."""
     api = adopted.api(adopted.owner)
@@ -384,7 +396,7 @@ def test_what_stock_deleted_is_gone(adopted: Adopted) -> None:
     check_unknown(api, adopted.deleted)
 
 
-def test_an_older_version_of_stock_is_not_current(adopted: Adopted) -> None:
+def test_an_older_builtin_version_is_not_current(adopted: Adopted) -> None:
     """An upload to an older built-in version is refused and names the current
     version."""
     answer = adopted.api(adopted.older).put(
@@ -394,7 +406,7 @@ def test_an_older_version_of_stock_is_not_current(adopted: Adopted) -> None:
     assert body["current_version"] == adopted.owner.version
 
 
-def sound(adopted: Adopted, owner: Owner) -> Rooms:
+def served_keys(adopted: Adopted, owner: Owner) -> Rooms:
     """Return the keys served by the plugin for a backup with bad rows."""
     served = {name: row.served for name, row in adopted.bad_rows.items() if row.served}
     return {ROOM: GOOD_ROWS | served, OTHER_ROOM: GOOD_ROWS}
@@ -407,9 +419,9 @@ def test_bad_rows_are_served(adopted: Adopted) -> None:
     session_data is null or invalid JSON. Each download of a key with invalid JSON logs
     a line.
     """
-    owner = next(adopted.victims)
+    owner = next(adopted.bad_backups)
     api = adopted.api(owner)
-    want = sound(adopted, owner)
+    want = served_keys(adopted, owner)
     same(api.download(owner.version), want)
     for room, sessions in want.items():
         answer = api.get(keys_path(owner.version, room))
@@ -429,9 +441,9 @@ def test_bad_rows_are_served(adopted: Adopted) -> None:
     adopted.check_count(owner)
 
 
-def test_a_version_without_an_etag_has_a_first_one(adopted: Adopted) -> None:
+def test_a_null_etag_reads_as_zero(adopted: Adopted) -> None:
     """A NULL etag reads as 0, becomes 1 at the first change, and the count is exact."""
-    owner = next(adopted.victims)
+    owner = next(adopted.bad_backups)
     api = adopted.api(owner)
     rows = len(owner.rooms[ROOM]) + len(owner.rooms[OTHER_ROOM])
     assert [api.tally(owner.version) for _ in range(2)] == [(0, rows)] * 2
@@ -440,23 +452,23 @@ def test_a_version_without_an_etag_has_a_first_one(adopted: Adopted) -> None:
     adopted.check_count(owner)
 
 
-def test_any_good_key_beats_a_bad_row(adopted: Adopted) -> None:
+def test_any_valid_key_replaces_a_bad_row(adopted: Adopted) -> None:
     """The worst valid key replaces a bad row, and the stored key is valid from then
     on."""
-    owner = next(adopted.victims)
+    owner = next(adopted.bad_backups)
     api = adopted.api(owner)
     etag, rows = api.tally(owner.version)
     for number, name in enumerate(adopted.bad_rows, 1):
         path = keys_path(owner.version, ROOM, name)
         for _ in range(2):
-            assert tally(api.put(path, WORST), name) == (etag + number, rows), name
-        same(accepted(api.get(path)), WORST, name)
+            assert tally(api.put(path, WORST_KEY), name) == (etag + number, rows), name
+        same(accepted(api.get(path)), WORST_KEY, name)
     adopted.check_count(owner)
 
 
-def test_good_keys_beat_bad_rows_in_one_upload(adopted: Adopted) -> None:
+def test_one_upload_replaces_all_bad_rows(adopted: Adopted) -> None:
     """One upload with a valid key for each bad row replaces all bad rows."""
-    owner = next(adopted.victims)
+    owner = next(adopted.bad_backups)
     api = adopted.api(owner)
     _, rows = api.tally(owner.version)
     good = {name: key(0, 0, True, "good") for name in adopted.bad_rows}
@@ -468,7 +480,7 @@ def test_good_keys_beat_bad_rows_in_one_upload(adopted: Adopted) -> None:
 
 def test_bad_rows_can_be_deleted(adopted: Adopted) -> None:
     """Bad rows can be deleted like any key, including rows hidden from downloads."""
-    owner = next(adopted.victims)
+    owner = next(adopted.bad_backups)
     api = adopted.api(owner)
     etag, rows = api.tally(owner.version)
     for number, name in enumerate(adopted.bad_rows, 1):
@@ -478,14 +490,14 @@ def test_bad_rows_can_be_deleted(adopted: Adopted) -> None:
     adopted.check_count(owner)
 
 
-def test_a_large_backup_of_stock_is_served(adopted: Adopted) -> None:
+def test_a_large_builtin_backup_is_served(adopted: Adopted) -> None:
     """A built-in backup of several pages downloads completely, unusual ids included."""
     owner = adopted.large
     same(adopted.api(owner).download(owner.version), owner.rooms)
     adopted.check_count(owner)
 
 
-def test_long_and_empty_ids_are_tolerated(adopted: Adopted) -> None:
+def test_long_and_empty_ids_are_served_and_deleted(adopted: Adopted) -> None:
     """Old rows with ids that uploads now refuse are downloaded and counted.
 
     Such rows are deleted with their room or with the whole backup, because their own
@@ -511,17 +523,19 @@ def test_long_and_empty_ids_are_tolerated(adopted: Adopted) -> None:
     adopted.check_count(owner)
 
 
-def test_stock_backups_go_on(new_house: Callable[[], House]) -> None:
+def test_builtin_backups_accept_writes(
+    new_deployment: Callable[[], Deployment],
+) -> None:
     """A built-in backup accepts uploads, updates and deletions, and a new version
     follows."""
-    house = new_house()
-    with house.serve(plugin=False) as stock:
-        owner = back_up(stock, new_user(stock), make_rooms("stock"), "text")
-    with house.serve(plugin=True) as server:
+    deployment = new_deployment()
+    with deployment.serve(plugin=False) as builtin:
+        owner = back_up(builtin, new_user(builtin), make_rooms("builtin"), "text")
+    with deployment.serve(plugin=True) as server:
         api = client(server, owner.user)
         etag, rows = api.tally(owner.version)
         change(api, owner.version, rows, etag)
-        house.check_count(owner.user, api, owner.version)
+        deployment.check_count(owner.user, api, owner.version)
         old = api.download(owner.version)
         version = api.create_version()
         assert int(version) > int(owner.version)
@@ -559,7 +573,7 @@ def change(api: Api, version: str, rows: int, etag: int) -> None:
 
 
 @attrs.frozen
-class Left:
+class Written:
     """A user's backups, written with the plugin before the plugin was removed.
 
     Attributes:
@@ -577,27 +591,31 @@ class Left:
     deleted: str
 
 
-def test_the_plugin_can_go_and_come_back(new_house: Callable[[], House]) -> None:
+def test_the_plugin_can_be_removed_and_added_again(
+    new_deployment: Callable[[], Deployment],
+) -> None:
     """Synapse without the plugin serves and continues backups made with the plugin.
 
     Afterwards the plugin serves and continues the built-in writes, with exact counts.
     """
-    house = new_house()
-    with house.serve(plugin=True) as server:
-        left = write_with_plugin(house, server)
-    with house.serve(plugin=False) as stock:
-        check_with_stock(client(stock, left.user), left)
-        new_version = write_with_stock(client(stock, left.user), left)
-        said = stock_says(client(stock, left.user), left.current, new_version)
-    with house.serve(plugin=True) as server:
-        api = client(server, left.user)
-        same(stock_says(api, left.current, new_version), said)
-        check_unknown(api, left.deleted)
-        check_unknown(api, left.older)
-        go_on_with_plugin(house, api, left, new_version)
+    deployment = new_deployment()
+    with deployment.serve(plugin=True) as server:
+        written = write_with_plugin(deployment, server)
+    with deployment.serve(plugin=False) as builtin:
+        check_without_plugin(client(builtin, written.user), written)
+        new_version = write_without_plugin(client(builtin, written.user), written)
+        expected = all_answers(
+            client(builtin, written.user), written.current, new_version
+        )
+    with deployment.serve(plugin=True) as server:
+        api = client(server, written.user)
+        same(all_answers(api, written.current, new_version), expected)
+        check_unknown(api, written.deleted)
+        check_unknown(api, written.older)
+        continue_with_plugin(deployment, api, written, new_version)
 
 
-def write_with_plugin(house: House, server: Synapse) -> Left:
+def write_with_plugin(deployment: Deployment, server: Synapse) -> Written:
     """Create three versions with each kind of content, and delete the last."""
     user = new_user(server)
     api = client(server, user)
@@ -613,86 +631,88 @@ def write_with_plugin(house: House, server: Synapse) -> Left:
     for version in (older, current):
         rooms = api.download(version)
         before[version] = rooms, answers(api, version, rooms)
-        house.check_count(user, api, version)
-    return Left(user, before, older, current, deleted)
+        deployment.check_count(user, api, version)
+    return Written(user, before, older, current, deleted)
 
 
-def check_with_stock(api: Api, left: Left) -> None:
+def check_without_plugin(api: Api, written: Written) -> None:
     """Check that Synapse's own endpoints answer as the plugin did."""
-    for version, (rooms, said) in left.before.items():
-        same(answers(api, version, rooms), said)
-    assert api.info()["version"] == left.current
-    check_unknown(api, left.deleted, "No backup found")
+    for version, (rooms, expected) in written.before.items():
+        same(answers(api, version, rooms), expected)
+    assert api.info()["version"] == written.current
+    check_unknown(api, written.deleted, "No backup found")
 
 
-def write_with_stock(api: Api, left: Left) -> str:
+def write_without_plugin(api: Api, written: Written) -> str:
     """Change the current version without the plugin, and return a newer version."""
-    etag, rows = api.tally(left.current)
-    new = {"!by_stock": {SESSION: key(1), "two": key(2)}}
-    assert api.upload(left.current, new) == (etag + 1, rows + 2)
-    better = key(0, 0, True, {"by": "stock"})
-    answer = api.put(keys_path(left.current, ROOM, SESSION), better)
+    etag, rows = api.tally(written.current)
+    new = {"!by_builtin": {SESSION: key(1), "two": key(2)}}
+    assert api.upload(written.current, new) == (etag + 1, rows + 2)
+    better = key(0, 0, True, {"by": "builtin"})
+    answer = api.put(keys_path(written.current, ROOM, SESSION), better)
     assert tally(answer) == (etag + 2, rows + 2)
-    answer = api.delete(keys_path(left.current, OTHER_ROOM, SESSION))
+    answer = api.delete(keys_path(written.current, OTHER_ROOM, SESSION))
     assert tally(answer) == (etag + 3, rows + 1)
-    body = {"algorithm": ALGORITHM, "auth_data": {"updated by": "stock"}}
-    same(accepted(api.put(version_path(left.current), body)), {})
-    assert api.tally(left.current) == (etag + 3, rows + 1)
-    accepted(api.delete(version_path(left.older)))
-    version = api.create_version("made by stock")
-    assert int(version) > int(left.deleted)
-    assert api.upload(version, make_rooms("by stock")) == (1, rows)
+    body = {"algorithm": ALGORITHM, "auth_data": {"updated by": "builtin"}}
+    same(accepted(api.put(version_path(written.current), body)), {})
+    assert api.tally(written.current) == (etag + 3, rows + 1)
+    accepted(api.delete(version_path(written.older)))
+    version = api.create_version("made by builtin")
+    assert int(version) > int(written.deleted)
+    assert api.upload(version, make_rooms("by builtin")) == (1, rows)
     return version
 
 
-def stock_says(api: Api, *versions: str) -> list[Any]:
+def all_answers(api: Api, *versions: str) -> list[Any]:
     """Return the answers about some versions, and about the current version."""
-    said: list[Any] = [api.info()]
+    found: list[Any] = [api.info()]
     for version in versions:
         rooms = api.download(version)
-        said.append(answers(api, version, rooms))
-    return said
+        found.append(answers(api, version, rooms))
+    return found
 
 
-def go_on_with_plugin(house: House, api: Api, left: Left, version: str) -> None:
+def continue_with_plugin(
+    deployment: Deployment, api: Api, written: Written, version: str
+) -> None:
     """Check that counts are exact after writes without the plugin, and after the
     next."""
-    for known in (left.current, version):
-        house.check_count(left.user, api, known)
+    for known in (written.current, version):
+        deployment.check_count(written.user, api, known)
     etag, rows = api.tally(version)
     change(api, version, rows, etag)
-    house.check_count(left.user, api, version)
-    answer = api.put(keys_path(left.current), {"rooms": {}})
+    deployment.check_count(written.user, api, version)
+    answer = api.put(keys_path(written.current), {"rooms": {}})
     body = refused(answer, 403, "M_WRONG_ROOM_KEYS_VERSION")
     assert body["current_version"] == version
     assert int(api.create_version()) > int(version)
 
 
-def test_the_first_write_after_stock_counts_anew(
-    new_house: Callable[[], House],
+def test_the_first_write_with_the_plugin_recounts(
+    new_deployment: Callable[[], Deployment],
 ) -> None:
     """After built-in writes, the first write with the plugin reports an exact count.
 
     The first write is an upload or a deletion, with or without a change.
     """
-    house = new_house()
-    with house.serve(plugin=True) as server:
+    deployment = new_deployment()
+    with deployment.serve(plugin=True) as server:
         users = [new_user(server) for _ in range(4)]
         owners = [back_up(server, user, make_rooms("plugin"), {}) for user in users]
-    with house.serve(plugin=False) as stock:
+    with deployment.serve(plugin=False) as builtin:
         for owner in owners:
-            api = client(stock, owner.user)
-            state = api.upload(owner.version, {"!by_stock": {"1": key(), "2": key()}})
+            api = client(builtin, owner.user)
+            state = api.upload(owner.version, {"!by_builtin": {"1": key(), "2": key()}})
     etag, rows = state
-    with house.serve(plugin=True) as server:
+    with deployment.serve(plugin=True) as server:
         writes = (
             ("PUT", keys_path("%", "!new", "3"), key(), (etag + 1, rows + 1)),
-            ("PUT", keys_path("%", "!by_stock", "1"), key(1), (etag, rows)),
-            ("DELETE", keys_path("%", "!by_stock"), None, (etag + 1, rows - 2)),
+            ("PUT", keys_path("%", "!by_builtin", "1"), key(1), (etag, rows)),
+            ("DELETE", keys_path("%", "!by_builtin"), None, (etag + 1, rows - 2)),
             ("DELETE", keys_path("%", "!none"), None, (etag, rows)),
         )
         for owner, (method, path, body, want) in zip(owners, writes, strict=True):
             api = client(server, owner.user)
             path = path.replace("%25", owner.version)
             assert tally(api.request(method, path, body)) == want
-            house.check_count(owner.user, api, owner.version)
+            deployment.check_count(owner.user, api, owner.version)

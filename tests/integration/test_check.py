@@ -22,12 +22,12 @@ SECRET = "hunter2"
 ARGUMENTS = ("check", "--config", "roomkeys.yaml")
 
 
-def checking(directory: Path, homeserver: str, **settings: Any) -> Service:
+def check_command(directory: Path, homeserver: str, **settings: Any) -> Service:
     """Return a process of the check command for a service's configuration."""
     return Service(directory, homeserver, arguments=ARGUMENTS, **settings)
 
 
-def outcome(service: Service) -> tuple[int, dict[str, str]]:
+def run_check(service: Service) -> tuple[int, dict[str, str]]:
     """Run the command; return the exit code and the result of each part, by name."""
     code, output = service.run_to_end()
     assert SECRET not in output
@@ -36,7 +36,7 @@ def outcome(service: Service) -> tuple[int, dict[str, str]]:
     return code, dict(lines)
 
 
-def failed(service: Service, part: str, *texts: str) -> None:
+def assert_part_fails(service: Service, part: str, *texts: str) -> None:
     """Check that the command exits with 1 because of exactly one part.
 
     Args:
@@ -44,7 +44,7 @@ def failed(service: Service, part: str, *texts: str) -> None:
         part: the beginning of the part's name.
         texts: texts that the part's result has to contain.
     """
-    code, found = outcome(service)
+    code, found = run_check(service)
     assert code == 1, found
     (name,) = (each for each, text in found.items() if text.startswith("FAILED: "))
     assert name.startswith(part)
@@ -55,9 +55,9 @@ def failed(service: Service, part: str, *texts: str) -> None:
 def test_a_new_service(homeserver: Homeserver, tmp_path: Path) -> None:
     """Before the first start all parts are ok, and the command creates no database
     file."""
-    service = checking(tmp_path, homeserver.url)
+    service = check_command(tmp_path, homeserver.url)
     path = tmp_path / "roomkeys.db"
-    assert outcome(service) == (
+    assert run_check(service) == (
         0,
         {
             "configuration": "ok: all options are known",
@@ -83,9 +83,9 @@ def test_beside_a_running_service(
     own = {"metrics_listeners": [f"unix:{tmp_path}/socket"]}
     service = Service(tmp_path, homeserver.url, database=database(), settings=own)
     with service:
-        check = checking(tmp_path / "check", homeserver.url)
+        check = check_command(tmp_path / "check", homeserver.url)
         check._settings = service._settings
-        code, found = outcome(check)
+        code, found = run_check(check)
         assert code == 0, found
         used = [name for name, text in found.items() if text.startswith("ok: in use")]
         assert len(used) == 2
@@ -93,16 +93,18 @@ def test_beside_a_running_service(
         assert "all tables are there" in tables
 
 
-def test_listeners(homeserver: Homeserver, tmp_path: Path) -> None:
+def test_listeners_that_fail(homeserver: Homeserver, tmp_path: Path) -> None:
     """A port in use and a socket in a missing directory fail, with advice."""
-    service = checking(tmp_path / "a", homeserver.url)
+    service = check_command(tmp_path / "a", homeserver.url)
     with closing(socket.create_server((HOST, service.port))) as server:
         server.settimeout(0.1)
         part = f"listener tcp:{service.port}"
-        failed(service, part, "in use", "choose another")
-    nowhere = {"listeners": ["unix:/nowhere/socket"]}
-    service = checking(tmp_path / "b", homeserver.url, settings=nowhere)
-    failed(service, "listener unix:/nowhere/socket", "No such file", "directory")
+        assert_part_fails(service, part, "in use", "choose another")
+    no_directory = {"listeners": ["unix:/nowhere/socket"]}
+    service = check_command(tmp_path / "b", homeserver.url, settings=no_directory)
+    assert_part_fails(
+        service, "listener unix:/nowhere/socket", "No such file", "directory"
+    )
 
 
 @contextmanager
@@ -124,23 +126,23 @@ def tables(path: Path) -> Iterator[sqlite3.Connection]:
         ("UPDATE roomkeys_schema SET number = 999", ["number 999", "install"]),
     ],
 )
-def test_tables(
+def test_unusable_tables(
     homeserver: Homeserver, tmp_path: Path, change: str, texts: list[str]
 ) -> None:
     """A missing table and tables of a later version fail, as at the service's start."""
-    service = checking(tmp_path, homeserver.url)
+    service = check_command(tmp_path, homeserver.url)
     with tables(tmp_path / "roomkeys.db") as connection:
         connection.execute(change)
-    failed(service, f"database {tmp_path}/roomkeys.db", *texts)
+    assert_part_fails(service, f"database {tmp_path}/roomkeys.db", *texts)
 
 
 def test_tables_of_an_older_version(homeserver: Homeserver, tmp_path: Path) -> None:
     """Tables of an older version are ok; the service upgrades tables, the command does
     not."""
-    service = checking(tmp_path, homeserver.url)
+    service = check_command(tmp_path, homeserver.url)
     with tables(tmp_path / "roomkeys.db") as connection:
         connection.execute("UPDATE roomkeys_schema SET number = 2")
-        code, found = outcome(service)
+        code, found = run_check(service)
         assert code == 0
         assert (
             "brings the tables to number" in found[f"database {tmp_path}/roomkeys.db"]
@@ -157,17 +159,17 @@ def test_a_database_without_tables(
     """A database without tables is ok if tables can be created; the command creates
     none."""
     arguments = database()
-    service = checking(tmp_path, homeserver.url, database=arguments)
+    service = check_command(tmp_path, homeserver.url, database=arguments)
     if arguments is None:
         (tmp_path / "roomkeys.db").touch()
     for _ in range(2):
-        code, found = outcome(service)
+        code, found = run_check(service)
         assert code == 0, found
         (text,) = (text for name, text in found.items() if "database" in name)
         assert "there are no tables yet" in text
 
 
-def test_databases(
+def test_databases_that_fail(
     homeserver: Homeserver,
     database: Callable[[], Mapping[str, Any] | None],
     tmp_path: Path,
@@ -176,9 +178,9 @@ def test_databases(
     arguments = database()
     if arguments is None:
         path = "/nowhere/roomkeys.db"
-        away = {"database": {"args": {"database": path}}}
-        service = checking(tmp_path, homeserver.url, settings=away)
-        failed(service, f"database {path}", "there is no directory /nowhere")
+        unreachable = {"database": {"args": {"database": path}}}
+        service = check_command(tmp_path, homeserver.url, settings=unreachable)
+        assert_part_fails(service, f"database {path}", "there is no directory /nowhere")
         return
     with closing(psycopg2.connect(**arguments)) as connection:
         connection.autocommit = True
@@ -186,13 +188,13 @@ def test_databases(
         connection.cursor().execute(
             f"ALTER DATABASE {name} SET default_transaction_read_only = on"
         )
-    service = checking(tmp_path / "a", homeserver.url, database=arguments)
+    service = check_command(tmp_path / "a", homeserver.url, database=arguments)
     part = f"database {HOST}:{arguments['port']}"
-    failed(service, part, "read-only", "primary")
+    assert_part_fails(service, part, "read-only", "primary")
     port = free_port()
     args = {"host": HOST, "port": port, "user": "a", "password": SECRET}
-    service = checking(tmp_path / "b", homeserver.url, database=args)
-    failed(service, f"database {HOST}:{port}", "refused", "See that")
+    service = check_command(tmp_path / "b", homeserver.url, database=args)
+    assert_part_fails(service, f"database {HOST}:{port}", "refused", "See that")
 
 
 class WrongHomeserver(Homeserver):
@@ -204,13 +206,26 @@ class WrongHomeserver(Homeserver):
         return super()._answer(path, token)
 
 
-def test_homeservers(homeserver: Homeserver, tmp_path: Path) -> None:
+def test_homeservers_that_fail(homeserver: Homeserver, tmp_path: Path) -> None:
     """A homeserver fails if unreachable, at a wrong path, or without whoami behind a
     proxy."""
-    away = f"http://{HOST}:{free_port()}"
-    failed(checking(tmp_path / "a", away), f"homeserver {away}", "/versions", "refused")
+    unreachable = f"http://{HOST}:{free_port()}"
+    assert_part_fails(
+        check_command(tmp_path / "a", unreachable),
+        f"homeserver {unreachable}",
+        "/versions",
+        "refused",
+    )
     wrong = f"{homeserver.url}/wrong"
-    failed(checking(tmp_path / "b", wrong), f"homeserver {wrong}", "status 404")
+    assert_part_fails(
+        check_command(tmp_path / "b", wrong), f"homeserver {wrong}", "status 404"
+    )
     with WrongHomeserver() as other:
         part = f"homeserver {other.url}"
-        failed(checking(tmp_path / "c", other.url), part, "whoami", "status 404", "401")
+        assert_part_fails(
+            check_command(tmp_path / "c", other.url),
+            part,
+            "whoami",
+            "status 404",
+            "401",
+        )

@@ -25,7 +25,7 @@ def database(postgres: PostgresServer) -> Mapping[str, Any]:
     return postgres.create_database()
 
 
-def show(txn: Transaction) -> tuple[str, ...]:
+def read_settings(txn: Transaction) -> tuple[str, ...]:
     """Return the server's timeouts and keepalives for the current connection."""
     names = ("tcp_user_timeout", "tcp_keepalives_idle", "tcp_keepalives_interval")
     found = []
@@ -36,7 +36,7 @@ def show(txn: Transaction) -> tuple[str, ...]:
 
 
 @inlineCallbacks
-def test_the_server_notices_a_client_that_vanished(
+def test_keepalives_are_set(
     database: Mapping[str, Any],
 ) -> Steps:
     """Each connection sets the server's keepalives and TCP timeout.
@@ -49,12 +49,12 @@ def test_the_server_notices_a_client_that_vanished(
         ({"options": "-c tcp_keepalives_idle=77"}, ("10000", "77", "5")),
     ):
         pool = postgres_database({**database, **options})
-        assert (yield pool.run("show", show)) == expected
+        assert (yield pool.run("read_settings", read_settings)) == expected
         pool.close()
 
 
 @inlineCallbacks
-def test_the_client_encoding_is_ours(
+def test_the_client_encoding_is_utf8(
     database: Mapping[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> Steps:
     """Keys keep every character, because the plugin sets the client encoding itself.

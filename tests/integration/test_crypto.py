@@ -62,7 +62,7 @@ def public_key_of(private: str) -> str:
     return Curve25519SecretKey.from_base64(private).public_key().to_base64()
 
 
-def awkward_outbound() -> GroupSession:
+def outbound_with_special_id() -> GroupSession:
     """Return a new Megolm session with / and + in its id; paths must quote both."""
     while not {"/", "+"} <= set((session := GroupSession()).session_id):
         pass
@@ -137,7 +137,7 @@ class Device:
 
     def sender(self, room_id: str) -> Sender:
         """Start a new Megolm session in a room."""
-        return Sender(self.account, room_id, awkward_outbound())
+        return Sender(self.account, room_id, outbound_with_special_id())
 
 
 @attrs.frozen
@@ -148,17 +148,17 @@ class History:
         user: the user, logged out.
         version: the version of the backup.
         private: the private backup key.
-        said: the plain texts of the messages, by room and session.
+        plain_texts: the plain texts of the messages, by room and session.
     """
 
     user: User
     version: str
     private: str = attrs.field(repr=False)
-    said: dict[str, dict[str, list[str]]]
+    plain_texts: dict[str, dict[str, list[str]]]
 
     def texts(self, room_id: str) -> list[str]:
         """Return the plain texts of a room's messages, sorted."""
-        return sorted(chain.from_iterable(self.said[room_id].values()))
+        return sorted(chain.from_iterable(self.plain_texts[room_id].values()))
 
 
 @pytest.fixture(scope="module", params=["module", "service"])
@@ -184,24 +184,26 @@ def device(synapse: Synapse, backups: str) -> Device:
     return Device(synapse, user, backups)
 
 
-def live(device: Device) -> History:
+def use_and_lose_device(device: Device) -> History:
     """Send messages in several rooms and sessions, back the keys up, and lose the
     device."""
     private = private_key()
     version = device.create_backup(private)
     sessions: list[Session] = []
-    said: dict[str, dict[str, list[str]]] = {}
+    plain_texts: dict[str, dict[str, list[str]]] = {}
     for room_version in device.room_versions():
         room_id = device.create_room(room_version)
         senders = [device.sender(room_id) for _ in range(3)]
         sessions += [sender.session() for sender in senders]
-        said[room_id] = {s.outbound.session_id: speak(device, s) for s in senders}
+        plain_texts[room_id] = {
+            s.outbound.session_id: send_messages(device, s) for s in senders
+        }
     assert back_up(device.api, version, sessions) == (1, len(sessions))
     device.synapse.logout(device.user)
-    return History(device.user, version, private, said)
+    return History(device.user, version, private, plain_texts)
 
 
-def speak(device: Device, sender: Sender) -> list[str]:
+def send_messages(device: Device, sender: Sender) -> list[str]:
     """Send two messages in a session; return their plain texts."""
     texts = [f"message {next(_numbers)}" for _ in range(2)]
     for text in texts:
@@ -228,32 +230,34 @@ def only_session(device: Device, version: str, private: str) -> Session:
 
 def test_the_whole_backup_restores_every_message(device: Device) -> None:
     """A new device with the private key decrypts all messages of the lost device."""
-    history = live(device)
+    history = use_and_lose_device(device)
     second = device.login(history.user)
     version = second.api.info()["version"]
     sessions = restored(second.api.download(version), history.private)
-    for room_id in history.said:
+    for room_id in history.plain_texts:
         assert decrypted(second, room_id, sessions) == (history.texts(room_id), 0)
 
 
 def test_one_room_restores_its_messages(device: Device) -> None:
     """The keys of a room decrypt the messages of the room and of no other room."""
-    history = live(device)
+    history = use_and_lose_device(device)
     second = device.login(history.user)
-    for room_id in history.said:
+    for room_id in history.plain_texts:
         answer = second.api.get(keys_path(history.version, room_id))
         room = accepted(answer)["sessions"]
         sessions = restored({room_id: room}, history.private)
         assert decrypted(second, room_id, sessions) == (history.texts(room_id), 0)
-        unread = [decrypted(second, o, sessions) for o in history.said if o != room_id]
-        assert unread == [([], 6)] * (len(history.said) - 1) != []
+        unread = [
+            decrypted(second, o, sessions) for o in history.plain_texts if o != room_id
+        ]
+        assert unread == [([], 6)] * (len(history.plain_texts) - 1) != []
 
 
 def test_one_session_restores_its_messages(device: Device) -> None:
     """The key of a session decrypts the messages of the session and no others."""
-    history = live(device)
+    history = use_and_lose_device(device)
     second = device.login(history.user)
-    for room_id, room in history.said.items():
+    for room_id, room in history.plain_texts.items():
         for session_id, texts in room.items():
             path = keys_path(history.version, room_id, session_id)
             rooms = {room_id: {session_id: accepted(second.api.get(path))}}
@@ -272,16 +276,16 @@ def test_a_second_device_trusts_the_version(device: Device) -> None:
     assert auth_data["public_key"] == public_key_of(private)
 
 
-def test_the_wrong_private_key_reads_nothing(device: Device) -> None:
+def test_another_private_key_decrypts_nothing(device: Device) -> None:
     """Stored keys can't be decrypted with another private key."""
-    history = live(device)
+    history = use_and_lose_device(device)
     second = device.login(history.user)
     rooms = second.api.download(history.version)
     with pytest.raises(PkDecodeException):
         restored(rooms, private_key())
 
 
-def test_a_better_export_takes_the_place_of_a_worse_one(device: Device) -> None:
+def test_a_better_export_replaces_a_worse_one(device: Device) -> None:
     """A session exported from an earlier message replaces an export from a later
     message."""
     private = private_key()
@@ -298,7 +302,7 @@ def test_a_better_export_takes_the_place_of_a_worse_one(device: Device) -> None:
     assert only_session(device, version, private).decrypt(first) == "text 0"
 
 
-def test_a_worse_export_does_not_take_the_place_of_a_better_one(
+def test_a_worse_export_does_not_replace_a_better_one(
     device: Device,
 ) -> None:
     """A session exported from a later message does not replace an earlier export."""
@@ -316,7 +320,7 @@ def test_a_worse_export_does_not_take_the_place_of_a_better_one(
     assert texts == ["text 0", "text 1", "text 2", "text 3"]
 
 
-def test_a_second_device_let_in_later_changes_nothing(device: Device) -> None:
+def test_an_export_of_another_device_changes_nothing(device: Device) -> None:
     """Another device's export of the same session leaves the first export unchanged.
 
     This holds if the other device's export starts later, and if both start at the same
@@ -339,7 +343,7 @@ def test_a_second_device_let_in_later_changes_nothing(device: Device) -> None:
     assert text == "for the first device alone"
 
 
-def test_a_verified_export_beats_an_earlier_unverified_one(device: Device) -> None:
+def test_a_verified_export_ranks_above_an_unverified_one(device: Device) -> None:
     """A verified export ranks above an unverified export, even of an earlier
     message."""
     private = private_key()
@@ -367,7 +371,7 @@ def test_a_large_backup_goes_up_in_batches_and_down_in_one(device: Device) -> No
     assert texts == [content["session_id"] for content in contents]
 
 
-def test_a_reset_starts_anew(device: Device) -> None:
+def test_a_reset_deletes_all_versions(device: Device) -> None:
     """After Element's reset all old versions and keys are gone.
 
     A new version then starts empty and accepts the same session.
@@ -383,7 +387,7 @@ def test_a_reset_starts_anew(device: Device) -> None:
     new_version = device.create_backup(new_private)
     assert int(new_version) > int(old_versions[1])
     for version in old_versions:
-        check_gone(device.api, version, session)
+        check_unknown(device.api, version, session)
     path = keys_path(new_version, session.room_id, session.session_id)
     refused(device.api.get(path), 404, "M_NOT_FOUND", error=NO_KEY)
     assert device.api.download(new_version) == {}
@@ -392,7 +396,7 @@ def test_a_reset_starts_anew(device: Device) -> None:
     assert found.decrypt(content) == "still here"
 
 
-def check_gone(api: Api, version: str, session: Session) -> None:
+def check_unknown(api: Api, version: str, session: Session) -> None:
     """Check that each request for a version is answered 404 for an unknown version."""
     room_id, session_id = session.room_id, session.session_id
     paths = [

@@ -26,7 +26,7 @@ SOFT, HARD = 32, 400
 #: Number of connections to open: more than the hard limit.
 CLIENTS = 500
 #: Program that sets the limits of open files, and then executes the service.
-LIMITED = """
+LIMITED_SERVICE = """
 import os, resource, sys
 limits = tuple(map(int, os.environ.pop("FILES").split()))
 resource.setrlimit(resource.RLIMIT_NOFILE, limits)
@@ -35,9 +35,9 @@ os.execv(sys.executable, program)
 """
 
 
-def limited(service: Service, soft: int, hard: int) -> Service:
+def with_file_limits(service: Service, soft: int, hard: int) -> Service:
     """Make a service start with low limits of open files; return the service."""
-    service.program = ("-c", LIMITED)
+    service.program = ("-c", LIMITED_SERVICE)
     service.environment = {"FILES": f"{soft} {hard}"}
     return service
 
@@ -45,13 +45,13 @@ def limited(service: Service, soft: int, hard: int) -> Service:
 @pytest.fixture
 def service(homeserver: Homeserver, tmp_path: Path) -> Iterator[Service]:
     """The service with low limits of open files; the log must have no errors."""
-    with limited(Service(tmp_path, homeserver.url), SOFT, HARD) as service:
+    with with_file_limits(Service(tmp_path, homeserver.url), SOFT, HARD) as service:
         yield service
     assert "Traceback" not in service.log()
     assert "ERROR" not in service.log()
 
 
-def ask(port: int, path: str) -> Reply:
+def send_get(port: int, path: str) -> Reply:
     """Send a GET request on a connection of its own and return the answer."""
     [reply] = exchange(port, request("GET", path, None), wanted=1).replies
     return reply
@@ -92,15 +92,15 @@ def test_more_clients_than_files(service: Service) -> None:
     """
     assert resource.prlimit(service.pid, resource.RLIMIT_NOFILE) == (HARD, HARD)
     monitoring = service.metrics_port
-    most = values(service)["synapse_roomkeys_max_connections"]
-    assert 40 < most < HARD / 2
+    max_connections = values(service)["synapse_roomkeys_max_connections"]
+    assert 40 < max_connections < HARD / 2
     with ExitStack() as stack:
         clients = [stack.enter_context(connect(service.port)) for _ in range(CLIENTS)]
         for port in (service.port, monitoring) * 3:
-            assert ask(port, "/health").status == 200
-            ready = ask(port, "/ready")
+            assert send_get(port, "/health").status == 200
+            ready = send_get(port, "/ready")
             assert (ready.status, json.loads(ready.body)["database"]) == (200, "ok")
-        reply = ask(service.port, f"{PREFIX}/version")
+        reply = send_get(service.port, f"{PREFIX}/version")
         assert (reply.status, reply.headers["connection"]) == (503, "close")
         assert int(reply.headers["retry-after"]) > 0
         assert reply.headers["content-type"] == "application/json"
@@ -111,14 +111,17 @@ def test_more_clients_than_files(service: Service) -> None:
             first = read_reply(stream)
             assert first is not None and first.status == 401
         found = values(service)
-        assert found["synapse_roomkeys_connections"] >= most
-        assert found["synapse_roomkeys_refused_connections_total"] > CLIENTS - most
+        assert found["synapse_roomkeys_connections"] >= max_connections
+        assert (
+            found["synapse_roomkeys_refused_connections_total"]
+            > CLIENTS - max_connections
+        )
         assert found["process_max_fds"] == HARD
         assert len(os.listdir(f"/proc/{service.pid}/fd")) < HARD
-        wait_for_connections(service, int(most))
-        assert sum(map(is_closed, clients)) == CLIENTS - most
+        wait_for_connections(service, int(max_connections))
+        assert sum(map(is_closed, clients)) == CLIENTS - max_connections
     wait_for_connections(service, 0)
-    assert ask(service.port, f"{PREFIX}/version").status == 401
+    assert send_get(service.port, f"{PREFIX}/version").status == 401
     assert service.log().count("further ones are refused") == 1
 
 
@@ -127,13 +130,15 @@ def test_bodies_in_files_are_counted(service: Service) -> None:
 
     ``/ready`` succeeds meanwhile, and each upload is read to the end.
     """
-    most = int(values(service)["synapse_roomkeys_max_connections"])
+    max_connections = int(values(service)["synapse_roomkeys_max_connections"])
     head = f"PUT {PREFIX}/keys?version=1 HTTP/1.1\r\nHost: a\r\nContent-Length: 200000"
     with ExitStack() as stack:
-        clients = [stack.enter_context(connect(service.port)) for _ in range(most)]
+        clients = [
+            stack.enter_context(connect(service.port)) for _ in range(max_connections)
+        ]
         for client in clients:
             client.sendall(f"{head}\r\n\r\n".encode() + bytes(150_000))
-        ready = ask(service.metrics_port, "/ready")
+        ready = send_get(service.metrics_port, "/ready")
         assert json.loads(ready.body) == {
             "database": "ok",
             "homeserver": "ok",
@@ -150,7 +155,7 @@ def test_bodies_in_files_are_counted(service: Service) -> None:
 def test_too_few_files(homeserver: Homeserver, tmp_path: Path) -> None:
     """With a hard limit that is too low the service exits with 1 and names the
     setting."""
-    service = limited(Service(tmp_path, homeserver.url), 200, 200)
+    service = with_file_limits(Service(tmp_path, homeserver.url), 200, 200)
     code, output = service.run_to_end()
     assert code == 1
     assert "Can't start: 200 open files leave no room" in output

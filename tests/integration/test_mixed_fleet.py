@@ -69,7 +69,7 @@ def fleet(
 
 
 @inlineCallbacks
-def overtake(
+def upload_during_a_builtin_upload(
     fleet: Fleet, clients: tuple[Client, Client], version: str, uploads: int
 ) -> Generator[Deferred[Any], Any, Rooms]:
     """Upload through the plugin while an upload of the built-in endpoint waits.
@@ -119,7 +119,7 @@ def test_two_changes_may_share_an_etag(fleet: Fleet) -> Steps:
     ):
         clients = fleet.clients()
         version: str = yield clients[0].create_version()
-        rooms: Rooms = yield overtake(fleet, clients, version, 1)
+        rooms: Rooms = yield upload_during_a_builtin_upload(fleet, clients, version, 1)
         assert (yield clients[0].tally()) == (1, 1)
         assert (yield clients[1].tally()) == (1, 2)
         same((yield clients[0].download(version)), rooms)
@@ -128,7 +128,7 @@ def test_two_changes_may_share_an_etag(fleet: Fleet) -> Steps:
 
 
 @inlineCallbacks
-def test_an_etag_may_go_back(fleet: Fleet) -> Steps:
+def test_an_etag_may_decrease(fleet: Fleet) -> Steps:
     """The etag may decrease after concurrent uploads; no key is lost.
 
     The plugin recounts immediately, because the etag differs from that of the cached
@@ -136,37 +136,38 @@ def test_an_etag_may_go_back(fleet: Fleet) -> Steps:
     """
     clients = fleet.clients()
     version: str = yield clients[0].create_version()
-    rooms: Rooms = yield overtake(fleet, clients, version, 2)
+    rooms: Rooms = yield upload_during_a_builtin_upload(fleet, clients, version, 2)
     for client in clients:
         assert (yield client.tally()) == (1, 3)
         same((yield client.download(version)), rooms)
 
 
 @inlineCallbacks
-def test_one_after_the_other(fleet: Fleet) -> Steps:
+def test_sequential_uploads_are_counted(fleet: Fleet) -> Steps:
     """Both processes report exact counts for uploads that are not concurrent."""
     clients = fleet.clients()
     version: str = yield clients[0].create_version()
     for number in range(4):
         rooms: Rooms = {ROOM: {f"{number}": key()}}
         assert (yield clients[number % 2].upload(version, rooms)) == (
-            *(number + 1, number + 1),
+            number + 1,
+            number + 1,
         )
         for client in clients:
             assert (yield client.tally()) == (number + 1, number + 1)
 
 
 @inlineCallbacks
-def test_the_other_process_keeps_its_rule(fleet: Fleet) -> Steps:
+def test_each_process_has_its_merge_rule(fleet: Fleet) -> Steps:
     """Each process applies its own merge rule.
 
     Synapse's own endpoint replaces a key by a key that the specification ranks lower;
     the plugin keeps the better key.
     """
     better, worse = key(0, 1, True), key(5, 0, True)
-    for place, kept in ((0, better), (1, worse)):
+    for process, stored in ((0, better), (1, worse)):
         clients = fleet.clients()
         version: str = yield clients[0].create_version()
         yield clients[0].upload(version, {ROOM: {"s": better}})
-        yield clients[place].upload(version, {ROOM: {"s": worse}})
-        same((yield clients[0].download(version)), {ROOM: {"s": kept}})
+        yield clients[process].upload(version, {ROOM: {"s": worse}})
+        same((yield clients[0].download(version)), {ROOM: {"s": stored}})

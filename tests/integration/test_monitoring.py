@@ -22,7 +22,7 @@ from ..servers.service import Service
 
 DEADLINE = 30.0
 #: Metric without samples until the first download is aborted.
-NO_DATA = "synapse_roomkeys_broken_downloads_total"
+WITHOUT_SAMPLES = "synapse_roomkeys_broken_downloads_total"
 
 
 def test_alerts(tmp_path: Path) -> None:
@@ -48,7 +48,7 @@ def expressions() -> list[str]:
     return [target["expr"].replace("$__rate_interval", "1m") for target in targets]
 
 
-def work(api: Api) -> None:
+def cause_traffic(api: Api) -> None:
     """Cause traffic of each kind: uploads, a download, a refusal."""
     version = api.create_version()
     rooms: Rooms = {"!room": {"session": key()}}
@@ -62,17 +62,19 @@ def test_dashboard(tmp_path: Path) -> None:
     metric."""
     with Homeserver() as homeserver, Service(tmp_path, homeserver.url) as service:
         api = Api(service.url, homeserver.new_user().access_token)
-        work(api)
+        cause_traffic(api)
         target = urlsplit(service.metrics_url).netloc
         with Prometheus(tmp_path, target) as prometheus:
-            wanted = [each for each in expressions() if NO_DATA not in each]
+            wanted = [each for each in expressions() if WITHOUT_SAMPLES not in each]
             end = time.monotonic() + DEADLINE
             missing: list[str] = wanted
             while missing:
                 assert time.monotonic() < end, missing
-                work(api)
+                cause_traffic(api)
                 time.sleep(0.2)
-                missing = [each for each in wanted if not numbers(prometheus, each)]
+                missing = [
+                    each for each in wanted if not numeric_values(prometheus, each)
+                ]
             for expression in expressions():
                 prometheus.query(expression)
             names = {
@@ -87,7 +89,7 @@ def test_dashboard(tmp_path: Path) -> None:
     assert {name for name in names if not skipped.search(name)} <= shown
 
 
-def numbers(prometheus: Prometheus, expression: str) -> list[Any]:
+def numeric_values(prometheus: Prometheus, expression: str) -> list[Any]:
     """Return a query's current values without NaN."""
     series = prometheus.query(expression)
     return [each["value"][1] for each in series if each["value"][1] != "NaN"]

@@ -51,20 +51,20 @@ def run(text: str, directory: Path, environment: Mapping[str, str]) -> None:
     )
 
 
-def use_before_the_copy(api: Api) -> str:
+def write_before_backup(api: Api) -> str:
     """Create a version with 300 keys and return the version."""
     version = api.create_version()
     api.upload(version, BEFORE)
     return version
 
 
-def use_after_the_copy(api: Api, version: str) -> str:
+def write_after_backup(api: Api, version: str) -> str:
     """Upload one more key, then create a newer version; return the newer version."""
     api.upload(version, AFTER)
     return api.create_version()
 
 
-def look_after_the_restore(api: Api, version: str, newer: str) -> None:
+def check_restored(api: Api, version: str, newer: str) -> None:
     """Check that the backup has the state of the copy and that new versions are unused.
 
     Args:
@@ -82,7 +82,7 @@ def look_after_the_restore(api: Api, version: str, newer: str) -> None:
     assert int(api.create_version()) > int(newer)
 
 
-def test_copy_and_restore_on_sqlite(homeserver: Homeserver, tmp_path: Path) -> None:
+def test_backup_and_restore_on_sqlite(homeserver: Homeserver, tmp_path: Path) -> None:
     """An SQLite copy made while the service runs is complete and can be restored."""
     sqlite3 = locate("sqlite3", "sqlite3")
     path = f"{sqlite3.path.parent}:{os.environ['PATH']}"
@@ -90,40 +90,44 @@ def test_copy_and_restore_on_sqlite(homeserver: Homeserver, tmp_path: Path) -> N
     user = homeserver.new_user()
     with Service(tmp_path, homeserver.url) as service:
         api = Api(service.url, user.access_token)
-        version = use_before_the_copy(api)
+        version = write_before_backup(api)
         run(commands("Back up the database", "SQLite"), tmp_path, environment)
-        newer = use_after_the_copy(api, version)
+        newer = write_after_backup(api, version)
         service.stop()
         run(commands("Restore it", "SQLite"), tmp_path, environment)
         service.start()
-        look_after_the_restore(api, version, newer)
+        check_restored(api, version, newer)
 
 
-def test_copy_and_restore_on_postgres(
+def test_backup_and_restore_on_postgres(
     homeserver: Homeserver, postgres: PostgresServer, tmp_path: Path
 ) -> None:
     """A dump made while the service runs is complete and restores to another
     database."""
     database = postgres.create_database()
     restored = f"{database['dbname']}_restored"
-    environment = environment_of(database)
+    environment = libpq_environment(database)
     user = homeserver.new_user()
     with Service(tmp_path / "old", homeserver.url, database=database) as service:
         api = Api(service.url, user.access_token)
-        version = use_before_the_copy(api)
+        version = write_before_backup(api)
         run(
-            named(commands("Back up the database", "PostgreSQL"), database),
+            replace_names(commands("Back up the database", "PostgreSQL"), database),
             tmp_path,
             environment,
         )
-        newer = use_after_the_copy(api, version)
-    run(named(commands("Restore it", "PostgreSQL"), database), tmp_path, environment)
+        newer = write_after_backup(api, version)
+    run(
+        replace_names(commands("Restore it", "PostgreSQL"), database),
+        tmp_path,
+        environment,
+    )
     args = {**database, "dbname": restored}
     with Service(tmp_path / "new", homeserver.url, database=args) as service:
-        look_after_the_restore(Api(service.url, user.access_token), version, newer)
+        check_restored(Api(service.url, user.access_token), version, newer)
 
 
-def environment_of(database: Mapping[str, Any]) -> dict[str, str]:
+def libpq_environment(database: Mapping[str, Any]) -> dict[str, str]:
     """Return the environment variables for PostgreSQL's programs to reach a
     database."""
     return {
@@ -135,7 +139,7 @@ def environment_of(database: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def named(text: str, database: Mapping[str, Any]) -> str:
+def replace_names(text: str, database: Mapping[str, Any]) -> str:
     """Replace the document's names of database and role by a test's names."""
     name = database["dbname"]
     text = text.replace("-O roomkeys ", f"-O {database['user']} ")
@@ -143,7 +147,7 @@ def named(text: str, database: Mapping[str, Any]) -> str:
     return re.sub(r" roomkeys$", f" {name}", text, flags=re.MULTILINE)
 
 
-def test_a_second_role_takes_over(
+def test_a_second_role_can_use_the_tables(
     homeserver: Homeserver, postgres: PostgresServer, tmp_path: Path
 ) -> None:
     """A second role, created as documented, can use the tables of the first role."""
@@ -165,7 +169,7 @@ def test_a_second_role_takes_over(
     user = homeserver.new_user()
     args = {**database, "user": first, "password": "one"}
     with Service(tmp_path / "one", homeserver.url, database=args) as service:
-        version = use_before_the_copy(Api(service.url, user.access_token))
+        version = write_before_backup(Api(service.url, user.access_token))
     args = {**database, "user": second, "password": "two"}
     with Service(tmp_path / "two", homeserver.url, database=args) as service:
         api = Api(service.url, user.access_token)

@@ -116,15 +116,17 @@ def test_contract(scenario: Scenario, sites: Sites) -> Deferred[None]:
 
 
 @inlineCallbacks
-def work(sites: Sites) -> Steps:
+def upload_and_download(sites: Sites) -> Steps:
     """Upload and download backups of 40 users concurrently, at both servers."""
     clients = [Client(site.host, site.host.new_user()) for site in sites * 20]
     versions = yield gatherResults([client.create_version() for client in clients])
     rooms: Rooms = {ROOM: {f"{i}": key() for i in range(20)}}
     both = list(zip(clients, versions, strict=True))
     yield gatherResults([client.upload(version, rooms) for client, version in both])
-    got = yield gatherResults([client.download(version) for client, version in both])
-    assert got == [rooms] * len(clients)
+    downloads = yield gatherResults(
+        [client.download(version) for client, version in both]
+    )
+    assert downloads == [rooms] * len(clients)
 
 
 @inlineCallbacks
@@ -135,13 +137,13 @@ def test_connections_are_shared(
 
     The servers have more connections to the pooler.
     """
-    yield work(sites)
-    assert clients_of(pooler) > pooler.pool_size
-    assert 1 < backends_of(direct) <= pooler.pool_size
+    yield upload_and_download(sites)
+    assert client_connections(pooler) > pooler.pool_size
+    assert 1 < server_connections(direct) <= pooler.pool_size
 
 
 @inlineCallbacks
-def test_a_transaction_leaves_nothing_behind(
+def test_settings_end_with_the_transaction(
     sites: Sites, pooler: PgBouncer, direct: Mapping[str, Any]
 ) -> Steps:
     """Settings of the plugin's transactions end with the transaction.
@@ -150,7 +152,7 @@ def test_a_transaction_leaves_nothing_behind(
     """
     with closing(psycopg2.connect(**direct)) as connection:
         own = settings_of(connection)[1:]
-    yield work(sites)
+    yield upload_and_download(sites)
     with ExitStack() as stack:
         connections = [
             stack.enter_context(closing(psycopg2.connect(**pooler.arguments)))
@@ -174,7 +176,7 @@ def settings_of(connection: Any) -> tuple[Any, ...]:
         return row
 
 
-def clients_of(pooler: PgBouncer) -> int:
+def client_connections(pooler: PgBouncer) -> int:
     """Return the number of client connections to the database at the pooler."""
     with closing(psycopg2.connect(**pooler.console)) as connection:
         connection.autocommit = True
@@ -186,7 +188,7 @@ def clients_of(pooler: PgBouncer) -> int:
     return [row[database] for row in rows].count(pooler.arguments["dbname"])
 
 
-def backends_of(arguments: Mapping[str, Any]) -> int:
+def server_connections(arguments: Mapping[str, Any]) -> int:
     """Return the number of the database's connections, without the current
     connection."""
     with (

@@ -43,15 +43,13 @@ SESSION_DATA = json.dumps({"ciphertext": "x" * 820, "mac": "y" * 11, "ephemeral"
 VERSION = 1_700_000_000
 ROOM = "!room"
 #: Limit of the memory added to a process by a download, in bytes.
-BOUND = 20 * 1024 * 1024
+MAX_GROWTH = 20 * 1024 * 1024
 DEADLINE = 30.0
 PROXIES = [Nginx, HaProxy, Caddy, Apache]
 #: Proxies that buffer a whole upload before forwarding. The others stream uploads and
 #: thus can't repeat an upload at another process.
-PASS_WHOLE_UPLOADS = [Nginx, HaProxy]
-passes_whole_uploads = pytest.mark.parametrize(
-    "proxy", PASS_WHOLE_UPLOADS, indirect=True
-)
+BUFFERING_PROXIES = [Nginx, HaProxy]
+buffering_proxies = pytest.mark.parametrize("proxy", BUFFERING_PROXIES, indirect=True)
 TRAFFIC = "synapse_roomkeys_download_bytes_total"
 
 
@@ -164,7 +162,7 @@ def test_contract(scenario: Scenario, host: HttpHost) -> Deferred[None]:
     return scenario(host)
 
 
-def test_all_else_is_the_homeserver_s(proxy: Proxy, homeserver: Homeserver) -> None:
+def test_other_paths_go_to_the_homeserver(proxy: Proxy, homeserver: Homeserver) -> None:
     """The proxy sends all other paths to the homeserver, unchanged."""
     api = Api(proxy.url, homeserver.new_user().access_token)
     paths = [
@@ -177,11 +175,11 @@ def test_all_else_is_the_homeserver_s(proxy: Proxy, homeserver: Homeserver) -> N
     ]
     del homeserver.paths[:]
     for path in paths:
-        fetch_any(proxy.url + path, api.token)
+        fetch_or_none(proxy.url + path, api.token)
     assert homeserver.paths == paths[1:]
 
 
-def fetch_any(url: str, token: str) -> bytes | None:
+def fetch_or_none(url: str, token: str) -> bytes | None:
     """Return the body of a successful answer, or None for an error."""
     try:
         return fetch(url, token=token)
@@ -189,7 +187,7 @@ def fetch_any(url: str, token: str) -> bytes | None:
         return None
 
 
-def ask(
+def send(
     proxy: Proxy,
     method: str,
     path: str,
@@ -222,7 +220,7 @@ def test_too_large_an_upload(
     """
     headers = bearer(homeserver.new_user().access_token)
     body = b" " * (mebibytes * 2**20 + 1)
-    answer = ask(proxy, "PUT", keys_path(str(VERSION)), headers, body)
+    answer = send(proxy, "PUT", keys_path(str(VERSION)), headers, body)
     refused(answer, 413, "M_TOO_LARGE")
     assert answer.headers["access-control-allow-origin"] == "*"
 
@@ -232,7 +230,7 @@ def bearer(token: str) -> dict[str, str]:
     return {"Authorization": f"Bearer {token}"}
 
 
-def test_a_stranger_names_neither_id_nor_address(
+def test_claimed_ids_and_addresses_are_ignored(
     proxy: Proxy, services: tuple[Service, Service], homeserver: Homeserver
 ) -> None:
     """The log has the proxy's request id and the client's real address.
@@ -242,7 +240,7 @@ def test_a_stranger_names_neither_id_nor_address(
     claims = {"X-Request-ID": "made-up", "X-Forwarded-For": "203.0.113.9"}
     headers = {**bearer(homeserver.new_user().access_token), **claims}
     before = [len(service.log()) for service in services]
-    answer = ask(proxy, "GET", "/version", headers)
+    answer = send(proxy, "GET", "/version", headers)
     request_id = answer.headers["x-request-id"]
     # Request ids made by the service have 16 digits.
     assert re.fullmatch("[0-9a-f-]{32,36}", request_id)
@@ -255,7 +253,7 @@ def test_a_stranger_names_neither_id_nor_address(
 
 
 @pytest.mark.parametrize("kind", PROXIES)
-def test_no_process_is_up(
+def test_no_process_is_running(
     kind: type[Proxy], homeserver: Homeserver, tmp_path: Path
 ) -> None:
     """A proxy without any running service process answers 503 in JSON.
@@ -264,7 +262,7 @@ def test_no_process_is_up(
     """
     ports = [free_port(), free_port()]
     with kind(tmp_path, ports, homeserver.port) as proxy:
-        answer = ask(proxy, "GET", "/version", bearer("token"))
+        answer = send(proxy, "GET", "/version", bearer("token"))
     refused(answer, 503, "M_UNKNOWN")
     assert answer.headers["access-control-allow-origin"] == "*"
     assert int(answer.headers["retry-after"]) > 0
@@ -324,7 +322,7 @@ def check_whole(body: bytes) -> None:
     assert all(sessions[f"{n:08}"] == key(n, 0, True, data) for n in range(KEYS))
 
 
-def sent(services: tuple[Service, Service]) -> float:
+def bytes_sent(services: tuple[Service, Service]) -> float:
     """Return the number of bytes sent by both processes in downloads until now."""
     total = 0.0
     for service in services:
@@ -342,7 +340,7 @@ def test_a_slow_download(
     Meanwhile no process buffers the download in memory or in files. Afterwards the
     download is complete.
     """
-    before = sent(services)
+    before = bytes_sent(services)
     parties: list[Proxy | Service] = [proxy, *services]
     memory = [party.rss_bytes() for party in parties]
     started = time.monotonic()
@@ -350,23 +348,23 @@ def test_a_slow_download(
         assert response.status == 200
         body = response.read(1000)
         assert time.monotonic() - started < 1
-        last, now = -1.0, sent(services)
+        last, now = -1.0, bytes_sent(services)
         while now != last:
             assert time.monotonic() - started < DEADLINE
             time.sleep(0.5)
-            last, now = now, sent(services)
-        halted = now - before
+            last, now = now, bytes_sent(services)
+        stalled_at = now - before
         assert proxy.temporary_bytes() == 0
         for party, first in zip(parties, memory, strict=True):
-            assert party.rss_bytes() - first < BOUND
+            assert party.rss_bytes() - first < MAX_GROWTH
         body += response.read()
     check_whole(body)
     # The kernel buffers some MiB for each connection.
-    assert 0 < halted < len(body) / 2
+    assert 0 < stalled_at < len(body) / 2
 
 
 @pytest.mark.parametrize("kind", PROXIES)
-def test_a_refused_connection_goes_to_the_other(
+def test_a_refused_connection_is_retried_at_the_other(
     kind: type[Proxy],
     services: tuple[Service, Service],
     homeserver: Homeserver,
@@ -377,21 +375,21 @@ def test_a_refused_connection_goes_to_the_other(
     ports = [free_port(), services[0].port]
     with kind(tmp_path, ports, homeserver.port) as proxy:
         for _ in range(4):
-            answer = ask(proxy, "PUT", keys_path(str(VERSION)), headers, b"{}")
+            answer = send(proxy, "PUT", keys_path(str(VERSION)), headers, b"{}")
             refused(answer, 400, "M_BAD_JSON")
 
 
-class Away(BaseHTTPRequestHandler):
+class StoppingHandler(BaseHTTPRequestHandler):
     """Handler of a stopping process: ``/ready`` is 200, any other request 503."""
 
     protocol_version = "HTTP/1.1"
-    asked: list[str]
+    methods: list[str]
 
     def answer(self) -> None:
         self.rfile.read(int(self.headers.get("Content-Length", 0)))
         ready = self.path == "/ready"
         if not ready:
-            self.asked.append(self.command)
+            self.methods.append(self.command)
         self.send_response(200 if ready else 503)
         self.send_header("Content-Length", "0")
         self.end_headers()
@@ -402,15 +400,15 @@ class Away(BaseHTTPRequestHandler):
         """Discard the log line of a request."""
 
 
-class AwayServer(ThreadingHTTPServer):
+class StoppingServer(ThreadingHTTPServer):
     """HTTP server without a log of connections dropped by the proxy."""
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Discard the error of a request."""
 
 
-@pytest.mark.parametrize("kind", PASS_WHOLE_UPLOADS)
-def test_a_503_is_passed_to_the_other(
+@pytest.mark.parametrize("kind", BUFFERING_PROXIES)
+def test_a_503_is_retried_at_the_other(
     kind: type[Proxy],
     services: tuple[Service, Service],
     homeserver: Homeserver,
@@ -421,15 +419,15 @@ def test_a_503_is_passed_to_the_other(
     The requests have all methods; an upload of 200 keys and a new version are among the
     requests.
     """
-    asked: list[str] = []
-    handler = type("Handler", (Away,), {"asked": asked})
+    methods: list[str] = []
+    handler = type("Handler", (StoppingHandler,), {"methods": methods})
     with ExitStack() as stack:
-        away = stack.enter_context(AwayServer((HOST, 0), handler))
-        thread = threading.Thread(target=away.serve_forever)
+        stopping = stack.enter_context(StoppingServer((HOST, 0), handler))
+        thread = threading.Thread(target=stopping.serve_forever)
         thread.start()
         stack.callback(thread.join)
-        stack.callback(away.shutdown)
-        ports = [away.server_port, services[0].port]
+        stack.callback(stopping.shutdown)
+        ports = [stopping.server_port, services[0].port]
         proxy = stack.enter_context(kind(tmp_path, ports, homeserver.port))
         for number in range(4):
             api = Api(proxy.url, homeserver.new_user().access_token)
@@ -440,7 +438,7 @@ def test_a_503_is_passed_to_the_other(
             api.delete(keys_path(version))
             if number % 2 == 0:
                 api.info()
-    assert {"POST", "PUT", "GET", "DELETE"} <= set(asked)
+    assert {"POST", "PUT", "GET", "DELETE"} <= set(methods)
 
 
 def batch(start: int, size: int) -> Rooms:
@@ -471,7 +469,7 @@ def back_up_until(done: threading.Event, api: Api) -> int:
     return requests
 
 
-def begin_until(done: threading.Event, api: Api) -> int:
+def create_versions_until(done: threading.Event, api: Api) -> int:
     """Create versions and delete them until an event is set; return the number of
     requests."""
     requests = 0
@@ -492,7 +490,7 @@ def read_slowly(proxy: Proxy, token: str) -> None:
     check_whole(body)
 
 
-@passes_whole_uploads
+@buffering_proxies
 def test_restarts_under_load(
     proxy: Proxy, services: tuple[Service, Service], homeserver: Homeserver, big: str
 ) -> None:
@@ -501,7 +499,7 @@ def test_restarts_under_load(
     apis = [Api(proxy.url, homeserver.new_user().access_token) for _ in range(5)]
     with ThreadPoolExecutor(10) as pool:
         running = [pool.submit(back_up_until, done, api) for api in apis[1:]]
-        running.append(pool.submit(begin_until, done, apis[0]))
+        running.append(pool.submit(create_versions_until, done, apis[0]))
         slow = [pool.submit(read_slowly, proxy, big) for _ in services]
         try:
             time.sleep(0.5)

@@ -51,7 +51,7 @@ class Target:
         return self.database.run("test", run)
 
     @inlineCallbacks
-    def fail(self, text: str) -> Steps:
+    def expect_unready(self, text: str) -> Steps:
         """Check that the database isn't ready, for a reason that matches `text`."""
         with pytest.raises(Unready, match=text):
             yield self.readiness.check()
@@ -68,14 +68,14 @@ def target(
 
 
 @inlineCallbacks
-def test_tables(target: Target) -> Steps:
+def test_missing_tables(target: Target) -> Steps:
     """A missing table makes the database unready within `TEST_SECONDS`.
 
     The database is ready again with the first check after the table is back. Tables of
     a later version make it unready too.
     """
     engine = target.backend.engine
-    yield target.fail("lack a part of number")
+    yield target.expect_unready("lack a part of number")
     yield target.database.run("upgrade", upgrade_tables, engine, True)
     yield target.readiness.check()
     for table, text in (
@@ -87,12 +87,12 @@ def test_tables(target: Target) -> Steps:
         yield target.execute(f"ALTER TABLE {table} RENAME TO elsewhere")
         yield target.readiness.check()
         target.now += TEST_SECONDS
-        yield target.fail(text)
+        yield target.expect_unready(text)
         yield target.execute(f"ALTER TABLE elsewhere RENAME TO {table}")
         yield target.readiness.check()
     yield target.execute("UPDATE roomkeys_schema SET number = 999")
     target.now += TEST_SECONDS
-    yield target.fail("number 999")
+    yield target.expect_unready("number 999")
 
 
 @inlineCallbacks
@@ -118,7 +118,7 @@ def test_a_lock_of_another_process(target: Target) -> Steps:
         yield target.readiness.check()
         target.now += LOCK_SECONDS
         if target.backend.arguments is None:
-            yield target.fail("locked")
+            yield target.expect_unready("locked")
         else:
             yield target.readiness.check()
     finally:

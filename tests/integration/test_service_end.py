@@ -80,7 +80,7 @@ def service(homeserver: Homeserver, tmp_path: Path) -> Iterator[Service]:
 
 
 @pytest.fixture
-def hasty(homeserver: Homeserver, tmp_path: Path) -> Iterator[Service]:
+def short_timeout(homeserver: Homeserver, tmp_path: Path) -> Iterator[Service]:
     """The service with a shutdown timeout of one second."""
     with Service(tmp_path, homeserver.url, settings={"shutdown_seconds": 1}) as service:
         yield service
@@ -110,7 +110,7 @@ def answer_to(client: socket.socket) -> tuple[HTTPResponse, bytes]:
     return response, response.read()
 
 
-def ended(client: socket.socket) -> bool:
+def closes(client: socket.socket) -> bool:
     """Return whether the server closes the connection without another byte."""
     return client.recv(1000) == b""
 
@@ -124,7 +124,7 @@ def rest_of(client: socket.socket) -> bytes:
     return b"".join(parts)
 
 
-def test_what_is_under_way_is_finished(
+def test_requests_in_progress_are_finished(
     service: Service, homeserver: Homeserver
 ) -> None:
     """A download and an upload in progress are finished; later requests are refused.
@@ -136,9 +136,9 @@ def test_what_is_under_way_is_finished(
     body = json.dumps(backup.upload({"!b": {"new": key()}})[1]).encode()
     with closing(backup.send("GET", "/version")) as idle:
         assert answer_to(idle)[0].status == 200
-        kept = backup.send("GET", "/version")
-        assert answer_to(kept)[0].status == 200
-        kept.sendall(f"GET {PREFIX}/version HTTP/1.1\r\n".encode())
+        incomplete = backup.send("GET", "/version")
+        assert answer_to(incomplete)[0].status == 200
+        incomplete.sendall(f"GET {PREFIX}/version HTTP/1.1\r\n".encode())
         upload = backup.send(
             "PUT", keys_path(backup.version), f"Content-Length: {len(body)}"
         )
@@ -147,70 +147,74 @@ def test_what_is_under_way_is_finished(
         stop(service)
         with pytest.raises(ConnectionRefusedError):
             socket.create_connection((HOST, service.port))
-        assert ended(idle)
-    with closing(kept):
-        kept.sendall(b"Host: a\r\n\r\n")
-        response, content = answer_to(kept)
+        assert closes(idle)
+    with closing(incomplete):
+        incomplete.sendall(b"Host: a\r\n\r\n")
+        response, content = answer_to(incomplete)
         assert response.status == 503
         assert int(response.headers["Retry-After"]) > 0
         assert response.headers["Connection"] == "close"
         assert response.headers["Access-Control-Allow-Origin"] == "*"
         assert json.loads(content)["errcode"] == "M_UNKNOWN"
-        assert ended(kept)
+        assert closes(incomplete)
     with closing(upload):
         upload.sendall(body[10:])
         response, content = answer_to(upload)
         assert (response.status, json.loads(content)["count"]) == (200, KEYS + 1)
-        assert ended(upload)
+        assert closes(upload)
     with closing(download):
         response, content = answer_to(download)
         rooms = json.loads(content)["rooms"]
         assert len(rooms["!a"]["sessions"]) == KEYS
-        assert ended(download)
+        assert closes(download)
     assert service.wait(DEADLINE) == 0
 
 
-def test_what_takes_too_long_is_dropped(hasty: Service, homeserver: Homeserver) -> None:
+def test_a_stalled_download_is_aborted(
+    short_timeout: Service, homeserver: Homeserver
+) -> None:
     """A download without reads by the client is aborted at the shutdown timeout.
 
     The final chunk is never sent. Otherwise the client would take the download for
     complete.
     """
-    backup = Backup(hasty, homeserver)
+    backup = Backup(short_timeout, homeserver)
     with closing(backup.download()) as download:
-        stop(hasty)
-        assert hasty.wait(DEADLINE) == 0
+        stop(short_timeout)
+        assert short_timeout.wait(DEADLINE) == 0
         assert not rest_of(download).endswith(b"0\r\n\r\n")
-    assert "Dropping 1 connections" in hasty.log()
-    assert "(broken off)" in hasty.log()
+    assert "Dropping 1 connections" in short_timeout.log()
+    assert "(broken off)" in short_timeout.log()
 
 
-def test_a_transaction_that_takes_too_long_is_left(
-    hasty: Service, homeserver: Homeserver
+def test_a_blocked_transaction_does_not_delay_the_exit(
+    short_timeout: Service, homeserver: Homeserver
 ) -> None:
     """A transaction that waits for a lock does not delay the exit beyond the timeout.
 
     A thread can't be stopped. The service exits without waiting for the transaction's
     thread.
     """
-    backup = Backup(hasty, homeserver)
+    backup = Backup(short_timeout, homeserver)
     body = json.dumps(backup.upload({"!b": {"new": key()}})[1]).encode()
-    path = hasty.directory / "roomkeys.db"
+    path = short_timeout.directory / "roomkeys.db"
     with closing(sqlite3.connect(path)) as connection:
         connection.execute("BEGIN IMMEDIATE")
         length = f"Content-Length: {len(body)}"
         with closing(backup.send("PUT", keys_path(backup.version), length)) as upload:
             upload.sendall(body)
             deadline = time.monotonic() + DEADLINE
-            while 'state="in_use"} 1.0' not in fetch(hasty.metrics_url).decode():
+            while (
+                'state="in_use"} 1.0' not in fetch(short_timeout.metrics_url).decode()
+            ):
                 assert time.monotonic() < deadline
                 time.sleep(0.02)
-            hasty.send(signal.SIGTERM)
-            assert hasty.wait(DEADLINE) == 0
-    assert "Leaving 1 transactions unfinished" in hasty.log()
+            short_timeout.send(signal.SIGTERM)
+            assert short_timeout.wait(DEADLINE) == 0
+    assert "Leaving 1 transactions unfinished" in short_timeout.log()
 
 
-def test_a_second_signal_ends_it_at_once(
+def test_a_second_signal_exits_immediately(
     service: Service, homeserver: Homeserver
 ) -> None:
     """A second signal ends the service immediately with exit code 1."""
@@ -222,14 +226,14 @@ def test_a_second_signal_ends_it_at_once(
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_an_idle_service_ends_soon(service: Service, number: signal.Signals) -> None:
+def test_an_idle_service_exits(service: Service, number: signal.Signals) -> None:
     """An idle service exits with 0 on SIGINT, SIGTERM or SIGHUP (closed terminal)."""
     service.send(number)
     assert service.wait(5.0) == 0
     assert "Stopped" in service.log()
 
 
-def test_a_terminal_that_closes(service: Service, homeserver: Homeserver) -> None:
+def test_a_closed_terminal(service: Service, homeserver: Homeserver) -> None:
     """SIGHUP finishes an upload in progress, as any other signal to stop does."""
     backup = Backup(service, homeserver, keys=0)
     body = json.dumps(backup.upload({"!b": {"new": key()}})[1]).encode()

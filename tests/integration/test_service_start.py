@@ -32,7 +32,7 @@ from ..servers.service import Service
 SECRET = "hunter2"
 #: Program that opens a socket, as systemd for a socket unit, and then executes the
 #: service.
-ACTIVATE = """
+SYSTEMD_ACTIVATION = """
 import os, socket, sys
 listening = socket.create_server(("127.0.0.1", int(os.environ.pop("PORT"))))
 os.dup2(listening.fileno(), 3)
@@ -45,28 +45,30 @@ os.execv(sys.executable, program)
 """
 
 
-def failure(service: Service, code: int, *names: str, tries: int = 0) -> None:
+def assert_fails(service: Service, code: int, *names: str, attempts: int = 0) -> None:
     """Check that a command ends with an exit code and one last line with the reason.
 
     Args:
         service: the command to run; its output must not contain `SECRET`.
         code: the exit code.
         names: texts that the last line has to contain.
-        tries: the number of lines before the last, each about a failed attempt. The two
-            lines about source and target of a migration may come first, not counted.
+        attempts: the number of lines before the last, each about a failed attempt. The
+            two lines about source and target of a migration are not counted.
     """
     found, output = service.run_to_end()
     assert found == code, output
     sides = ("From source, ", "to target, ")
     *lines, last = (t for t in output.splitlines() if not t.startswith(sides))
-    assert len(lines) == tries, output
+    assert len(lines) == attempts, output
     assert all("WARNING" in line or "ERROR" in line for line in lines), output
     assert SECRET not in output
     for name in names:
         assert name in last
 
 
-def test_no_file_is_needed(homeserver: Homeserver, tmp_path: Path) -> None:
+def test_no_configuration_file_is_needed(
+    homeserver: Homeserver, tmp_path: Path
+) -> None:
     """With the homeserver's address as an option, the service needs no configuration
     file.
 
@@ -83,7 +85,7 @@ def test_no_file_is_needed(homeserver: Homeserver, tmp_path: Path) -> None:
         assert (tmp_path / "roomkeys.db").exists()
 
 
-def test_its_file_is_its_owners(homeserver: Homeserver, tmp_path: Path) -> None:
+def test_the_database_file_is_private(homeserver: Homeserver, tmp_path: Path) -> None:
     """The SQLite file, the WAL and the shared memory file are private to their owner.
 
     The umask makes no difference. An existing file keeps the existing mode.
@@ -107,7 +109,7 @@ def test_a_port_in_use(homeserver: Homeserver, tmp_path: Path) -> None:
     """If a port is in use, the service does not start and names the listener."""
     service = Service(tmp_path, homeserver.url)
     with closing(socket.create_server((HOST, service.port))):
-        failure(service, 1, f"listeners: tcp:{service.port}:", "already in use")
+        assert_fails(service, 1, f"listeners: tcp:{service.port}:", "already in use")
 
 
 @pytest.mark.parametrize("command", ["serve", "migrate"])
@@ -131,31 +133,32 @@ def test_a_database_of_another_encoding(
             connection.commit()
         config = ("--config", "roomkeys.yaml")
         service.arguments = ("migrate", "--from", str(file), *config)
-    failure(service, 1, "its encoding is LATIN1", "createdb -E UTF8 -T template0")
+    assert_fails(service, 1, "its encoding is LATIN1", "createdb -E UTF8 -T template0")
 
 
-def test_a_database_that_is_away(homeserver: Homeserver, tmp_path: Path) -> None:
+def test_an_unreachable_database(homeserver: Homeserver, tmp_path: Path) -> None:
     """An unreachable database is retried for some seconds, then the service exits.
 
     Each log line names the database but no password. The log has two lines for all
     attempts.
     """
     args = {"host": HOST, "port": free_port(), "user": "a", "password": SECRET}
-    failure(
+    assert_fails(
         Service(tmp_path / "a", homeserver.url, database=args),
-        *(1, f"Can't start: database: {HOST}:{args['port']}: "),
+        1,
+        f"Can't start: database: {HOST}:{args['port']}: ",
         "Connection refused",
-        tries=2,
+        attempts=2,
     )
-    away = {"database": {"args": {"database": "/nowhere/roomkeys.db"}}}
-    service = Service(tmp_path / "b", homeserver.url, settings=away)
+    unreachable = {"database": {"args": {"database": "/nowhere/roomkeys.db"}}}
+    service = Service(tmp_path / "b", homeserver.url, settings=unreachable)
     path = "/nowhere/roomkeys.db"
-    failure(service, 1, f"Can't start: database: {path}: unable to open", tries=2)
+    assert_fails(
+        service, 1, f"Can't start: database: {path}: unable to open", attempts=2
+    )
 
 
-def test_a_database_that_is_locked_for_a_moment(
-    homeserver: Homeserver, tmp_path: Path
-) -> None:
+def test_a_temporarily_locked_database(homeserver: Homeserver, tmp_path: Path) -> None:
     """The service starts once another process releases the lock on the SQLite file.
 
     A process holds the lock while creating the tables.
@@ -184,26 +187,28 @@ def test_a_database_of_a_later_version(homeserver: Homeserver, tmp_path: Path) -
         upgrade_tables(connection.cursor(), SQLITE, True)
         connection.execute("UPDATE roomkeys_schema SET number = 999")
         connection.commit()
-    failure(Service(tmp_path, homeserver.url), 1, "database: ", "999")
+    assert_fails(Service(tmp_path, homeserver.url), 1, "database: ", "999")
 
 
-def test_a_table_that_is_missing(homeserver: Homeserver, tmp_path: Path) -> None:
+def test_a_missing_table(homeserver: Homeserver, tmp_path: Path) -> None:
     """The service does not start without a homeserver's table that existed before."""
     with closing(sqlite3.connect(tmp_path / "roomkeys.db")) as connection:
         upgrade_tables(connection.cursor(), SQLITE, True)
         connection.commit()
         connection.execute("DROP TABLE e2e_room_keys")
-    failure(Service(tmp_path, homeserver.url), 1, "database: ", "table e2e_room_keys")
+    assert_fails(
+        Service(tmp_path, homeserver.url), 1, "database: ", "table e2e_room_keys"
+    )
 
 
-def test_a_homeserver_that_is_away(tmp_path: Path) -> None:
+def test_an_unreachable_homeserver(tmp_path: Path) -> None:
     """Without a reachable homeserver the service starts, but is not ready."""
-    away = f"http://{HOST}:{free_port()}"
-    with Service(tmp_path, away) as service:
+    unreachable = f"http://{HOST}:{free_port()}"
+    with Service(tmp_path, unreachable) as service:
         assert json.loads(fetch(f"{service.url}/health")) == {"status": "ok"}
         with pytest.raises(RuntimeError, match=r'503 .*"homeserver":"unavailable"'):
             fetch(f"{service.url}/ready")
-        begin = f"Homeserver {away} fails (away), trying again: "
+        begin = f"Homeserver {unreachable} fails (away), trying again: "
         assert begin in service.log()
 
 
@@ -219,28 +224,30 @@ def test_a_wrong_configuration(homeserver: Homeserver, tmp_path: Path) -> None:
         ("d", {"homeserver": SECRET}, ["roomkeys.yaml", "homeserver"]),
     ):
         service = Service(tmp_path / name, homeserver.url, settings=settings)
-        failure(service, 2, *names)
+        assert_fails(service, 2, *names)
     service = Service(tmp_path / "e", homeserver.url)
     service.environment = {"ROOMKEYS_PASSWORD": SECRET}
-    failure(service, 2, "ROOMKEYS_PASSWORD")
+    assert_fails(service, 2, "ROOMKEYS_PASSWORD")
     for name, endpoint in (("g", "tcp:99999"), ("h", "tcp:port=0")):
         service = Service(
             tmp_path / name, homeserver.url, settings={"listeners": [endpoint]}
         )
-        failure(service, 2, "roomkeys.yaml", f"listeners: '{endpoint}': the port must")
-    nowhere = {"listeners": ["unix:/nowhere/socket"]}
-    service = Service(tmp_path / "i", homeserver.url, settings=nowhere)
-    failure(service, 1, "listeners: unix:/nowhere/socket: ", "No such file")
+        assert_fails(
+            service, 2, "roomkeys.yaml", f"listeners: '{endpoint}': the port must"
+        )
+    no_directory = {"listeners": ["unix:/nowhere/socket"]}
+    service = Service(tmp_path / "i", homeserver.url, settings=no_directory)
+    assert_fails(service, 1, "listeners: unix:/nowhere/socket: ", "No such file")
     absent = {"listeners": ["systemd:domain=INET:index=0"]}
     service = Service(tmp_path / "f", homeserver.url, settings=absent)
-    failure(service, 1, "systemd")
+    assert_fails(service, 1, "systemd")
 
 
 def test_a_socket_of_systemd(homeserver: Homeserver, tmp_path: Path) -> None:
     """The service serves on a socket that systemd opened before."""
     settings = {"listeners": ["systemd:domain=INET:index=0"]}
     service = Service(tmp_path, homeserver.url, settings=settings)
-    service.program = ("-c", ACTIVATE)
+    service.program = ("-c", SYSTEMD_ACTIVATION)
     service.environment = {"PORT": str(service.port)}
     with service:
         assert json.loads(fetch(f"{service.url}/ready"))["service"] == "ok"
@@ -269,7 +276,7 @@ def test_several_start_at_once(
             assert json.loads(fetch(f"{service.url}/ready"))["database"] == "ok"
 
 
-def test_no_part_of_a_password_is_told(
+def test_no_part_of_a_password_is_printed(
     homeserver: Homeserver, postgres: PostgresServer, tmp_path: Path
 ) -> None:
     """No command prints a password that stands in place of another argument.
@@ -329,7 +336,7 @@ def test_migrate(homeserver: Homeserver, tmp_path: Path) -> None:
     assert "\n1 backups copied" in output
     assert output.endswith("DONE: compared 1 backups, 0 keys: equal\n")
     configuration.write_text(f"database: {{password: {SECRET}}}")
-    failure(service, 2, f"{configuration}: database: ")
+    assert_fails(service, 2, f"{configuration}: database: ")
 
 
 def test_the_command() -> None:

@@ -47,7 +47,7 @@ SYNAPSE = tuple(int(part) for part in version_of("matrix-synapse").split(".")[:2
 DEADLINE = 20.0
 
 TABLES = ("e2e_room_keys", "e2e_room_keys_versions", "roomkeys_counts")
-COMPLAINT = re.compile(
+PROBLEM = re.compile(
     r"log ?context|logging context|sentinel context|Traceback"
     r"|^\S+ \S+ (ERROR|CRITICAL) ",
     re.IGNORECASE,
@@ -67,16 +67,21 @@ def query(synapse: Synapse, statement: str, *parameters: Any) -> list[tuple[Any,
         return list(cursor.fetchall()) if cursor.description else []
 
 
-def rows(synapse: Synapse, table: str, user_id: str) -> int:
+def count_rows(synapse: Synapse, table: str, user_id: str) -> int:
     """Return the number of a user's rows in a table."""
     statement = f"SELECT COUNT(*) FROM {table} WHERE user_id = ?"
     count: int = query(synapse, statement, user_id)[0][0]
     return count
 
 
-def complaints(log: str) -> list[str]:
+def rows_by_table(synapse: Synapse, user_id: str) -> list[int]:
+    """Return the number of a user's rows in each of `TABLES`."""
+    return [count_rows(synapse, table, user_id) for table in TABLES]
+
+
+def problem_lines(log: str) -> list[str]:
     """Return the log lines about errors, tracebacks and log contexts."""
-    return [line for line in log.splitlines() if COMPLAINT.search(line)]
+    return [line for line in log.splitlines() if PROBLEM.search(line)]
 
 
 @attrs.frozen
@@ -85,20 +90,20 @@ class Pair:
 
     Attributes:
         synapse: the Synapse with the plugin.
-        stock: the Synapse with Synapse's own endpoints.
+        builtin: the Synapse with Synapse's own endpoints.
         plugin_host: `synapse` as a server under test.
-        stock_host: `stock` as a server under test.
+        builtin_host: `builtin` as a server under test.
     """
 
     synapse: Synapse
-    stock: Synapse
+    builtin: Synapse
     plugin_host: HttpHost
-    stock_host: HttpHost
+    builtin_host: HttpHost
 
     @property
     def hosts(self) -> tuple[HttpHost, HttpHost]:
         """Both servers under test, first with the plugin, then without."""
-        return self.plugin_host, self.stock_host
+        return self.plugin_host, self.builtin_host
 
 
 def registration(directory: Path) -> Path:
@@ -132,9 +137,9 @@ def pair(
         Synapse(directory / "1", database=database, extra_config=extra) as synapse,
         Synapse(
             directory / "2", database=database, extra_config=extra, module_config=None
-        ) as stock,
+        ) as builtin,
     ):
-        pair = Pair(synapse, stock, host_of(synapse), host_of(stock))
+        pair = Pair(synapse, builtin, host_of(synapse), host_of(builtin))
         yield pair
         for host in pair.hosts:
             blockon(host.close())
@@ -172,22 +177,22 @@ def test_deactivation(synapse: Synapse, synapse_host: HttpHost) -> Steps:
         client = Client(synapse_host, User(user.user_id, user.access_token))
         versions.append((yield client.create_version()))
         yield client.upload(versions[-1], ROOMS)
-        assert [rows(synapse, table, user.user_id) for table in TABLES] == [2, 1, 1]
+        assert rows_by_table(synapse, user.user_id) == [2, 1, 1]
     synapse.deactivate(users[0])
-    assert [rows(synapse, table, users[0].user_id) for table in TABLES] == [0, 0, 0]
+    assert rows_by_table(synapse, users[0].user_id) == [0, 0, 0]
     numbers = "SELECT last_version FROM roomkeys_numbers WHERE user_id = ?"
     assert query(synapse, numbers, users[0].user_id) == [(int(versions[0]),)]
-    assert [rows(synapse, table, users[1].user_id) for table in TABLES] == [2, 1, 1]
+    assert rows_by_table(synapse, users[1].user_id) == [2, 1, 1]
 
 
 # Refused users
 
 
-def nobody(pair: Pair) -> None:
+def no_token(pair: Pair) -> None:
     """Return no token."""
 
 
-def stranger(pair: Pair) -> str:
+def unknown_token(pair: Pair) -> str:
     """Return a token never issued by the homeserver."""
     return "syt_c3RyYW5nZXI_AAAAAAAAAAAAAAAAAAAA_0aaaaa"
 
@@ -235,8 +240,8 @@ def deactivated(pair: Pair) -> str:
 @pytest.mark.parametrize(
     ("token_of", "status", "errcodes", "soft_logout"),
     [
-        (nobody, 401, {"M_MISSING_TOKEN"}, None),
-        (stranger, 401, {"M_UNKNOWN_TOKEN"}, False),
+        (no_token, 401, {"M_MISSING_TOKEN"}, None),
+        (unknown_token, 401, {"M_UNKNOWN_TOKEN"}, False),
         (logged_out, 401, {"M_UNKNOWN_TOKEN"}, False),
         (expired, 401, {"M_UNKNOWN_TOKEN"}, True),
         (guest, 403, {"M_GUEST_ACCESS_FORBIDDEN"}, None),
@@ -258,9 +263,12 @@ def test_refused(
     upload = encoded(wrapped(ROOMS))
     new = encoded({"algorithm": ALGORITHM, "auth_data": AUTH_DATA})
     for method, path, body in (
-        *(("PUT", keys_path("1"), upload), ("GET", keys_path("1"), None)),
-        *(("DELETE", keys_path("1"), None), ("POST", "/version", new)),
-        *(("GET", "/version", None), ("PUT", version_path("1"), new)),
+        ("PUT", keys_path("1"), upload),
+        ("GET", keys_path("1"), None),
+        ("DELETE", keys_path("1"), None),
+        ("POST", "/version", new),
+        ("GET", "/version", None),
+        ("PUT", version_path("1"), new),
         ("DELETE", version_path("1"), None),
     ):
         answers: list[Answer] = []
@@ -341,15 +349,15 @@ def test_appservice(pair: Pair) -> Steps:
     owners = query(pair.synapse, versions, int(info.json["version"]))
     assert (IN_NAMESPACE,) in owners, owners
     path = f"{PREFIX}/version?user_id={quoted(IN_NAMESPACE)}"
-    stock = yield pair.stock_host.request("GET", path, token=AS_TOKEN)
-    same(info.json, accepted(stock))
+    builtin = yield pair.builtin_host.request("GET", path, token=AS_TOKEN)
+    same(info.json, accepted(builtin))
 
 
 @inlineCallbacks
 def test_appservice_as_itself(pair: Pair) -> Steps:
     """An application service that names no user has a backup of its own."""
     yield use_backup(pair.plugin_host, AS_TOKEN)
-    assert rows(pair.synapse, "e2e_room_keys", "@bridge:test.example") == 1
+    assert count_rows(pair.synapse, "e2e_room_keys", "@bridge:test.example") == 1
 
 
 @inlineCallbacks

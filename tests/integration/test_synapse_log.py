@@ -34,7 +34,7 @@ from ..servers import Synapse, config
 from ..servers import User as Account
 from ..servers.accounts import fetch
 from .conftest import host_of
-from .test_synapse import DEADLINE, complaints
+from .test_synapse import DEADLINE, problem_lines
 
 SESSION_DATA = "SESSION-DATA-OF-THE-LOG-TEST"
 AUTH_DATA = "AUTH-DATA-OF-THE-LOG-TEST"
@@ -44,11 +44,11 @@ SESSION = "log/session+0"
 
 UPLOADS = 3
 KEYS_AN_UPLOAD = 600
-AT_ONCE = 10
+CONCURRENT_UPLOADS = 10
 #: Seconds for which a slow client reads nothing; fetching a page takes less.
-DAWDLED = 0.5
+PAUSE_SECONDS = 0.5
 #: session_data long enough for a backup above the kernel's buffers of a connection.
-LONG = SESSION_DATA + "." * 14_000
+LONG_DATA = SESSION_DATA + "." * 14_000
 SERVLETS = (
     "RoomKeysServlet",
     "RoomKeysVersionServlet",
@@ -57,7 +57,7 @@ SERVLETS = (
 
 
 @attrs.frozen
-class Remains:
+class Recorded:
     """Log and metrics of a run of all endpoints.
 
     Attributes:
@@ -79,7 +79,7 @@ class Remains:
         lines = self.log.splitlines()
         return [line for line in lines if all(part in line for part in parts)]
 
-    def said(self, text: str, *parts: str) -> list[str]:
+    def plugin_lines(self, text: str, *parts: str) -> list[str]:
         """Return the plugin's INFO lines that contain the user, the device and some
         texts."""
         who = (self.account.user_id, self.account.device_id)
@@ -116,7 +116,7 @@ class Reader(Protocol):
         self.done.callback(None)
 
 
-class Dawdler(Reader):
+class SlowReader(Reader):
     """Client that pauses reading for a while after the first bytes."""
 
     size = 0
@@ -125,12 +125,12 @@ class Dawdler(Reader):
         if not self.size:
             transport: Any = self.transport
             transport.pauseProducing()
-            looping: Any = reactor
-            looping.callLater(DAWDLED, transport.resumeProducing)
+            clock: Any = reactor
+            clock.callLater(PAUSE_SECONDS, transport.resumeProducing)
         self.size += len(data)
 
 
-class HangUp(Reader):
+class AbortingReader(Reader):
     """Client that closes the connection after the first bytes."""
 
     def dataReceived(self, data: bytes) -> None:
@@ -138,7 +138,7 @@ class HangUp(Reader):
         transport.loseConnection()
 
 
-def talkative(directory: Path, database: Mapping[str, Any] | None) -> Synapse:
+def debug_synapse(directory: Path, database: Mapping[str, Any] | None) -> Synapse:
     """Return a Synapse with a DEBUG log, but without the values of SQL statements.
 
     If an operator turns the values on, Synapse logs the values of its own endpoints as
@@ -171,42 +171,43 @@ def settled_metrics(synapse: Synapse) -> str:
 
 
 @pytest.fixture(scope="module")
-def remains(
+def recorded(
     database: Callable[[], Mapping[str, Any] | None],
     tmp_path_factory: pytest.TempPathFactory,
-) -> Remains:
+) -> Recorded:
     """Log and metrics after all valid and invalid requests of a client, on each
     engine."""
-    with talkative(tmp_path_factory.mktemp("log"), database()) as synapse:
+    with debug_synapse(tmp_path_factory.mktemp("log"), database()) as synapse:
         host = host_of(synapse)
         account = synapse.register("user")
         client = Client(host, User(account.user_id, account.access_token))
-        version, second = blockon(everything(host, client))
+        version, second = blockon(send_everything(host, client))
         blockon(host.close())
         metrics = settled_metrics(synapse)
-    return Remains(account, version, second, synapse.log(), metrics)
+    return Recorded(account, version, second, synapse.log(), metrics)
 
 
 @inlineCallbacks
-def everything(
+def send_everything(
     host: HttpHost, client: Client
 ) -> Generator[Deferred[Any], Any, tuple[str, str]]:
     """Send each kind of request; fires with the two versions created."""
     version: str = yield client.create_version({"public_key": AUTH_DATA})
     yield upload(client, version)
     yield read(host, client, version)
-    dawdler = Dawdler()
-    yield read_with(dawdler, host, client, keys_path(version))
-    assert dawdler.size > UPLOADS * KEYS_AN_UPLOAD * len(LONG)
-    yield read_with(HangUp(), host, client, keys_path(version))
-    yield wrong(host, client, version)
+    slow_reader = SlowReader()
+    yield read_with(slow_reader, host, client, keys_path(version))
+    assert slow_reader.size > UPLOADS * KEYS_AN_UPLOAD * len(LONG_DATA)
+    yield read_with(AbortingReader(), host, client, keys_path(version))
+    yield send_refused_requests(host, client, version)
     body = {"algorithm": ALGORITHM, "auth_data": {"other": AUTH_DATA}}
     accepted((yield client.put(version_path(version), body)))
     tally((yield client.delete(keys_path(version, ROOM, SESSION))))
     second: str = yield client.create_version({"public_key": AUTH_DATA})
     refused(
         (yield client.put(keys_path(version), wrapped({}))),
-        *(403, "M_WRONG_ROOM_KEYS_VERSION"),
+        403,
+        "M_WRONG_ROOM_KEYS_VERSION",
     )
     for _ in range(2):
         accepted((yield client.delete(version_path(version))))
@@ -217,15 +218,15 @@ def everything(
 def upload(client: Client, version: str) -> Generator[Deferred[Any], Any, None]:
     """Upload many keys in concurrent requests, then a better and a worse key."""
     for number in range(UPLOADS):
-        sessions = {f"{number}-{n}": key(data=LONG) for n in range(KEYS_AN_UPLOAD)}
+        sessions = {f"{number}-{n}": key(data=LONG_DATA) for n in range(KEYS_AN_UPLOAD)}
         yield client.upload(version, {ROOM: sessions})
     path = keys_path(version, ROOM, SESSION)
     for index in (7, 5, 6):
         tally((yield client.put(path, key(index, 2, index == 5, SESSION_DATA))))
     yield gatherResults(
         [
-            client.upload(version, {f"!{n}:test.example": {"s": key(data=LONG)}})
-            for n in range(AT_ONCE)
+            client.upload(version, {f"!{n}:test.example": {"s": key(data=LONG_DATA)}})
+            for n in range(CONCURRENT_UPLOADS)
         ]
     )
 
@@ -256,7 +257,7 @@ def read_with(
 
 
 @inlineCallbacks
-def wrong(
+def send_refused_requests(
     host: HttpHost, client: Client, version: str
 ) -> Generator[Deferred[Any], Any, None]:
     """Send requests with secrets that are refused."""
@@ -283,23 +284,23 @@ def wrong(
 # The log
 
 
-def test_secrets(remains: Remains) -> None:
+def test_secrets(recorded: Recorded) -> None:
     """No log line contains a key, auth_data or a token, in any kind of request."""
-    secrets = (SESSION_DATA, AUTH_DATA, FALSE_TOKEN, remains.account.access_token)
+    secrets = (SESSION_DATA, AUTH_DATA, FALSE_TOKEN, recorded.account.access_token)
     for secret in secrets:
-        assert remains.lines(secret) == []
+        assert recorded.lines(secret) == []
 
 
-def test_complaints(remains: Remains) -> None:
+def test_no_problems(recorded: Recorded) -> None:
     """The log has no error, no warning of the plugin and no log context problem."""
-    assert remains.lines(" DEBUG "), "the log level isn't DEBUG"
-    assert complaints(remains.log) == []
-    assert remains.lines(" WARNING synapse_roomkeys") == []
+    assert recorded.lines(" DEBUG "), "the log level isn't DEBUG"
+    assert problem_lines(recorded.log) == []
+    assert recorded.lines(" WARNING synapse_roomkeys") == []
 
 
-def test_contexts(remains: Remains) -> None:
+def test_contexts(recorded: Recorded) -> None:
     """Each line logged by the plugin during a request has the request's name."""
-    lines = remains.lines(" synapse_roomkeys.")
+    lines = recorded.lines(" synapse_roomkeys.")
     lines = [line for line in lines if "answers /room_keys in Synapse" not in line]
     for line in lines:
         assert re.search(r" synapse_roomkeys\S* (PUT|POST|GET|DELETE)-\d+ ", line), line
@@ -307,11 +308,11 @@ def test_contexts(remains: Remains) -> None:
         assert any(f" {method}-" in line for line in lines)
 
 
-def test_replaced_key(remains: Remains) -> None:
+def test_replaced_key(recorded: Recorded) -> None:
     """A replaced key is logged once, with the user, the ids and the fields of both
     keys."""
-    (line,) = remains.lines("Replaced key")
-    who = (remains.account.user_id, remains.account.device_id, remains.version)
+    (line,) = recorded.lines("Replaced key")
+    who = (recorded.account.user_id, recorded.account.device_id, recorded.version)
     assert " INFO synapse_roomkeys" in line
     for part in (*who, ROOM, SESSION):
         assert part in line
@@ -319,23 +320,23 @@ def test_replaced_key(remains: Remains) -> None:
     assert line.endswith(" old=7/2/False new=5/2/True"), line
 
 
-def test_deleted_key(remains: Remains) -> None:
+def test_deleted_key(recorded: Recorded) -> None:
     """A deletion of keys is logged once."""
-    assert len(remains.lines("Deleted keys")) == 1
-    where = (remains.version, ROOM, SESSION)
-    assert len(remains.said("Deleted keys", *where)) == 1
+    assert len(recorded.lines("Deleted keys")) == 1
+    where = (recorded.version, ROOM, SESSION)
+    assert len(recorded.plugin_lines("Deleted keys", *where)) == 1
 
 
-def test_versions(remains: Remains) -> None:
+def test_versions(recorded: Recorded) -> None:
     """A created version is logged once, and a deleted version once."""
-    assert len(remains.lines("Created version")) == 2
-    assert len(remains.said("Created version", remains.version)) == 1
-    assert len(remains.said("Created version", remains.second_version)) == 1
-    assert len(remains.lines("Deleted version")) == 1
-    assert len(remains.said("Deleted version", remains.version)) == 1
+    assert len(recorded.lines("Created version")) == 2
+    assert len(recorded.plugin_lines("Created version", recorded.version)) == 1
+    assert len(recorded.plugin_lines("Created version", recorded.second_version)) == 1
+    assert len(recorded.lines("Deleted version")) == 1
+    assert len(recorded.plugin_lines("Deleted version", recorded.version)) == 1
 
 
-def test_refusals(remains: Remains) -> None:
+def test_refusals(recorded: Recorded) -> None:
     """A refusal other than a GET's 404 is logged at INFO and counted, with its
     errcode."""
     for status, errcode, number in (
@@ -345,18 +346,18 @@ def test_refusals(remains: Remains) -> None:
         (400, "M_MISSING_PARAM", 1),
         (403, "M_WRONG_ROOM_KEYS_VERSION", 1),
     ):
-        said = remains.lines(" INFO synapse_roomkeys", f"{status} {errcode}")
-        assert len(said) == number, errcode
+        plugin_lines = recorded.lines(" INFO synapse_roomkeys", f"{status} {errcode}")
+        assert len(plugin_lines) == number, errcode
         counted = "synapse_roomkeys_refused_requests_total"
-        assert metric(remains.metrics, counted, errcode=errcode) == number
+        assert metric(recorded.metrics, counted, errcode=errcode) == number
 
 
-def test_transactions(remains: Remains) -> None:
+def test_transactions(recorded: Recorded) -> None:
     """A download's database transactions are accounted to its request.
 
     Transactions that begin only when a slow client reads on are included.
     """
-    whole = remains.requests("GET .*/keys.version=" + remains.version)
+    whole = recorded.requests("GET .*/keys.version=" + recorded.version)
     transactions = [int(re.findall(r"/(\d+)\)", line)[-1]) for line in whole]
     assert max(transactions) >= 2, whole
 
@@ -376,26 +377,26 @@ def test_transactions(remains: Remains) -> None:
         ("RoomKeysNewVersionServlet", "POST", "version"),
     ],
 )
-def test_servlets(servlet: str, method: str, path: str, remains: Remains) -> None:
+def test_servlets(servlet: str, method: str, path: str, recorded: Recorded) -> None:
     """Each request is logged once and counted under the name of its servlet."""
-    lines = remains.requests(rf"{method} /_matrix/client/v3/room_keys/{path}\b")
+    lines = recorded.requests(rf"{method} /_matrix/client/v3/room_keys/{path}\b")
     responses = "synapse_http_server_response_count_total"
     labels = {"servlet": servlet, "method": method}
-    assert metric(remains.metrics, responses, **labels) == len(lines) > 0
+    assert metric(recorded.metrics, responses, **labels) == len(lines) > 0
     transactions = "synapse_http_server_response_db_txn_count_total"
-    assert metric(remains.metrics, transactions, **labels) > 0
+    assert metric(recorded.metrics, transactions, **labels) > 0
 
 
-def test_plugin_metrics(remains: Remains) -> None:
+def test_plugin_metrics(recorded: Recorded) -> None:
     """The plugin's metrics are exposed with Synapse's and count keys, bytes and
     aborts."""
     uploaded = "synapse_roomkeys_uploaded_keys_total"
-    stored = UPLOADS * KEYS_AN_UPLOAD + AT_ONCE + 1
-    assert metric(remains.metrics, uploaded, outcome="stored") == stored
-    assert metric(remains.metrics, uploaded, outcome="replaced") == 1
-    assert metric(remains.metrics, uploaded, outcome="kept") == 1
+    stored = UPLOADS * KEYS_AN_UPLOAD + CONCURRENT_UPLOADS + 1
+    assert metric(recorded.metrics, uploaded, outcome="stored") == stored
+    assert metric(recorded.metrics, uploaded, outcome="replaced") == 1
+    assert metric(recorded.metrics, uploaded, outcome="kept") == 1
     downloaded = "synapse_roomkeys_download_bytes_total"
-    assert metric(remains.metrics, downloaded) > stored * len(LONG)
+    assert metric(recorded.metrics, downloaded) > stored * len(LONG_DATA)
     broken = "synapse_roomkeys_broken_downloads_total"
-    assert metric(remains.metrics, broken, reason="client") == 1
-    assert metric(remains.metrics, broken, reason="server") == 0
+    assert metric(recorded.metrics, broken, reason="client") == 1
+    assert metric(recorded.metrics, broken, reason="server") == 0

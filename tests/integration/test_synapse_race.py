@@ -30,13 +30,13 @@ from ..contract.base import (
 )
 from ..servers import PostgresServer, RedisServer, Synapse, Worker
 from .conftest import host_of
-from .test_synapse import DEADLINE, complaints, query, rows
+from .test_synapse import DEADLINE, count_rows, problem_lines, query
 
 ROUNDS = 5
 UPLOADS = 16
 SHARED = 48
 SHARED_IN_AN_UPLOAD = 24
-BESIDE_A_VERSION = 8
+UPLOADS_PER_VERSION = 8
 NEW_VERSION = {"algorithm": ALGORITHM, "auth_data": AUTH_DATA}
 
 
@@ -75,7 +75,7 @@ def processes_of(main: Synapse, second: Synapse | Worker) -> Iterator[Processes]
     for host in hosts:
         blockon(host.close())
     for server in (main, second):
-        assert not complaints(server.log())
+        assert not problem_lines(server.log())
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +160,7 @@ def overlapping(number: int) -> Rooms:
     return rooms
 
 
-def with_one_more(number: int) -> Rooms:
+def with_a_new_session(number: int) -> Rooms:
     """Build the upload of `overlapping`, plus a session unique to the upload."""
     return {**overlapping(number), f"!own{number}:h": {"own": key(number)}}
 
@@ -170,7 +170,7 @@ def size(rooms: Rooms) -> int:
     return sum(map(len, rooms.values()))
 
 
-def at_once(
+def upload_concurrently(
     clients: Sequence[Client], version: str, uploads: Sequence[Rooms]
 ) -> list[Deferred[Answer]]:
     """Upload through both processes alternately, without waiting for answers."""
@@ -210,8 +210,8 @@ def test_uploads(processes: Processes) -> Steps:
     clients = processes.clients()
     version = yield clients[0].create_version()
     start, _ = yield clients[1].tally(version)
-    uploads = [with_one_more(number) for number in range(UPLOADS)]
-    answers = yield gatherResults(at_once(clients, version, uploads))
+    uploads = [with_a_new_session(number) for number in range(UPLOADS)]
+    answers = yield gatherResults(upload_concurrently(clients, version, uploads))
     tallies = sorted(tally(answer) for answer in answers)
     assert [etag for etag, _ in tallies] == [start + n for n in range(1, UPLOADS + 1)]
     counts = [count for _, count in tallies]
@@ -221,18 +221,18 @@ def test_uploads(processes: Processes) -> Steps:
 
 
 @inlineCallbacks
-def test_uploads_without_news(processes: Processes) -> Steps:
+def test_uploads_without_changes(processes: Processes) -> Steps:
     """The etag increments once for each upload that changes a key, and for no other."""
     clients = processes.clients()
     version = yield clients[0].create_version()
     start, _ = yield clients[0].tally(version)
     uploads = [overlapping(number) for number in range(UPLOADS)] * 2
-    answers = yield gatherResults(at_once(clients, version, uploads))
+    answers = yield gatherResults(upload_concurrently(clients, version, uploads))
     etags = {tally(answer)[0] for answer in answers}
     final = yield check_contents(processes, clients, version, best(uploads))
     assert etags - {start} == set(range(start + 1, final + 1))
     assert final - start <= len(uploads)
-    answers = yield gatherResults(at_once(clients, version, uploads))
+    answers = yield gatherResults(upload_concurrently(clients, version, uploads))
     assert {tally(answer)[0] for answer in answers} == {final}
     yield check_contents(processes, clients, version, best(uploads))
 
@@ -244,7 +244,7 @@ def test_uploads_and_deletions(processes: Processes) -> Steps:
         clients = processes.clients()
         version = yield clients[0].create_version()
         start, _ = yield clients[0].tally(version)
-        sent = at_once(clients, version, [overlapping(n) for n in range(6)])
+        sent = upload_concurrently(clients, version, [overlapping(n) for n in range(6)])
         sent[3:3] = [client.delete(keys_path(version, "!1:h")) for client in clients]
         answers = yield gatherResults(sent)
         etags = {tally(answer)[0] for answer in answers}
@@ -270,7 +270,7 @@ def test_new_versions(processes: Processes) -> Steps:
     assert len(set(numbers)) == 32
     assert min(map(int, numbers[16:])) > max(map(int, numbers[:16]))
     user_id = clients[0].user.user_id
-    assert rows(processes.main, "e2e_room_keys_versions", user_id) == 32
+    assert count_rows(processes.main, "e2e_room_keys_versions", user_id) == 32
     for client in clients:
         assert (yield client.info())["version"] == max(numbers, key=int)
 
@@ -284,12 +284,12 @@ def test_uploads_and_a_deleted_version(processes: Processes) -> Steps:
     for number in range(ROUNDS):
         clients = processes.clients()
         version = yield clients[0].create_version()
-        uploads = [with_one_more(n) for n in range(BESIDE_A_VERSION)]
-        sent = at_once(clients, version, uploads)
-        place = number % BESIDE_A_VERSION
-        sent.insert(place, clients[number % 2].delete(version_path(version)))
+        uploads = [with_a_new_session(n) for n in range(UPLOADS_PER_VERSION)]
+        sent = upload_concurrently(clients, version, uploads)
+        position = number % UPLOADS_PER_VERSION
+        sent.insert(position, clients[number % 2].delete(version_path(version)))
         answers = yield gatherResults(sent)
-        accepted(answers.pop(place))
+        accepted(answers.pop(position))
         for answer in answers:
             if answer.status != 200:
                 refused(answer, 404, "M_NOT_FOUND", error=NO_VERSION)
@@ -298,7 +298,7 @@ def test_uploads_and_a_deleted_version(processes: Processes) -> Steps:
             refused((yield client.get(keys_path(version))), 404, "M_NOT_FOUND")
             refused((yield client.get("/version")), 404, "M_NOT_FOUND")
         user_id = clients[0].user.user_id
-        assert rows(processes.main, "roomkeys_counts", user_id) == 0
+        assert count_rows(processes.main, "roomkeys_counts", user_id) == 0
 
 
 @inlineCallbacks
@@ -311,12 +311,12 @@ def test_uploads_and_a_new_version(processes: Processes) -> Steps:
         clients = processes.clients()
         version = yield clients[0].create_version()
         start, _ = yield clients[0].tally(version)
-        uploads = [with_one_more(n) for n in range(BESIDE_A_VERSION)]
-        sent = at_once(clients, version, uploads)
-        place = number % BESIDE_A_VERSION
-        sent.insert(place, clients[number % 2].post("/version", NEW_VERSION))
+        uploads = [with_a_new_session(n) for n in range(UPLOADS_PER_VERSION)]
+        sent = upload_concurrently(clients, version, uploads)
+        position = number % UPLOADS_PER_VERSION
+        sent.insert(position, clients[number % 2].post("/version", NEW_VERSION))
         answers = yield gatherResults(sent)
-        current = accepted(answers.pop(place))["version"]
+        current = accepted(answers.pop(position))["version"]
         stored: list[Rooms] = []
         for answer, rooms in zip(answers, uploads, strict=True):
             if answer.status == 200:

@@ -29,7 +29,7 @@ import synapse.rest
 from synapse.rest.client import room_keys
 del room_keys.register_servlets
 """
-WITHOUT_PLACE = """
+WITHOUT_REGISTRATION = """
 from synapse import rest
 from synapse.rest.client import room_keys
 if hasattr(rest, "SERVLET_GROUPS"):
@@ -64,7 +64,7 @@ ModuleApi.__init__ = lambda self, hs, auth_handler: None
 """
 
 
-def refusal(server: Synapse) -> str:
+def failed_start(server: Synapse) -> str:
     """Start a Synapse, expect an exit before the first listener, and return the
     output."""
     before = server.log().count(LISTENING)
@@ -80,7 +80,7 @@ def test_unknown_option(tmp_path: Path) -> None:
     """An unknown option is an error; the message has the option and all known
     options."""
     option = "stalled_donwload_seconds"
-    output = refusal(Synapse(tmp_path, module_config={option: 5}))
+    output = failed_start(Synapse(tmp_path, module_config={option: 5}))
     assert f"Error in configuration at 'modules.<item 0>.config.{option}'" in output
     assert re.search(f"{option}: .*stalled_download_seconds", output), output
 
@@ -89,7 +89,7 @@ def test_unknown_option(tmp_path: Path) -> None:
 def test_wrong_value(value: object, tmp_path: Path) -> None:
     """A value other than a positive integer is an error with the option's name."""
     config = {"max_body_bytes": 1000, "stalled_download_seconds": value}
-    output = refusal(Synapse(tmp_path, module_config=config))
+    output = failed_start(Synapse(tmp_path, module_config=config))
     where = "'modules.<item 0>.config.stalled_download_seconds'"
     assert f"Error in configuration at {where}" in output
     assert "stalled_download_seconds: must be a positive integer" in output
@@ -99,7 +99,7 @@ def test_wrong_value(value: object, tmp_path: Path) -> None:
 def test_options_that_are_no_mapping(options: object, tmp_path: Path) -> None:
     """Options must be a mapping."""
     modules = [{"module": MODULE, "config": options}]
-    output = refusal(Synapse(tmp_path, extra_config={"modules": modules}))
+    output = failed_start(Synapse(tmp_path, extra_config={"modules": modules}))
     assert "Error in configuration at 'modules.<item 0>.config" in output
     assert "must be a mapping" in output
 
@@ -108,37 +108,39 @@ def test_options_that_are_no_mapping(options: object, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("preload", "place"),
+    ("preload", "name"),
     [
         pytest.param(WITHOUT_NAME, "room_keys.register_servlets", id="name"),
-        pytest.param(WITHOUT_PLACE, "room_keys.register_servlets", id="place"),
+        pytest.param(
+            WITHOUT_REGISTRATION, "room_keys.register_servlets", id="registration"
+        ),
         pytest.param(WITHOUT_GROUPS, "room_keys.register_servlets", id="groups"),
         pytest.param(OTHER_MOUNT, "ClientRestResource.register_servlets", id="mount"),
         pytest.param(OTHER_API, "ModuleApi._hs", id="api"),
         pytest.param(OTHER_POOL, "runInteraction", id="pool"),
     ],
 )
-def test_other_internals(preload: str, place: str, tmp_path: Path) -> None:
+def test_other_internals(preload: str, name: str, tmp_path: Path) -> None:
     """A Synapse with other internals than expected does not start.
 
     The error has the expected and the actual state.
     """
-    output = refusal(Synapse(tmp_path, preload=preload))
+    output = failed_start(Synapse(tmp_path, preload=preload))
     versions = f"{__version__} can't be loaded into Synapse {SYNAPSE_VERSION}"
-    said = re.search(
+    message = re.search(
         rf"ConfigError: synapse_roomkeys {re.escape(versions)}:"
         r" expected (?P<expected>.+); found (?P<found>.+)",
         output,
     )
-    assert said is not None, output
-    assert place in said["expected"]
-    assert said["found"] not in said["expected"], said[0]
+    assert message is not None, output
+    assert name in message["expected"]
+    assert message["found"] not in message["expected"], message[0]
 
 
 def test_listed_twice(tmp_path: Path) -> None:
     """A module listed twice is an error, because each entry has options."""
     modules = [{"module": MODULE, "config": {}}] * 2
-    output = refusal(Synapse(tmp_path, extra_config={"modules": modules}))
+    output = failed_start(Synapse(tmp_path, extra_config={"modules": modules}))
     assert re.search("ConfigError: synapse_roomkeys .+ expected .+; found .+", output)
 
 
@@ -202,17 +204,17 @@ def test_other_tables(
     """
     query(stopped, change)
     try:
-        output = refusal(stopped)
+        output = failed_start(stopped)
     finally:
         query(stopped, undo)
-    said = re.search(
+    message = re.search(
         r"ConfigError: synapse_roomkeys can't work on this database:"
         r" expected (?P<expected>.+); found (?P<found>.+)",
         output,
     )
-    assert said is not None, output
-    assert re.search(rf"\b{table}\b", said[0]), said[0]
-    assert found in said["found"]
+    assert message is not None, output
+    assert re.search(rf"\b{table}\b", message[0]), message[0]
+    assert found in message["found"]
 
 
 def test_newer_tables(stopped: Synapse) -> None:
@@ -222,7 +224,7 @@ def test_newer_tables(stopped: Synapse) -> None:
     ((number,),) = query(stopped, "SELECT number FROM roomkeys_schema")
     query(stopped, f"UPDATE roomkeys_schema SET number = {number + 1}")
     try:
-        output = refusal(stopped)
+        output = failed_start(stopped)
     finally:
         query(stopped, f"UPDATE roomkeys_schema SET number = {number}")
     assert "ConfigError: synapse_roomkeys can't work on this database:" in output
@@ -253,7 +255,7 @@ def test_start(stopped: Synapse) -> None:
     assert query(stopped, "SELECT * FROM roomkeys_counts") == []
 
 
-def test_start_at_once(postgres: PostgresServer, tmp_path: Path) -> None:
+def test_concurrent_starts(postgres: PostgresServer, tmp_path: Path) -> None:
     """Processes started at the same time can all create the plugin's table."""
     database = postgres.create_database()
     with Synapse(tmp_path / "stock", database=database, module_config=None):

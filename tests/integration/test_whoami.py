@@ -61,7 +61,7 @@ def new_auth(url: str, **options: Any) -> WhoamiAuth:
 # A faulty homeserver
 
 
-class Listening:
+class ListeningHomeserver:
     """A fake homeserver on a port, and an authenticator for the homeserver.
 
     Attributes:
@@ -102,28 +102,28 @@ def fail_and_recover(fault: Fault) -> Steps:
     In a second run, the homeserver recovers before the retries end, and the request
     succeeds.
     """
-    one = Listening()
-    one.homeserver.fault = fault
+    target = ListeningHomeserver()
+    target.homeserver.fault = fault
     try:
-        yield one.ask()
-        raise AssertionError("the fault said whose a token is")
+        yield target.ask()
+        raise AssertionError("the token was accepted in spite of the fault")
     except UnavailableError as error:
         assert error.code == 503
         assert int(error.headers()["Retry-After"]) > 0
-    one.homeserver.fault = None
-    assert (yield one.ask()) == USER
-    yield one.auth.close()
-    one.auth = new_auth(one.url, timeout_seconds=1, retry_seconds=30)
-    one.homeserver.fault = fault
-    asked = len(one.homeserver.asked)
-    done = one.ask()
+    target.homeserver.fault = None
+    assert (yield target.ask()) == USER
+    yield target.auth.close()
+    target.auth = new_auth(target.url, timeout_seconds=1, retry_seconds=30)
+    target.homeserver.fault = fault
+    asked = len(target.homeserver.asked)
+    done = target.ask()
     end = time.monotonic() + DEADLINE
-    while len(one.homeserver.asked) == asked:
+    while len(target.homeserver.asked) == asked:
         assert time.monotonic() < end
         yield deferLater(reactor, 0.05)
-    one.homeserver.fault = None
+    target.homeserver.fault = None
     assert (yield done) == USER
-    yield one.stop()
+    yield target.stop()
 
 
 @inlineCallbacks
@@ -134,69 +134,69 @@ def test_faults() -> Steps:
     results = yield DeferredList(
         [fail_and_recover(fault) for fault in faults.values()], consumeErrors=True
     )
-    wrong = {
+    failures = {
         name: str(result)
-        for name, (well, result) in zip(faults, results, strict=True)
-        if not well
+        for name, (succeeded, result) in zip(faults, results, strict=True)
+        if not succeeded
     }
-    assert not wrong
+    assert not failures
 
 
 @inlineCallbacks
-def test_refusing_connections() -> Steps:
+def test_an_unreachable_homeserver() -> Steps:
     """Requests are refused with 503 without a homeserver, and succeed after the
     start."""
-    one = Listening()
-    assert (yield one.auth.check()) is None
-    yield one.stop()
-    for ask in (one.ask, one.auth.check):
+    target = ListeningHomeserver()
+    assert (yield target.auth.check()) is None
+    yield target.stop()
+    for ask in (target.ask, target.auth.check):
         with pytest.raises(UnavailableError):
             yield ask()
-    done = one.ask()
-    one.start()
+    done = target.ask()
+    target.start()
     assert (yield done) == USER
-    yield one.stop()
+    yield target.stop()
 
 
 @inlineCallbacks
-def test_a_crowd() -> Steps:
+def test_many_concurrent_users() -> Steps:
     """1,000 concurrent requests of 500 users share few connections and all succeed.
 
     Two requests with the same token cause one whoami request.
     """
-    one = Listening()
+    target = ListeningHomeserver()
     # The timeout of Listening, one second, is too short on a loaded machine.
-    one.auth = new_auth(one.url)
-    homeserver = one.homeserver
+    target.auth = new_auth(target.url)
+    homeserver = target.homeserver
     for number in range(500):
         user_id = f"@user{number}:test.example"
         homeserver.answers[str(number)] = 200, {"user_id": user_id}
     requests = [client_request(str(number)) for number in range(500) for _ in range(2)]
-    found = yield gatherResults([one.auth.get_user_by_req(r) for r in requests])
+    found = yield gatherResults([target.auth.get_user_by_req(r) for r in requests])
     assert [requester.user_id for requester in found] == [
         f"@user{number}:test.example" for number in range(500) for _ in range(2)
     ]
     assert len(homeserver.asked) == 500
     assert 1 < len(homeserver.peers) <= MAX_CONNECTIONS
-    yield one.stop()
+    yield target.stop()
 
 
 # A real homeserver
 
 
 @pytest.fixture(scope="module")
-def stock(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Synapse]:
+def builtin(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Synapse]:
     """A Synapse without the plugin, with an application service."""
-    directory = tmp_path_factory.mktemp("stock")
+    directory = tmp_path_factory.mktemp("builtin")
     extra = {"app_service_config_files": [str(registration(directory))]}
     with Synapse(directory / "1", module_config=None, extra_config=extra) as synapse:
         yield synapse
 
 
 @pytest.fixture
-def auth(stock: Synapse) -> Iterator[WhoamiAuth]:
+def auth(builtin: Synapse) -> Iterator[WhoamiAuth]:
     """An authenticator for the real homeserver, with an empty cache."""
-    auth = new_auth(stock.url, cache_seconds=CACHE_SECONDS)
+    auth = new_auth(builtin.url, cache_seconds=CACHE_SECONDS)
     yield auth
     blockon(auth.close())
 
@@ -252,20 +252,20 @@ def administer(synapse: Synapse, method: str, path: str, body: object = None) ->
     ids=lambda value: getattr(value, "__name__", ""),
 )
 @inlineCallbacks
-def test_ended(
+def test_invalidated_tokens(
     end: Callable[[Synapse, User], None],
     errcodes: set[str],
     soft_logout: bool,
-    stock: Synapse,
+    builtin: Synapse,
     auth: WhoamiAuth,
 ) -> Steps:
     """A token that became invalid is refused at the latest when its cache entry
     expires."""
-    user = stock.register(f"ended_by_{end.__name__}")
+    user = builtin.register(f"ended_by_{end.__name__}")
     request = client_request(user.access_token)
     found = yield auth.get_user_by_req(request)
     assert found == Requester(user.user_id, user.device_id)
-    end(stock, user)
+    end(builtin, user)
     deadline = time.monotonic() + CACHE_SECONDS + SLACK
     while True:
         began = time.monotonic()
@@ -281,19 +281,21 @@ def test_ended(
 
 
 @inlineCallbacks
-def test_never_let_in(stock: Synapse, auth: WhoamiAuth) -> Steps:
+def test_unknown_tokens_and_guests_are_refused(
+    builtin: Synapse, auth: WhoamiAuth
+) -> Steps:
     """Unknown tokens, missing tokens and guests are refused."""
     stranger = "syt_c3RyYW5nZXI_AAAAAAAAAAAAAAAAAAAA_0aaaaa"
     assert (yield refusal(auth, None)) == (401, "M_MISSING_TOKEN", None)
     assert (yield refusal(auth, stranger)) == (401, "M_UNKNOWN_TOKEN", False)
-    guest = stock.guest().access_token
+    guest = builtin.guest().access_token
     assert (yield refusal(auth, guest)) == (403, "M_GUEST_ACCESS_FORBIDDEN", None)
 
 
 @inlineCallbacks
-def test_expired(stock: Synapse, auth: WhoamiAuth) -> Steps:
+def test_expired_tokens(builtin: Synapse, auth: WhoamiAuth) -> Steps:
     """An expired, refreshable token is refused with soft_logout."""
-    user = stock.login(stock.register("expired"), soft=True)
+    user = builtin.login(builtin.register("expired"), soft=True)
     deadline = time.monotonic() + DEADLINE
     while True:
         try:
@@ -306,10 +308,10 @@ def test_expired(stock: Synapse, auth: WhoamiAuth) -> Steps:
 
 
 @inlineCallbacks
-def test_two_devices(stock: Synapse, auth: WhoamiAuth) -> Steps:
+def test_two_devices(builtin: Synapse, auth: WhoamiAuth) -> Steps:
     """Each token belongs to its own device, in the header as well as in the query."""
-    first = stock.register("two_devices")
-    second = stock.login(first)
+    first = builtin.register("two_devices")
+    second = builtin.login(first)
     for user in (first, second):
         expected = Requester(user.user_id, user.device_id)
         by_header = client_request(user.access_token)
@@ -319,16 +321,16 @@ def test_two_devices(stock: Synapse, auth: WhoamiAuth) -> Steps:
 
 
 @inlineCallbacks
-def test_application_service(stock: Synapse, auth: WhoamiAuth) -> Steps:
+def test_application_service(builtin: Synapse, auth: WhoamiAuth) -> Steps:
     """An application service acts as itself or as a user of its namespace.
 
     Other users are refused with 403. An ordinary user's ``user_id`` parameter has no
     effect.
     """
     body = {"type": "m.login.application_service", "username": "bridged_one"}
-    url = f"{stock.url}/_matrix/client/v3/register"
+    url = f"{builtin.url}/_matrix/client/v3/register"
     fetch(url, method="POST", token=AS_TOKEN, body=body)
-    user = stock.register("not_bridged")
+    user = builtin.register("not_bridged")
     for query, expected in (
         ({}, "@bridge:test.example"),
         ({"user_id": IN_NAMESPACE}, IN_NAMESPACE),
@@ -347,7 +349,7 @@ def test_application_service(stock: Synapse, auth: WhoamiAuth) -> Steps:
 
 
 @inlineCallbacks
-def test_registered_after_a_refusal(stock: Synapse, auth: WhoamiAuth) -> Steps:
+def test_registered_after_a_refusal(builtin: Synapse, auth: WhoamiAuth) -> Steps:
     """A refusal is not cached.
 
     An application service is accepted for a user as soon as the user is registered. A
@@ -356,15 +358,15 @@ def test_registered_after_a_refusal(stock: Synapse, auth: WhoamiAuth) -> Steps:
     new = {"user_id": "@bridged_new:test.example"}
     assert (yield refusal(auth, AS_TOKEN, **new))[0] == 403
     body = {"type": "m.login.application_service", "username": "bridged_new"}
-    url = f"{stock.url}/_matrix/client/v3/register"
+    url = f"{builtin.url}/_matrix/client/v3/register"
     fetch(url, method="POST", token=AS_TOKEN, body=body)
     found = yield auth.get_user_by_req(client_request(AS_TOKEN, None, **new))
     assert found.user_id == new["user_id"]
-    user = stock.register("locked_for_a_moment")
-    lock(stock, user)
+    user = builtin.register("locked_for_a_moment")
+    lock(builtin, user)
     assert (yield refusal(auth, user.access_token))[0] == 401
     path = f"/v2/users/{quoted(user.user_id)}"
-    administer(stock, "PUT", path, {"locked": False})
+    administer(builtin, "PUT", path, {"locked": False})
     found = yield auth.get_user_by_req(client_request(user.access_token))
     assert found.user_id == user.user_id
 
@@ -385,15 +387,15 @@ def test_two_authorization_headers(homeserver: Homeserver, tmp_path: Path) -> No
     assert b"Too many Authorization headers" in answer
 
 
-def test_last_seen(stock: Synapse, tmp_path: Path) -> None:
+def test_last_seen(builtin: Synapse, tmp_path: Path) -> None:
     """The homeserver's "last seen" shows address and user agent of the service's
     client.
 
     The client is behind a trusted proxy of the service.
     """
-    user = stock.register("seen")
+    user = builtin.register("seen")
     settings = {"trusted_proxies": ["127.0.0.0/8"]}
-    with Service(tmp_path, stock.url, settings=settings) as service:
+    with Service(tmp_path, builtin.url, settings=settings) as service:
         for host, agent in (("203.0.113.9", "Thief/1.0"), ("2001:db8::9", "Owner/2")):
             headers = {
                 "Authorization": f"Bearer {user.access_token}",
@@ -407,11 +409,11 @@ def test_last_seen(stock: Synapse, tmp_path: Path) -> None:
             with missing.value as error:
                 assert error.code == 400  # No "version": authentication passed.
             path = f"/v2/users/{quoted(user.user_id)}/devices/{user.device_id}"
-            device = administer(stock, "GET", path)
+            device = administer(builtin, "GET", path)
             assert device["last_seen_ip"] == host
             if SYNAPSE >= (1, 163):  # Older versions may omit the agent.
                 assert device["last_seen_user_agent"] == agent
-    assert "lacks an x-forwarded-proto header" not in stock.log()
+    assert "lacks an x-forwarded-proto header" not in builtin.log()
 
 
 @inlineCallbacks

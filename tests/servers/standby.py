@@ -37,8 +37,12 @@ class Standby(PostgresServer):
         source = ["--host", HOST, "--port", str(self._primary.port)]
         source += ["--username", _SUPERUSER, "--checkpoint", "fast"]
         self._run(
-            *("pg_basebackup", *source, "--pgdata", str(home / "data")),
-            *("--write-recovery-conf", "--no-sync"),
+            "pg_basebackup",
+            *source,
+            "--pgdata",
+            str(home / "data"),
+            "--write-recovery-conf",
+            "--no-sync",
             cwd=home,
         )
         return home

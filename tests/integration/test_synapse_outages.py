@@ -40,17 +40,17 @@ def host(
 
 
 @inlineCallbacks
-def test_a_restart_costs_a_moment(host: HttpHost, server: PostgresServer) -> Steps:
+def test_a_restart_fails_no_request(host: HttpHost, server: PostgresServer) -> Steps:
     """After a restart or crash of the database, all requests succeed.
 
     The requests are concurrent, to use each broken connection of the pool.
     """
     client = Client(host, host.new_user())
     version: str = yield client.create_version()
-    for number, again in enumerate((server.restart, server.kill)):
+    for number, stop_or_restart in enumerate((server.restart, server.kill)):
         yield gatherResults([client.info() for _ in range(20)])
-        again()
-        if again == server.kill:
+        stop_or_restart()
+        if stop_or_restart == server.kill:
             server.start()
         rooms = {ROOM: {f"{number}.{i}": key() for i in range(10)}}
         uploads = [
@@ -64,7 +64,7 @@ def test_a_restart_costs_a_moment(host: HttpHost, server: PostgresServer) -> Ste
 
 
 @inlineCallbacks
-def test_away_is_503(host: HttpHost, server: PostgresServer) -> Steps:
+def test_an_outage_is_503(host: HttpHost, server: PostgresServer) -> Steps:
     """While the database is stopped, requests are answered 503 with Retry-After.
 
     Uploads store no key, and no answer says that a backup does not exist.
@@ -84,11 +84,11 @@ def test_away_is_503(host: HttpHost, server: PostgresServer) -> Steps:
             [
                 host.request(
                     method,
-                    client.prefix + where,
+                    client.prefix + path_below,
                     token=client.user.access_token,
                     body=None if body is None else json.dumps(body).encode(),
                 )
-                for method, where, body in requests
+                for method, path_below, body in requests
             ]
         )
     finally:
