@@ -168,7 +168,7 @@ def test_a_temporarily_locked_database(homeserver: Homeserver, tmp_path: Path) -
     with closing(sqlite3.connect(path, isolation_level=None)) as connection:
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("BEGIN IMMEDIATE")
-        service.begin()
+        service.start_without_waiting()
         end = time.monotonic() + 10
         while (
             "(lock), trying again: OperationalError: database is locked"
@@ -177,7 +177,7 @@ def test_a_temporarily_locked_database(homeserver: Homeserver, tmp_path: Path) -
             assert time.monotonic() < end, service.log()
             time.sleep(0.02)
         connection.execute("ROLLBACK")
-    service.wait_until_it_answers()
+    service.wait_until_healthy()
     service.stop()
 
 
@@ -270,9 +270,9 @@ def test_several_start_at_once(
     with ExitStack() as stack:
         for service in services:
             stack.callback(service.stop)
-            service.begin()
+            service.start_without_waiting()
         for service in services:
-            service.wait_until_it_answers()
+            service.wait_until_healthy()
             assert json.loads(fetch(f"{service.url}/ready"))["database"] == "ok"
 
 

@@ -208,7 +208,7 @@ def logged_out(pair: Pair) -> str:
 def expired(pair: Pair) -> str:
     """Return an expired, refreshable token."""
     user = pair.synapse.register("expired")
-    token = pair.synapse.login(user, soft=True).access_token
+    token = pair.synapse.login(user, refreshable=True).access_token
     deadline = time.monotonic() + DEADLINE
     while time.monotonic() < deadline:
         try:

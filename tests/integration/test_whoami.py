@@ -295,7 +295,7 @@ def test_unknown_tokens_and_guests_are_refused(
 @inlineCallbacks
 def test_expired_tokens(builtin: Synapse, auth: WhoamiAuth) -> Steps:
     """An expired, refreshable token is refused with soft_logout."""
-    user = builtin.login(builtin.register("expired"), soft=True)
+    user = builtin.login(builtin.register("expired"), refreshable=True)
     deadline = time.monotonic() + DEADLINE
     while True:
         try:

@@ -36,7 +36,7 @@ def test_a_synchronous_standby(
     with PostgresServer(tmp_path / "primary", durable=True) as primary:
         database = primary.create_database()
         with Standby(tmp_path / "standby", primary) as standby:
-            standby.be_waited_for(database)
+            standby.make_synchronous(database)
             either = {
                 **database,
                 "host": f"{HOST},{HOST}",

@@ -214,7 +214,7 @@ def test_a_full_tablespace(
 ) -> Steps:
     """There is no room for PostgreSQL's tables."""
     database = own_postgres.create_database()
-    own_postgres.give(disk.directory)
+    own_postgres.take_ownership(disk.directory)
     with connected(database) as cursor:
         cursor.execute(f"CREATE TABLESPACE small LOCATION '{disk.directory}'")
     served = serve({**database, "options": "-c default_tablespace=small"})
@@ -232,7 +232,7 @@ if SOAK:
         """PostgreSQL has no room for its log, which ends it; it is started again when
         there is some."""
         database = own_postgres.create_database()
-        own_postgres.move_log(disk.directory)
+        own_postgres.move_wal(disk.directory)
         served = serve(database)
         backups: list[Backup] = yield served.new_backups(2)
         disk.fill()

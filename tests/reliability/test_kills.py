@@ -300,7 +300,7 @@ def test_while_tables_are_made(
         place = place_of(database, directory)
         service = Service(directory, homeserver.url, database=database)
         with held_up(place, random) as wait:
-            service.begin()
+            service.start_without_waiting()
             wait()
             time.sleep(random.random() * MOMENT)
             service.kill()

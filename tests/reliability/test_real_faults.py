@@ -246,7 +246,7 @@ def test_a_server_that_vanishes(tmp_path: Path, serve: Serve) -> Steps:
     with ExitStack() as stack:
         stack.callback(remove_directory, sockets)
         server = PostgresServer(tmp_path / "own", settings=settings)
-        server.give(sockets)
+        server.take_ownership(sockets)
         stack.enter_context(server)
         path = sockets / f".s.PGSQL.{server.port}"
         cable = stack.enter_context(laid(path, tmp_path / "cable.log"))

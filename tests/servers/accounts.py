@@ -92,11 +92,14 @@ def register_guest(url: str) -> User:
     return _user(_post(f"{url}{_CLIENT}/register?kind=guest", {}), "")
 
 
-def login(url: str, user: User, *, soft: bool) -> User:
+def login(url: str, user: User, *, refreshable: bool) -> User:
     """Log a user in on another device.
 
     Args:
-        soft: whether to ask for an access token that expires and can be refreshed.
+        url: the base URL of the homeserver.
+        user: the user.
+        refreshable: whether to ask for an access token that expires and can be
+            refreshed.
 
     Returns:
         The same user with the token and the id of the new device.
@@ -105,7 +108,7 @@ def login(url: str, user: User, *, soft: bool) -> User:
         "type": "m.login.password",
         "identifier": {"type": "m.id.user", "user": user.user_id},
         "password": user.password,
-        "refresh_token": soft,
+        "refresh_token": refreshable,
     }
     return _user(_post(f"{url}{_CLIENT}/login", body), user.password)
 

@@ -39,9 +39,9 @@ class Apache(Proxy):
     package = "apache2-bin"
     config = "apache.conf"
 
-    def _addresses(self) -> Mapping[str, str]:
+    def _replacements(self) -> Mapping[str, str]:
         host = f"<VirtualHost {HOST}:{self.port}>"
-        return {**super()._addresses(), "<VirtualHost *:80>": host}
+        return {**super()._replacements(), "<VirtualHost *:80>": host}
 
     def _write_config(self, home: Path, text: str) -> None:
         main = _MAIN.format(home=home, host=HOST, port=self.port)

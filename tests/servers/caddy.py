@@ -22,8 +22,8 @@ class Caddy(Proxy):
     package = "caddy"
     config = "Caddyfile"
 
-    def _addresses(self) -> Mapping[str, str]:
-        return {**super()._addresses(), "matrix.example.org": self.url}
+    def _replacements(self) -> Mapping[str, str]:
+        return {**super()._replacements(), "matrix.example.org": self.url}
 
     def _write_config(self, home: Path, text: str) -> None:
         (home / "Caddyfile").write_text(_OPTIONS + text)

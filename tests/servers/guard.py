@@ -18,30 +18,30 @@ from collections.abc import Iterable, Mapping
 GRACE = 10.0
 
 
-def follow(lines: Iterable[str]) -> tuple[dict[int, int], set[str]]:
+def read_commands(lines: Iterable[str]) -> tuple[dict[int, int], set[str]]:
     """Read commands until the end of the input, which is the end of the test process.
 
     Returns:
         The watched processes, as a signal number for each pid, and the directories to
-            remove.
+        remove.
     """
     processes: dict[int, int] = {}
     directories: set[str] = set()
     for line in lines:
-        order, _, value = line.rstrip("\n").partition(" ")
-        if order == "watch":
+        command, _, value = line.rstrip("\n").partition(" ")
+        if command == "watch":
             pid, number = value.split()
             processes[int(pid)] = int(number)
-        elif order == "forget":
+        elif command == "forget":
             processes.pop(int(value), None)
-        elif order == "remove":
+        elif command == "remove":
             directories.add(value)
-        elif order == "keep":
+        elif command == "keep":
             directories.discard(value)
     return processes, directories
 
 
-def running(pid: int) -> bool:
+def is_running(pid: int) -> bool:
     """Return whether a process is alive; a zombie counts as ended."""
     try:
         with open(f"/proc/{pid}/stat", encoding="utf-8") as stat:
@@ -50,16 +50,16 @@ def running(pid: int) -> bool:
         return False
 
 
-def end(processes: Mapping[int, int]) -> None:
+def end_processes(processes: Mapping[int, int]) -> None:
     """Send each process its signal, and SIGKILL after `GRACE` seconds if still
     alive."""
     for pid, number in processes.items():
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, number)
     deadline = time.monotonic() + GRACE
-    while any(map(running, processes)) and time.monotonic() < deadline:
+    while any(map(is_running, processes)) and time.monotonic() < deadline:
         time.sleep(0.02)
-    for pid in filter(running, processes):
+    for pid in filter(is_running, processes):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
 
@@ -67,8 +67,8 @@ def end(processes: Mapping[int, int]) -> None:
 def main() -> None:
     """Wait for the end of the test process, then end its children and remove its
     files."""
-    processes, directories = follow(sys.stdin)
-    end(processes)
+    processes, directories = read_commands(sys.stdin)
+    end_processes(processes)
     for directory in directories:
         shutil.rmtree(directory, ignore_errors=True)
 

@@ -15,8 +15,8 @@ class HaProxy(Proxy):
     package = "haproxy"
     config = "haproxy.cfg"
 
-    def _addresses(self) -> Mapping[str, str]:
-        return {**super()._addresses(), "bind :80\n": f"bind {HOST}:{self.port}\n"}
+    def _replacements(self) -> Mapping[str, str]:
+        return {**super()._replacements(), "bind :80\n": f"bind {HOST}:{self.port}\n"}
 
     def _write_config(self, home: Path, text: str) -> None:
         (home / "haproxy.cfg").write_text(text)

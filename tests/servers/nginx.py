@@ -34,9 +34,9 @@ class Nginx(Proxy):
     package = "nginx"
     config = "nginx.conf"
 
-    def _addresses(self) -> Mapping[str, str]:
+    def _replacements(self) -> Mapping[str, str]:
         listen = f"listen {HOST}:{self.port};"
-        return {**super()._addresses(), "listen 80;": listen}
+        return {**super()._replacements(), "listen 80;": listen}
 
     def _write_config(self, home: Path, text: str) -> None:
         (home / "temporary").mkdir()

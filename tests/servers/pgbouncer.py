@@ -88,7 +88,7 @@ class PgBouncer(Server):
             environment=program.environment,
             user=self._user,
         )
-        self._process.wait_until(self._accepts, _TIMEOUT)
+        self._process.wait_until(self._is_listening, _TIMEOUT)
 
     def stop(self) -> None:
         """Stop the pooler; stopping twice does no harm."""
@@ -123,7 +123,7 @@ class PgBouncer(Server):
             for path in (home, users, config):
                 shutil.chown(path, self._user)
 
-    def _accepts(self) -> bool:
+    def _is_listening(self) -> bool:
         """Return whether the port accepts connections."""
         with socket.socket() as probe:
             return probe.connect_ex((HOST, self.port)) == 0

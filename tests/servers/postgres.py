@@ -14,7 +14,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from .guard import end
+from .guard import end_processes
 from .processes import (
     HOST,
     Process,
@@ -30,7 +30,7 @@ _SUPERUSER = "postgres"
 _UNPRIVILEGED = "nobody"
 _TIMEOUT = 60.0
 _IPC_RMID = 0
-_CARELESS = {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off"}
+_NOT_DURABLE = {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off"}
 _DEFAULTS: Mapping[str, str] = MappingProxyType({})
 
 
@@ -82,7 +82,7 @@ class PostgresServer(Server):
             user=self._user,
             orphan_signal=signal.SIGQUIT,
         )
-        self._process.wait_until(self._ready, _TIMEOUT)
+        self._process.wait_until(self._is_ready, _TIMEOUT)
 
     def stop(self) -> None:
         """Stop the server and keep the cluster; no effect on a stopped server."""
@@ -99,7 +99,7 @@ class PostgresServer(Server):
         assert self._process is not None, "not started"
         self._process.send(signal.SIGSTOP)
         backends = _children(self._process.pid)
-        end(dict.fromkeys(backends, signal.SIGKILL))
+        end_processes(dict.fromkeys(backends, signal.SIGKILL))
         self._process.kill()
         self._process = None
         _drop_shared_memory(self._data())
@@ -138,12 +138,12 @@ class PostgresServer(Server):
         """Return the server's log."""
         return (self.directory / "postgres.log").read_text(errors="replace")
 
-    def give(self, directory: Path) -> None:
+    def take_ownership(self, directory: Path) -> None:
         """Make the user that the server runs as the owner of a directory."""
         if self._user is not None:
-            _give(directory, self._user)
+            _change_owner(directory, self._user)
 
-    def move_log(self, directory: Path) -> None:
+    def move_wal(self, directory: Path) -> None:
         """Move the write-ahead log to another directory, and restart the server."""
         self.stop()
         log = self._data() / "pg_wal"
@@ -152,7 +152,7 @@ class PostgresServer(Server):
         shutil.rmtree(log)
         log.symlink_to(moved)
         for path in (moved, *moved.rglob("*")):
-            self.give(path)
+            self.take_ownership(path)
         self.start()
 
     def _create_cluster(self) -> Path:
@@ -162,8 +162,8 @@ class PostgresServer(Server):
         secret = home / "password"
         secret.write_text(self._password)
         if self._user is not None:
-            _give(home, self._user)
-            _give(secret, self._user)
+            _change_owner(home, self._user)
+            _change_owner(secret, self._user)
         where = ["--pgdata", str(home / "data"), "--pwfile", str(secret)]
         who = ["--username", _SUPERUSER, "--auth", "scram-sha-256"]
         shape = ["--encoding", "UTF8", "--locale", "C", "--no-sync"]
@@ -178,7 +178,7 @@ class PostgresServer(Server):
             "unix_socket_directories": "",
             "max_connections": "200",
             "dynamic_shared_memory_type": "mmap",
-            **({} if self._durable else _CARELESS),
+            **({} if self._durable else _NOT_DURABLE),
             **self._extra_settings,
         }
         options = [f"--{name}={value}" for name, value in settings.items()]
@@ -189,7 +189,7 @@ class PostgresServer(Server):
         assert self._home is not None
         return self._home / "data"
 
-    def _ready(self) -> bool:
+    def _is_ready(self) -> bool:
         """Return whether the server started by this object accepts connections.
 
         The pid in ``postmaster.pid`` tells this server from an earlier one in the same
@@ -276,7 +276,7 @@ def _environment() -> dict[str, str]:
     return {**kept, "LC_ALL": "C", "TZ": "UTC"}
 
 
-def _give(path: Path, user: str) -> None:
+def _change_owner(path: Path, user: str) -> None:
     """Change the owner of a file to another user."""
     entry = pwd.getpwnam(user)
     os.chown(path, entry.pw_uid, entry.pw_gid)

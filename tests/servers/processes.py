@@ -24,8 +24,8 @@ _GUARD_SCRIPT = Path(__file__).with_name("guard.py")
 
 #: Serialises commands to the guard, which several threads may send.
 _lock = threading.Lock()
-_chance = random.SystemRandom()
-_picked: set[int] = set()
+_random = random.SystemRandom()
+_returned_ports: set[int] = set()
 
 AnyServer = TypeVar("AnyServer", bound="Server")
 
@@ -34,13 +34,13 @@ class StartFailed(RuntimeError):
     """Error for a server that did not start; the text holds the server's output."""
 
 
-def _tell_guard(order: str) -> None:
+def _command_guard(command: str) -> None:
     """Write one command to this process's guard, and start the guard if needed."""
     with _lock:
-        orders = _guard().stdin
-        assert orders is not None
-        orders.write(order + "\n")
-        orders.flush()
+        commands = _guard().stdin
+        assert commands is not None
+        commands.write(command + "\n")
+        commands.flush()
 
 
 @functools.cache
@@ -78,10 +78,10 @@ def free_port() -> int:
     later. The choice is independent of the random seeds that tests set.
     """
     while True:
-        port = _chance.randrange(15000, 32000)
-        if port in _picked:
+        port = _random.randrange(15000, 32000)
+        if port in _returned_ports:
             continue
-        _picked.add(port)
+        _returned_ports.add(port)
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind((HOST, port))
             return port
@@ -103,14 +103,14 @@ def temporary_directory(prefix: str) -> Iterator[Path]:
 def make_directory(prefix: str) -> Path:
     """Create a directory, which the guard deletes at the end unless removed earlier."""
     directory = Path(tempfile.mkdtemp(prefix=prefix)).resolve()
-    _tell_guard(f"remove {directory}")
+    _command_guard(f"remove {directory}")
     return directory
 
 
 def remove_directory(directory: Path) -> None:
     """Delete a directory created by `make_directory`."""
     shutil.rmtree(directory, ignore_errors=True)
-    _tell_guard(f"keep {directory}")
+    _command_guard(f"keep {directory}")
 
 
 class Identity(TypedDict):
@@ -194,7 +194,7 @@ class Process:
                 start_new_session=True,
                 **identity(user),
             )
-        _tell_guard(f"watch {self._child.pid} {orphan_signal.value}")
+        _command_guard(f"watch {self._child.pid} {orphan_signal.value}")
 
     @property
     def pid(self) -> int:
@@ -212,14 +212,14 @@ class Process:
         known = self._child.returncode
         code = self._child.poll()
         if known is None and code is not None:
-            _tell_guard(f"forget {self.pid}")
+            _command_guard(f"forget {self.pid}")
         return code
 
     def wait(self, timeout: float) -> int | None:
         """Wait for the end; return the exit code, or None after `timeout` seconds."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._child.wait(timeout)
-            _tell_guard(f"forget {self.pid}")
+            _command_guard(f"forget {self.pid}")
         return self._child.returncode
 
     def wait_until(self, ready: Callable[[], bool], timeout: float) -> None:

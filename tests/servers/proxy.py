@@ -65,7 +65,7 @@ class Proxy(Server):
         self.directory.mkdir(parents=True, exist_ok=True)
         program = locate(self.program, self.package)
         self._home = make_directory(f"{self.program}-")
-        self._write_config(self._home, self._adapted())
+        self._write_config(self._home, self._config_text())
         user = _UNPRIVILEGED if os.geteuid() == 0 else None
         if user is not None:
             for path in (self._home, *self._home.iterdir()):
@@ -77,7 +77,7 @@ class Proxy(Server):
             environment={**program.environment, "HOME": str(self._home)},
             user=user,
         )
-        self._process.wait_until(self._accepts, _TIMEOUT)
+        self._process.wait_until(self._is_listening, _TIMEOUT)
 
     def stop(self) -> None:
         """Stop the proxy and delete its configuration."""
@@ -112,7 +112,7 @@ class Proxy(Server):
                     total += link.stat().st_size
         return total
 
-    def _addresses(self) -> Mapping[str, str]:
+    def _replacements(self) -> Mapping[str, str]:
         """Return the replacements for the configuration, from old text to new text.
 
         Each old text occurs in the file exactly once.
@@ -132,10 +132,10 @@ class Proxy(Server):
         """Return the command that runs the proxy in the foreground."""
         raise NotImplementedError
 
-    def _adapted(self) -> str:
+    def _config_text(self) -> str:
         """Return the configuration of ``contrib/`` with this proxy's ports."""
         text = (CONTRIB / self.config).read_text()
-        for old, new in self._addresses().items():
+        for old, new in self._replacements().items():
             assert text.count(old) == 1, (self.config, old)
             text = text.replace(old, new)
         return text
@@ -147,7 +147,7 @@ class Proxy(Server):
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text()
         return [pid, *map(int, children.split())]
 
-    def _accepts(self) -> bool:
+    def _is_listening(self) -> bool:
         """Return whether the port accepts connections."""
         with socket.socket() as probe:
             return probe.connect_ex((HOST, self.port)) == 0

@@ -37,7 +37,7 @@ class RedisServer(Server):
             cwd=self.directory,
             environment=program.environment,
         )
-        self._process.wait_until(self._accepts, _START_TIMEOUT)
+        self._process.wait_until(self._is_listening, _START_TIMEOUT)
 
     def stop(self) -> None:
         """Stop the server; stopping twice does no harm."""
@@ -45,7 +45,7 @@ class RedisServer(Server):
             self._process.stop(signal.SIGTERM)
             self._process = None
 
-    def _accepts(self) -> bool:
+    def _is_listening(self) -> bool:
         """Return whether the port accepts connections."""
         with socket.socket() as probe:
             return probe.connect_ex((HOST, self.port)) == 0

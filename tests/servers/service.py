@@ -80,17 +80,17 @@ class Service(Server):
 
     def start(self) -> None:
         """Start the process and wait until ``/health`` answers."""
-        self.begin()
-        self.wait_until_it_answers()
+        self.start_without_waiting()
+        self.wait_until_healthy()
 
-    def begin(self) -> None:
+    def start_without_waiting(self) -> None:
         """Start the process without waiting until ``/health`` answers."""
         self._process = self.spawn()
 
-    def wait_until_it_answers(self) -> None:
-        """Wait until ``/health`` answers, in a process started by `begin`."""
+    def wait_until_healthy(self) -> None:
+        """Wait until ``/health`` answers, after `start_without_waiting`."""
         try:
-            self._running().wait_until(self._answers, _START_TIMEOUT)
+            self._running().wait_until(self._is_healthy, _START_TIMEOUT)
         except StartFailed:
             self._process = None
             raise
@@ -165,7 +165,7 @@ class Service(Server):
         assert self._process is not None, "not started"
         return self._process
 
-    def _answers(self) -> bool:
+    def _is_healthy(self) -> bool:
         """Return whether ``/health`` answers with success."""
         try:
             accounts.fetch(f"{self.url}/health")

@@ -9,7 +9,7 @@ from typing import Any
 
 import psycopg2
 
-from .postgres import _SUPERUSER, PostgresServer, _give
+from .postgres import _SUPERUSER, PostgresServer, _change_owner
 from .processes import HOST, make_directory
 
 _TIMEOUT = 30.0
@@ -33,7 +33,7 @@ class Standby(PostgresServer):
         """Copy the primary's cluster and configure streaming replication."""
         home = make_directory("postgres-")
         if self._user is not None:
-            _give(home, self._user)
+            _change_owner(home, self._user)
         source = ["--host", HOST, "--port", str(self._primary.port)]
         source += ["--username", _SUPERUSER, "--checkpoint", "fast"]
         self._run(
@@ -47,7 +47,7 @@ class Standby(PostgresServer):
         )
         return home
 
-    def be_waited_for(self, database: Mapping[str, Any]) -> None:
+    def make_synchronous(self, database: Mapping[str, Any]) -> None:
         """Make replication synchronous: each commit of the primary waits for this
         standby.
 

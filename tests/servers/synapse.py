@@ -60,7 +60,7 @@ class _Server(Server):
         """Start the process and wait until the client API answers."""
         self._process = self._spawn()
         try:
-            self._process.wait_until(self._answers, _START_TIMEOUT)
+            self._process.wait_until(self._is_healthy, _START_TIMEOUT)
         except StartFailed:
             self._process = None
             raise
@@ -138,7 +138,7 @@ class _Server(Server):
             return ["-m", self._app]
         return ["-c", f"{self._preload}\nimport {self._app} as app\napp.main()\n"]
 
-    def _answers(self) -> bool:
+    def _is_healthy(self) -> bool:
         """Return whether the client API's ``/health`` answers with success."""
         try:
             accounts.fetch(f"{self.url}/health")
@@ -206,15 +206,15 @@ class Synapse(_Server):
         """Register a guest, an account without a password."""
         return accounts.register_guest(self.url)
 
-    def login(self, user: User, *, soft: bool = False) -> User:
+    def login(self, user: User, *, refreshable: bool = False) -> User:
         """Log a user in on another device.
 
         Args:
             user: the user.
-            soft: whether to ask for a token that can be refreshed; such a token expires
-                after 1 second.
+            refreshable: whether to ask for a token that can be refreshed; such a token
+                expires after 1 second.
         """
-        return accounts.login(self.url, user, soft=soft)
+        return accounts.login(self.url, user, refreshable=refreshable)
 
     def logout(self, user: User) -> None:
         """Log a device out, which invalidates the device's access token."""
