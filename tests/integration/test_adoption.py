@@ -297,8 +297,8 @@ def write_invalid_values(
 ) -> None:
     """Write the values that no upload allows, straight to the database.
 
-    The changes of `bad_rows` apply to all users. The etags of the victims' backups
-    become NULL.
+    The changes of `bad_rows` apply to all users. The etags of `bad_backups` become
+    NULL.
     """
     for name, row in bad_rows.items():
         if row.change is not None:

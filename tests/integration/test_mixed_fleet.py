@@ -53,8 +53,8 @@ def fleet(
 ) -> Iterator[Fleet]:
     """Two processes on one database.
 
-    The second starts when the first has ended the background updates, because two
-    processes would disturb each other's updates.
+    The second starts when the first has ended the background updates, because
+    concurrent background updates would fail in both.
     """
     directory = tmp_path_factory.mktemp("fleet")
     database = postgres.create_database()

@@ -380,7 +380,11 @@ def test_a_refused_connection_is_retried_at_the_other(
 
 
 class StoppingHandler(BaseHTTPRequestHandler):
-    """Handler of a stopping process: ``/ready`` is 200, any other request 503."""
+    """Handler of a stopping process: ``/ready`` is 200, any other request 503.
+
+    Attributes:
+        methods: the methods of all requests except ``/ready``, in order of arrival.
+    """
 
     protocol_version = "HTTP/1.1"
     methods: list[str]
@@ -401,7 +405,7 @@ class StoppingHandler(BaseHTTPRequestHandler):
 
 
 class StoppingServer(ThreadingHTTPServer):
-    """HTTP server without a log of connections dropped by the proxy."""
+    """HTTP server that prints no error for connections dropped by the proxy."""
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Discard the error of a request."""
@@ -416,8 +420,8 @@ def test_a_503_is_retried_at_the_other(
 ) -> None:
     """A request that one process answers 503 is repeated at the other process.
 
-    The requests have all methods; an upload of 200 keys and a new version are among the
-    requests.
+    GET, PUT, POST and DELETE are repeated, even an upload of 200 keys and a new
+    version.
     """
     methods: list[str] = []
     handler = type("Handler", (StoppingHandler,), {"methods": methods})

@@ -97,7 +97,7 @@ def test_wrong_value(value: object, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("options", [["max_body_bytes"], "max_body_bytes"])
 def test_options_that_are_no_mapping(options: object, tmp_path: Path) -> None:
-    """Options must be a mapping."""
+    """Options other than a mapping are an error."""
     modules = [{"module": MODULE, "config": options}]
     output = failed_start(Synapse(tmp_path, extra_config={"modules": modules}))
     assert "Error in configuration at 'modules.<item 0>.config" in output
@@ -138,7 +138,7 @@ def test_other_internals(preload: str, name: str, tmp_path: Path) -> None:
 
 
 def test_listed_twice(tmp_path: Path) -> None:
-    """A module listed twice is an error, because each entry has options."""
+    """A module listed twice, with two sets of options, is an error."""
     modules = [{"module": MODULE, "config": {}}] * 2
     output = failed_start(Synapse(tmp_path, extra_config={"modules": modules}))
     assert re.search("ConfigError: synapse_roomkeys .+ expected .+; found .+", output)

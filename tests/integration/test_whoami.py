@@ -97,9 +97,9 @@ class ListeningHomeserver:
 
 @inlineCallbacks
 def fail_and_recover(fault: Fault) -> Steps:
-    """Answer with a fault until a request is refused with 503, then recover.
+    """Check that a fault leads to 503, and that requests succeed after the fault.
 
-    In a second run, the homeserver recovers before the retries end, and the request
+    In a second run the fault ends before the retries of a request end; the request
     succeeds.
     """
     target = ListeningHomeserver()
@@ -165,7 +165,7 @@ def test_many_concurrent_users() -> Steps:
     Two requests with the same token cause one whoami request.
     """
     target = ListeningHomeserver()
-    # The timeout of Listening, one second, is too short on a loaded machine.
+    # The default of ListeningHomeserver, one second, is too short on a loaded machine.
     target.auth = new_auth(target.url)
     homeserver = target.homeserver
     for number in range(500):

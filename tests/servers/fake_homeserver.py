@@ -1,4 +1,4 @@
-"""A fake homeserver that authenticates tokens and implements no other endpoint."""
+"""A fake homeserver with the endpoints ``whoami`` and ``versions`` only."""
 
 import json
 import threading

@@ -65,7 +65,7 @@ def end_processes(processes: Mapping[int, int]) -> None:
 
 
 def main() -> None:
-    """Wait for the end of the test process, then end its children and remove its
+    """Wait for the end of the test process, then end the children and remove the
     files."""
     processes, directories = read_commands(sys.stdin)
     end_processes(processes)

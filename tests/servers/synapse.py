@@ -279,6 +279,9 @@ class Worker(_Server):
 
 
 def _environment(inherited: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """Build an environment in which the module can be imported from the repository."""
+    """Build an environment in which the module can be imported from the repository.
+
+    PYTHONPATH has no other entry, so that further modules must be installed.
+    """
     own = {name: inherited[name] for name in inherited if name != "PYTHONHOME"}
     return {**own, "PYTHONPATH": str(_REPOSITORY), "PYTHONUNBUFFERED": "1"}
