@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
-from twisted.internet.defer import Deferred, inlineCallbacks
+from twisted.internet.defer import inlineCallbacks
 
 from synapse_roomkeys.storage import Transaction, postgres_database
 
 from ..contract import Client
-from ..contract.base import Rooms, key
+from ..contract.base import Rooms, Steps, key
 from ..servers import PostgresServer
 from ..sites import Backend, OwnSite
-
-Steps = Generator[Deferred[Any], Any, None]
 
 
 @pytest.fixture(scope="module")

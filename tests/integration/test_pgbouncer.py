@@ -6,7 +6,7 @@ transaction, even a transaction of another client.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing
 from itertools import cycle
 from pathlib import Path
@@ -17,12 +17,11 @@ import pytest
 from twisted.internet.defer import Deferred, gatherResults, inlineCallbacks
 
 from ..contract import SCENARIOS, Answer, Client, Scenario, User
-from ..contract.base import Rooms, key
+from ..contract.base import Rooms, Steps, key
 from ..servers import PgBouncer, PostgresServer
 from ..sites import Backend, OwnSite
 from . import test_storage
 
-Steps = Generator[Deferred[Any], Any, None]
 Sites = tuple[OwnSite, OwnSite]
 ROOM = "!room"
 #: Database settings changed by the plugin's transactions.

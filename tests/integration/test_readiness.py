@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,8 @@ from synapse_roomkeys.service.readiness import (
 )
 from synapse_roomkeys.storage import Transaction, estimate_keys, upgrade_tables
 
+from ..contract.base import Steps
 from ..sites import Backend
-
-Steps = Generator[Deferred[Any], Any, None]
 
 
 class Target:

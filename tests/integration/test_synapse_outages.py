@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from pytest_twisted import blockon
-from twisted.internet.defer import Deferred, gatherResults, inlineCallbacks
+from twisted.internet.defer import gatherResults, inlineCallbacks
 
 from ..client import HttpHost
 from ..contract import Answer, Client
-from ..contract.base import key, keys_path, wrapped
+from ..contract.base import Steps, key, keys_path, wrapped
 from ..servers import PostgresServer, Synapse
 from .conftest import host_of
 
-Steps = Generator[Deferred[Any], Any, None]
 ROOM = "!room"
 
 
