@@ -32,16 +32,16 @@ from .sockets import (
 
 #: How many requests are made at random, and how many go over one connection.
 REQUESTS = 400_000 if SOAK else 3_000
-AT_ONCE = 20
+PIPELINED = 20
 #: How many garbled requests there are.
 GARBLED = 100_000 if SOAK else 600
 #: How many requests have a header made at random.
-HEADS = 20_000 if SOAK else 300
+RANDOM_HEADERS = 20_000 if SOAK else 300
 #: How many bytes more are sent before each of the resets.
-STEP = 1 if SOAK else 17
+RESET_STEP = 1 if SOAK else 17
 IDLE = 1000
 #: More bytes than these are not all read at once.
-MUCH = 16_384
+READ_AT_ONCE = 16_384
 #: How many bytes a body may have.
 LIMIT = 10 * 1024 * 1024
 UNFINISHED = 20
@@ -52,12 +52,12 @@ class Target:
     """The service, a user who knows its rules, and one who may do anything."""
 
     service: Service
-    good: str
-    bad: str
+    bystander: str
+    attacker: str
 
     def new_version(self) -> str:
         """Make a version of the backup of the one who may do anything."""
-        return new_version(self.port, self.bad)
+        return new_version(self.port, self.attacker)
 
     @property
     def port(self) -> int:
@@ -70,7 +70,7 @@ def check(port: int, parts: Sequence[bytes], statuses: Sequence[int]) -> None:
     HTTP. Of a client that goes on sending, the last answer may be lost."""
     got = exchange(port, *parts, wanted=len(statuses))
     where = f"{parts[0][:300]!r}: want {statuses}, got {got.statuses}"
-    if got.is_broken and sum(map(len, parts)) > MUCH:
+    if got.is_broken and sum(map(len, parts)) > READ_AT_ONCE:
         assert got.statuses in ([*statuses], [*statuses][:-1]), where
     else:
         assert got.statuses == [*statuses], where
@@ -90,7 +90,7 @@ def check_reply(reply: Reply) -> None:
 
 def wrong_lengths(target: Target) -> int:
     """A Content-Length that is too small, negative, twice or no number at all."""
-    good = upload(target.new_version(), target.bad, "x")
+    good = upload(target.new_version(), target.attacker, "x")
     length = next(line for line in good.split(b"\r\n") if b"Length" in line)
     number = int(length.split()[1])
     name = b"Content-Length: "
@@ -122,7 +122,7 @@ def wrong_lengths(target: Target) -> int:
 
 def chunks(target: Target) -> int:
     """Chunked bodies that are right, wrong, endless or too large."""
-    head = upload(target.new_version(), target.bad, "x").partition(b"\r\n\r\n")
+    head = upload(target.new_version(), target.attacker, "x").partition(b"\r\n\r\n")
     body = head[2]
     lines = [line for line in head[0].split(b"\r\n") if b"Content-Length" not in line]
     start = b"\r\n".join([*lines, b"Transfer-Encoding: chunked", b"", b""])
@@ -154,9 +154,9 @@ def chunks(target: Target) -> int:
 def pipelines(target: Target) -> int:
     """Several requests in one packet; after one that isn't HTTP, no more."""
     version = target.new_version()
-    put = upload(version, target.bad, "x")
-    get = request("GET", f"{PREFIX}/keys?version={version}", target.bad)
-    bad = request("GET", PREFIX + "/keys", target.bad)
+    put = upload(version, target.attacker, "x")
+    get = request("GET", f"{PREFIX}/keys?version={version}", target.attacker)
+    bad = request("GET", PREFIX + "/keys", target.attacker)
     for sent, statuses in (
         (put + get + put + get, (200,) * 4),
         (bad + get + bad + get, (400, 200) * 2),
@@ -172,9 +172,9 @@ def heads(target: Target) -> int:
     """Heads of requests that are too long, not HTTP/1.1, or not HTTP."""
     version = target.new_version()
     path = f"{PREFIX}/keys?version={version}"
-    get = request("GET", path, target.bad)
+    get = request("GET", path, target.attacker)
     lines = get.removesuffix(b"\r\n")
-    body = upload(version, target.bad, "x", "Expect: 100-continue")
+    body = upload(version, target.attacker, "x", "Expect: 100-continue")
     hello = bytes.fromhex("16030100b5010000b10303") + bytes(170)
     rows: list[tuple[bytes, tuple[int, ...]]] = [
         (lines + b"A: b\r\n" * 100_000 + b"\r\n", (400,)),
@@ -221,9 +221,11 @@ def headers(target: Target) -> int:
     """Headers that the service reads, with values of any bytes: all are answered."""
     random = Random() if SOAK else Random(3)
     version = target.new_version()
-    get = request("GET", f"{PREFIX}/keys?version={version}", target.bad)
+    get = request("GET", f"{PREFIX}/keys?version={version}", target.attacker)
     rows = [(name, value) for name in HEADERS for value in HEADER_VALUES]
-    rows += [(random.choice(HEADERS), header_value(random)) for _ in range(HEADS)]
+    rows += [
+        (random.choice(HEADERS), header_value(random)) for _ in range(RANDOM_HEADERS)
+    ]
     for name, value in rows:
         line = b"Host: a\r\n%s: %s\r\n" % (name, value)
         sent = get.replace(b"Host: a\r\n", line)
@@ -236,9 +238,9 @@ def headers(target: Target) -> int:
 def resets(target: Target) -> int:
     """A connection that is reset at any point of two requests, and of their answers."""
     version = target.new_version()
-    sent = upload(version, target.bad, "x" * 100)
-    sent += request("GET", f"{PREFIX}/keys?version={version}", target.bad)
-    points = range(0, len(sent) + 1, STEP)
+    sent = upload(version, target.attacker, "x" * 100)
+    sent += request("GET", f"{PREFIX}/keys?version={version}", target.attacker)
+    points = range(0, len(sent) + 1, RESET_STEP)
     for point in points:
         client = connect(target.port)
         client.sendall(sent[:point])
@@ -252,13 +254,13 @@ def resets(target: Target) -> int:
 
 
 def random_requests(target: Target) -> int:
-    """Requests of every kind, `AT_ONCE` in a packet, each with its answer."""
+    """Requests of every kind, `PIPELINED` in a packet, each with its answer."""
     random = Random() if SOAK else Random(1)
-    for _ in range(REQUESTS // AT_ONCE):
+    for _ in range(REQUESTS // PIPELINED):
         inputs = Inputs(random, (target.new_version(), target.new_version()))
-        rows = [inputs.request() for _ in range(AT_ONCE)]
+        rows = [inputs.request() for _ in range(PIPELINED)]
         with connect(target.port) as client, client.makefile("rb") as stream:
-            sent = [request(*row[:2], target.bad, row[2]) for row in rows]
+            sent = [request(*row[:2], target.attacker, row[2]) for row in rows]
             threading.Thread(target=send, args=(client, b"".join(sent))).start()
             for method, path, body in rows:
                 reply = read_reply(stream, method)
@@ -279,7 +281,7 @@ def send(client: socket.socket, data: bytes) -> None:
 def garbled(target: Target) -> int:
     """Requests with bytes changed, cut out, put in and doubled, and mere rubbish."""
     random = Random() if SOAK else Random(2)
-    right = upload(target.new_version(), target.bad, "x", "Connection: close")
+    right = upload(target.new_version(), target.attacker, "x", "Connection: close")
     for _ in range(GARBLED):
         sent = bytearray(right if random.random() < 0.95 else random.randbytes(500))
         for _ in range(random.choice((1, 1, 2, 5, 20))):
@@ -297,7 +299,7 @@ def garbled(target: Target) -> int:
             )
         # What was cut short is made whole by this.
         end = b"\r\n\r\n" + b"x" * 400 + b"\r\n\r\n"
-        got = exchange(target.port, bytes(sent) + end, patience=0.2)
+        got = exchange(target.port, bytes(sent) + end, read_timeout=0.2)
         for reply in got.replies:
             check_reply(reply)
     return GARBLED
@@ -305,7 +307,7 @@ def garbled(target: Target) -> int:
 
 def slow_clients(target: Target) -> int:
     """Clients that send a byte now and then, or nothing at all."""
-    whole = upload(target.new_version(), target.bad, "x", "Connection: close")
+    whole = upload(target.new_version(), target.attacker, "x", "Connection: close")
     clients = [connect(target.port) for _ in range(IDLE)]
     for number, client in enumerate(clients[: IDLE // 2]):
         client.sendall(whole[: number % len(whole)])
@@ -324,7 +326,7 @@ def large_bodies(target: Target) -> int:
     """Bodies at the limit and over it, from users and from nobody."""
     body = b'"' + b"x" * (LIMIT - 2) + b'"'
     path = f"{PREFIX}/keys?version={target.new_version()}"
-    for token, status in ((target.bad, 400), (None, 401), ("nobodys", 401)):
+    for token, status in ((target.attacker, 400), (None, 401), ("nobodys", 401)):
         check(target.port, [request("PUT", path, token, body)], [status])
         check(target.port, [request("PUT", path, token, body + b" ")], [413])
     return 6
@@ -391,7 +393,7 @@ def hostile_values(target: Target) -> int:
     ):
         rows.append((path, right, status))
     for path, body, status in rows:
-        sent = request("PUT", keys + path + query, target.bad, body.encode())
+        sent = request("PUT", keys + path + query, target.attacker, body.encode())
         check(target.port, [sent], [status])
     return len(rows)
 

@@ -48,7 +48,7 @@ from ..contract.base import (
     version_path,
     wrapped,
 )
-from .history import Delete, Event, Look, Operation, Read, Upload
+from .linearizability import Delete, Download, Event, GetInfo, Operation, Upload
 from .model import Ids, Key
 
 ROOMS = ("!a:h", "!b:h", "!c:h")
@@ -56,7 +56,7 @@ SESSIONS = ("1", "2", "3", "4")
 KEYS_IN_AN_UPLOAD = 6
 #: How soon a connection is cut, if it is, in seconds at most: some requests are
 #: answered by then, some under way.
-CUT_WITHIN = 0.03
+MAX_CUT_DELAY = 0.03
 
 #: What a request fails with whose answer is lost.
 LOST = (
@@ -140,7 +140,7 @@ def request_of(version: str, operation: Operation) -> tuple[str, str, Any]:
     """Method, path and body."""
     if isinstance(operation, Upload):
         return "PUT", keys_path(version), wrapped(as_rooms(operation.keys))
-    if isinstance(operation, Look):
+    if isinstance(operation, GetInfo):
         return "GET", version_path(version), None
     method = "DELETE" if isinstance(operation, Delete) else "GET"
     path = keys_path(version, operation.room_id, operation.session_id)
@@ -151,7 +151,7 @@ def answer_of(operation: Operation, answer: Answer) -> Any:
     """An answer as `Upload.apply` gives it."""
     if isinstance(operation, Upload | Delete):
         return tally(answer)
-    if isinstance(operation, Look):
+    if isinstance(operation, GetInfo):
         info = accepted(answer)
         return int(info["etag"]), info["count"]
     if operation.session_id is not None and answer.status == 404:
@@ -168,7 +168,7 @@ def as_rooms(keys: Mapping[Ids, Key]) -> Rooms:
     return rooms
 
 
-def as_keys(read: Read, body: Any) -> Generator[tuple[Ids, Key], None, None]:
+def as_keys(read: Download, body: Any) -> Generator[tuple[Ids, Key], None, None]:
     """The keys of a download."""
     room_id, session_id = read.room_id, read.session_id
     if room_id is None:
@@ -207,8 +207,8 @@ def any_operation(random: Random, mark: str) -> Operation:
     if kind < 0.75:
         return Delete(*random.choices(scopes, (1, 4, 5))[0])
     if kind < 0.85:
-        return Look()
-    return Read(*random.choice(scopes))
+        return GetInfo()
+    return Download(*random.choice(scopes))
 
 
 def any_key(random: Random, mark: str) -> Key:
@@ -224,7 +224,7 @@ def _act(
     """Perform operations, one after the other."""
     mark = random.getrandbits(32)
     for number in range(count):
-        after = random.random() * CUT_WITHIN if random.random() < cut else None
+        after = random.random() * MAX_CUT_DELAY if random.random() < cut else None
         operation = any_operation(random, f"{mark:x}/{number}")
         yield recorder.perform(connection, operation, after)
 
@@ -258,6 +258,6 @@ def record(
         consumeErrors=True,
     )
     for connection in connections:
-        yield recorder.perform(connection, Read())
-        yield recorder.perform(connection, Look())
+        yield recorder.perform(connection, Download())
+        yield recorder.perform(connection, GetInfo())
     return recorder.events

@@ -58,10 +58,10 @@ class Backup:
         """Upload new keys, which is answered."""
         rooms = new_keys()
         answer: Answer = yield self.send("PUT", wrapped(rooms))
-        self.take(rooms)
+        self.acknowledge(rooms)
         assert tally(answer) == (self.etag, len(self.rooms) * KEYS)
 
-    def take(self, rooms: Rooms) -> None:
+    def acknowledge(self, rooms: Rooms) -> None:
         """Note that an upload was acknowledged."""
         for room_id, sessions in rooms.items():
             self.rooms.setdefault(room_id, {}).update(sessions)

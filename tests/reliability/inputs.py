@@ -9,7 +9,7 @@ from urllib.parse import quote
 from ..contract.base import ALGORITHM, PREFIX
 
 #: How likely a part is spoilt, in an input; each input has one of these.
-SPOILT = (0.0, 0.0, 0.02, 0.1, 0.4)
+CORRUPTION_RATES = (0.0, 0.0, 0.02, 0.1, 0.4)
 #: The part of the inputs that are large or deep: they take long.
 LARGE = 1 / 2000
 
@@ -120,7 +120,7 @@ class Inputs:
     def __init__(self, random: Random, versions: tuple[str, ...] = ("1",)) -> None:
         self.versions = versions
         self._random = random
-        self._spoilt = random.choice(SPOILT)
+        self._corruption = random.choice(CORRUPTION_RATES)
 
     def scope(self) -> tuple[str | None, str | None]:
         """What the path of an upload names: nothing, a room, or a session too."""
@@ -129,29 +129,29 @@ class Inputs:
     def upload(self, room_id: str | None, session_id: str | None) -> bytes:
         """The body of an upload to a whole backup, to a room or to one session."""
         if session_id is not None:
-            return self._spoil(self._key())
+            return self._corrupt(self._key())
         if room_id is not None:
-            return self._spoil(self._sessions())
+            return self._corrupt(self._sessions())
         rooms = self._object(ROOMS, self._sessions)
-        return self._spoil(self._members([("rooms", rooms)]))
+        return self._corrupt(self._members([("rooms", rooms)]))
 
     def version_info(self) -> bytes:
         """The body of a request that makes or changes a version."""
-        algorithm = self._or_odd(f'"{ALGORITHM}"', self._value)
+        algorithm = self._maybe_odd(f'"{ALGORITHM}"', self._value)
         members = [("algorithm", algorithm), ("auth_data", self.data())]
         if self._chance(0.2):
-            members.append(("version", self._or_odd('"1"', self._value)))
-        return self._spoil(self._members(members))
+            members.append(("version", self._maybe_odd('"1"', self._value)))
+        return self._corrupt(self._members(members))
 
     def data(self, depth: int = 0) -> str:
         """A JSON text that may be any value but null, if it isn't spoilt."""
         kind = self._random.randrange(5 if depth < 4 else 3)
         if kind == 0:
-            return self._or_odd(self._random.choice(TEXTS), self._value)
+            return self._maybe_odd(self._random.choice(TEXTS), self._value)
         if kind == 1:
-            return self._or_odd(str(self._random.getrandbits(40)), self._value)
+            return self._maybe_odd(str(self._random.getrandbits(40)), self._value)
         if kind == 2:
-            return self._or_odd("true", self._value)
+            return self._maybe_odd("true", self._value)
         parts = [self.data(depth + 1) for _ in range(self._random.randrange(4))]
         if kind == 3:
             return f"[{', '.join(parts)}]"
@@ -160,13 +160,13 @@ class Inputs:
 
     def version(self) -> str:
         """A number of a version, or something else."""
-        return self._or_odd(
+        return self._maybe_odd(
             self._random.choice(self.versions), lambda: self._random.choice(VERSIONS)
         )
 
     def id(self) -> str:
         """An id as a parser is given it, out of a path."""
-        if not self._spoils():
+        if not self._corrupts():
             return self._random.choice(ROOMS + SESSIONS)
         code = self._random.choice(
             (0, 1, 0x7F, 0xE9, 0xD800, 0xDFFF, 0x1F511, 0x10FFFF)
@@ -178,7 +178,7 @@ class Inputs:
     def request(self) -> tuple[str, str, bytes]:
         """Method, target and body of a request that is HTTP at least."""
         kind = self._random.randrange(8)
-        method = self._or_odd(
+        method = self._maybe_odd(
             self._random.choice(("PUT", "PUT", "GET", "DELETE")),
             lambda: self._random.choice(METHODS),
         )
@@ -193,11 +193,11 @@ class Inputs:
             ids = [self._segment(ROOMS), self._segment(SESSIONS)][:scope]
             path = "/".join(["/keys", *ids])
             body = self.upload(*[*ids, None, None][:2])
-        body = body if method in ("PUT", "POST") or self._spoils() else b""
+        body = body if method in ("PUT", "POST") or self._corrupts() else b""
         return method, self._prefix() + path + self._query(kind > 2), body
 
     def _prefix(self) -> str:
-        if not self._spoils():
+        if not self._corrupts():
             return PREFIX
         return self._random.choice(
             (
@@ -210,27 +210,27 @@ class Inputs:
         )
 
     def _version_segment(self) -> str:
-        return self._or_odd(
+        return self._maybe_odd(
             quote(self.version(), safe=""), lambda: self._random.choice(SEGMENTS)
         )
 
     def _segment(self, ids: tuple[str, ...]) -> str:
-        return self._or_odd(
+        return self._maybe_odd(
             quote(self._random.choice(ids), safe=""),
             lambda: self._random.choice(SEGMENTS),
         )
 
     def _query(self, wanted: bool) -> str:
         parts = [f"version={quote(self.version(), safe='')}"] if wanted else []
-        while self._spoils():
+        while self._corrupts():
             parts.insert(
                 self._random.randrange(len(parts) + 1),
-                self._or_odd(f"version={self.version()}", self._odd_query),
+                self._maybe_odd(f"version={self.version()}", self._odd_query),
             )
         text = "&".join(parts)
         # As they are, these would make no request line.
         text = "".join(c if "!" <= c < "\x7f" else quote(c) for c in text)
-        return f"?{text}" if text or self._spoils() else ""
+        return f"?{text}" if text or self._corrupts() else ""
 
     def _odd_query(self) -> str:
         return self._random.choice(QUERIES)
@@ -241,9 +241,9 @@ class Inputs:
 
     def _key(self) -> str:
         values = [
-            self._or_odd(str(self._random.randrange(2**31)), self._value),
-            self._or_odd(str(self._random.randrange(9)), self._value),
-            self._or_odd(self._random.choice(("true", "false")), self._value),
+            self._maybe_odd(str(self._random.randrange(2**31)), self._value),
+            self._maybe_odd(str(self._random.randrange(9)), self._value),
+            self._maybe_odd(self._random.choice(("true", "false")), self._value),
             self.data(),
         ]
         return self._members(list(zip(FIELDS, values, strict=True)))
@@ -255,11 +255,11 @@ class Inputs:
 
     def _members(self, members: list[tuple[str, str]]) -> str:
         """An object; members may be missing, there twice, or have odd names."""
-        if self._spoils():
+        if self._corrupts():
             return self._value()
         texts = []
         for name, value in members:
-            if self._spoils():
+            if self._corrupts():
                 change = self._random.randrange(4)
                 if change == 0:
                     continue
@@ -269,7 +269,7 @@ class Inputs:
                     name = self._random.choice((*FIELDS, "rooms", "sessions", name * 2))
                 else:
                     odd = self._random.choice(ODD_IDS)
-                    texts.append(f"{odd}:{self._or_odd(value, self._value)}")
+                    texts.append(f"{odd}:{self._maybe_odd(value, self._value)}")
                     continue
             texts.append(f'"{name}":{value}')
         self._random.shuffle(texts)
@@ -301,10 +301,10 @@ class Inputs:
             return '"' + "x" * self._random.choice((65_534, 65_535, 10_485_760)) + '"'
         return "[" + "0," * depth + "0]"
 
-    def _spoil(self, text: str) -> bytes:
+    def _corrupt(self, text: str) -> bytes:
         """A text as bytes, which may be cut, mixed up, or in another encoding."""
         body = text.encode()
-        if not self._spoils():
+        if not self._corrupts():
             return body
         kind = self._random.randrange(9)
         at, to = sorted(self._random.randrange(len(body) + 1) for _ in range(2))
@@ -327,11 +327,11 @@ class Inputs:
             return body[:at] + flipped + body[at + 1 :]
         return b""
 
-    def _or_odd(self, right: str, odd: Callable[[], str]) -> str:
-        return odd() if self._spoils() else right
+    def _maybe_odd(self, right: str, odd: Callable[[], str]) -> str:
+        return odd() if self._corrupts() else right
 
-    def _spoils(self) -> bool:
-        return self._chance(self._spoilt)
+    def _corrupts(self) -> bool:
+        return self._chance(self._corruption)
 
     def _chance(self, chance: float) -> bool:
         return self._random.random() < chance

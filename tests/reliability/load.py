@@ -17,14 +17,14 @@ from synapse_roomkeys.storage import FIRST_KEYS
 from ..contract import Answer
 from ..contract.base import ALGORITHM, accepted
 from .clients import ROOMS, SESSIONS, Connection, Recorder, any_key, any_operation
-from .history import (
+from .linearizability import (
     Delete,
+    Download,
     Event,
-    Look,
+    GetInfo,
     Operation,
-    Read,
     Upload,
-    find_order,
+    linearize,
 )
 
 CLIENTS = 6
@@ -32,15 +32,15 @@ CLIENTS = 6
 #: with the length of a history: this and what is lost keep it small.
 OPERATIONS = 90
 #: How many operations each client performs after it.
-AFTERWARDS = 4
+OPERATIONS_AFTER = 4
 #: How long after an operation's begin the fault comes, at most, in seconds: about as
 #: long as an upload takes.
-MOMENT = 0.02
+FAULT_DELAY = 0.02
 #: The part of the operations that upload keys which nobody else uploads.
-NEW = 0.4
+NEW_KEYS_FRACTION = 0.4
 NEW_KEYS = 6
 #: What waits longer for an answer is lost, in seconds.
-PATIENCE = 60.0
+ANSWER_TIMEOUT = 60.0
 #: How long a client waits after a failure, in seconds.
 PAUSE = 0.1
 #: How long it may take until all is well again, in seconds.
@@ -55,10 +55,10 @@ class Load:
         recorder: what they saw.
         random: chooses what they do, and when the fault comes.
         fault_at: how many operations there are before it.
-        begun: how many operations there were.
+        started: how many operations there were.
         fault: fires after it.
         fault_times: when it began and when it was over.
-        room: how many new keys there may be yet: a download of one page shows one
+        new_keys_left: how many new keys there may be yet: a download of one page shows one
             moment, which a longer one doesn't.
     """
 
@@ -66,25 +66,25 @@ class Load:
     recorder: Recorder
     random: Random
     fault_at: int
-    begun: int = 0
+    started: int = 0
     fault: Deferred[None] = attrs.field(factory=Deferred)
     fault_times: tuple[float, float] = (0, 0)
-    room: int = FIRST_KEYS - len(ROOMS) * len(SESSIONS)
+    new_keys_left: int = FIRST_KEYS - len(ROOMS) * len(SESSIONS)
 
     @inlineCallbacks
-    def run(self, cause: Callable[[], None]) -> Generator[Deferred[Any], Any, None]:
-        """Perform operations, cause a fault meanwhile, and perform some more.
+    def run(self, inject: Callable[[], None]) -> Generator[Deferred[Any], Any, None]:
+        """Perform operations, inject a fault meanwhile, and perform some more.
 
         Args:
-            cause: the fault and, where something must be started again, its end.
+            inject: the fault and, where something must be started again, its end.
         """
-        moment = self.random.random() * MOMENT
+        delay = self.random.random() * FAULT_DELAY
         clients = [self._act(number) for number in range(CLIENTS)]
-        while self.begun < self.fault_at:
+        while self.started < self.fault_at:
             yield deferLater(reactor, 0.001)
-        yield deferLater(reactor, moment)
+        yield deferLater(reactor, delay)
         start = time.monotonic()
-        cause()
+        inject()
         self.fault_times = start, time.monotonic()
         self.fault.callback(None)
         yield gatherResults(clients, consumeErrors=True)
@@ -93,21 +93,21 @@ class Load:
     def _act(self, number: int) -> Generator[Deferred[Any], Any, None]:
         """One client's operations."""
         random = Random(self.random.random())
-        while not self.fault.called and self.begun < OPERATIONS:
+        while not self.fault.called and self.started < OPERATIONS:
             yield self._perform(random, number)
         if not self.fault.called:
             yield wait_for(self.fault)
-        for _ in range(AFTERWARDS):
+        for _ in range(OPERATIONS_AFTER):
             yield self._perform(random, number)
 
     @inlineCallbacks
     def _perform(
         self, random: Random, number: int
     ) -> Generator[Deferred[Any], Any, None]:
-        mark = f"{number}/{self.begun}"
-        self.begun += 1
+        mark = f"{number}/{self.started}"
+        self.started += 1
         operation = self._choose(random, mark)
-        yield self.recorder.perform(self.connection, operation, PATIENCE)
+        yield self.recorder.perform(self.connection, operation, ANSWER_TIMEOUT)
         if self.recorder.events[-1].is_lost:
             yield deferLater(reactor, PAUSE)
 
@@ -117,10 +117,10 @@ class Load:
         Args:
             mark: tells its new keys from those of others.
         """
-        if random.random() > NEW or not self.room:
+        if random.random() > NEW_KEYS_FRACTION or not self.new_keys_left:
             return any_operation(random, mark)
-        number = random.randint(1, min(NEW_KEYS, self.room))
-        self.room -= number
+        number = random.randint(1, min(NEW_KEYS, self.new_keys_left))
+        self.new_keys_left -= number
         return Upload(
             {
                 (random.choice(ROOMS), f"{mark}/{n}"): any_key(random, mark)
@@ -129,13 +129,13 @@ class Load:
         )
 
     @inlineCallbacks
-    def look(self) -> Generator[Deferred[Any], Any, list[Any]]:
+    def read_back(self) -> Generator[Deferred[Any], Any, list[Any]]:
         """What there is in the end: the keys, and the etag and the count."""
         seen = []
-        for operation in (Read(), Look()):
+        for operation in (Download(), GetInfo()):
             end = time.monotonic() + DEADLINE
             while True:
-                yield self.recorder.perform(self.connection, operation, PATIENCE)
+                yield self.recorder.perform(self.connection, operation, ANSWER_TIMEOUT)
                 event = self.recorder.events[-1]
                 if not event.is_lost:
                     break
@@ -144,22 +144,22 @@ class Load:
             seen.append(event.answer)
         return seen
 
-    def check(self, tries_again: bool) -> None:
+    def check(self, may_repeat: bool) -> None:
         """See whether what was seen has an order.
 
         Args:
-            tries_again: whether the server may have done twice what was under way when
+            may_repeat: whether the server may have done twice what was under way when
                 the fault came.
 
         Raises:
-            NoOrder: it hasn't.
+            NotLinearizable: it hasn't.
         """
-        twins = self.met() if tries_again else []
-        find_order(
+        twins = self.writes_during_fault() if may_repeat else []
+        linearize(
             [*self.recorder.events, *(Event(e.operation, e.start) for e in twins)]
         )
 
-    def met(self) -> list[Event]:
+    def writes_during_fault(self) -> list[Event]:
         """The writes that were under way during the fault."""
         start, end = self.fault_times
         return [
@@ -201,13 +201,13 @@ def wait_for(deferred: Deferred[None]) -> Deferred[None]:
     return waiter
 
 
-def shown(loads: Sequence[Load]) -> str:
+def summary(loads: Sequence[Load]) -> str:
     """What was tried, for the one who runs a test; each load had a fault.
 
     Raises:
         AssertionError: no fault has met a write.
     """
-    met = sum(len(load.met()) for load in loads)
+    met = sum(len(load.writes_during_fault()) for load in loads)
     assert met
     events = [event for load in loads for event in load.recorder.events]
     lost = sum(event.is_lost and is_write(event.operation) for event in events)

@@ -107,20 +107,20 @@ class Exchange:
 
 
 def exchange(
-    port: int, *parts: bytes, wanted: int = 1000, patience: float = DEADLINE
+    port: int, *parts: bytes, wanted: int = 1000, read_timeout: float = DEADLINE
 ) -> Exchange:
     """Send bytes as they are, and read what is answered until the connection ends.
 
     Args:
         wanted: after how many answers the client ends it; whatever comes still, counts.
-        patience: after how many seconds without an answer the client ends it, too.
+        read_timeout: after how many seconds without an answer the client ends it, too.
     """
     replies: list[Reply] = []
     with connect(port) as client, client.makefile("rb") as stream:
         try:
             for part in parts:
                 client.sendall(part)
-            client.settimeout(patience)
+            client.settimeout(read_timeout)
             if not wanted:
                 client.shutdown(socket.SHUT_WR)
             while reply := read_reply(stream):
@@ -128,7 +128,7 @@ def exchange(
                 if len(replies) == wanted:
                     client.shutdown(socket.SHUT_WR)
         except TimeoutError:
-            assert patience < DEADLINE, f"no answer but {replies}"
+            assert read_timeout < DEADLINE, f"no answer but {replies}"
         except OSError:
             return Exchange(replies, True)
     return Exchange(replies, False)

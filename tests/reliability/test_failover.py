@@ -16,19 +16,19 @@ from ..servers.service import Service
 from ..servers.standby import Standby
 from . import SOAK
 from .clients import Connection
-from .load import Load, is_write, new_load, shown
+from .load import Load, is_write, new_load, summary
 
 Steps = Generator[Deferred[Any], Any, None]
 
 FAILOVERS = 10 if SOAK else 1
 #: How long it takes after the promotion until a new write is answered, in seconds at
 #: most.
-BACK_WITHIN = 10.0
+RECOVERY_TIMEOUT = 10.0
 
 
 @pytest.mark.parametrize("number", range(FAILOVERS))
 @inlineCallbacks
-def test_a_synchronous_standby(
+def test_promotion_of_a_synchronous_standby(
     homeserver: Homeserver, tmp_path: Path, number: int
 ) -> Steps:
     """The primary is killed under load, and the standby promoted: nothing that was
@@ -52,8 +52,8 @@ def test_a_synchronous_standby(
                     standby.promote()
 
                 yield load.run(fail_over)
-                yield load.look()
-                load.check(tries_again=True)
+                yield load.read_back()
+                load.check(may_repeat=True)
                 begin, end = load.fault_times
                 # What was under way may have been answered before the fault.
                 later = [
@@ -63,8 +63,8 @@ def test_a_synchronous_standby(
                 ]
                 back = min(event.end for event in later)
                 print(
-                    f"{shown([load])}; the promotion took {end - begin:.1f} s, and it"
+                    f"{summary([load])}; the promotion took {end - begin:.1f} s, and it"
                     f" was back {back - end:.1f} s after it"
                 )
-                assert back - end < BACK_WITHIN
+                assert back - end < RECOVERY_TIMEOUT
                 assert not any(e.is_lost for e in later if e.start > back)

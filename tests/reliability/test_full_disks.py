@@ -33,7 +33,7 @@ from .faults import (
 from .sockets import exchange, request
 
 #: What room there is on a full disk, in bytes: enough for a part of an upload.
-LEFT = 65536
+BYTES_LEFT = 65536
 TMPFS_SIZE = "40m"
 #: How many connections the tests' client keeps open.
 CONNECTIONS = 8
@@ -51,7 +51,7 @@ class Disk:
             with suppress(OSError):
                 while True:
                     ballast.write(bytes(4096))
-            ballast.truncate(ballast.tell() - LEFT)
+            ballast.truncate(ballast.tell() - BYTES_LEFT)
 
     def free(self) -> None:
         """Leave as much room as there was."""
@@ -80,11 +80,11 @@ def can_mount() -> bool:
         return False
 
 
-needs_a_mount = pytest.mark.skipif(not can_mount(), reason="it takes root")
+needs_root = pytest.mark.skipif(not can_mount(), reason="it takes root")
 
 
 @inlineCallbacks
-def meet_a_full_disk(
+def check_full_disk(
     served: Served, fill: Callable[[], None], free: Callable[[], None]
 ) -> Steps:
     """Uploads are refused while there is no room, the service isn't ready and serves
@@ -101,7 +101,7 @@ def meet_a_full_disk(
 
 
 @inlineCallbacks
-def test_a_file_that_may_not_grow(serve: Serve, tmp_path: Path) -> Steps:
+def test_a_file_size_limit(serve: Serve, tmp_path: Path) -> Steps:
     """SQLite's files have reached the size that the system allows a process."""
     served = serve()
     log = tmp_path / "service" / "roomkeys.db-wal"
@@ -110,9 +110,9 @@ def test_a_file_that_may_not_grow(serve: Serve, tmp_path: Path) -> Steps:
         limits = (size, resource.RLIM_INFINITY)
         resource.prlimit(served.service.pid, resource.RLIMIT_FSIZE, limits)
 
-    yield meet_a_full_disk(
+    yield check_full_disk(
         served,
-        lambda: limit(log.stat().st_size + LEFT),
+        lambda: limit(log.stat().st_size + BYTES_LEFT),
         lambda: limit(resource.RLIM_INFINITY),
     )
     assert "giving up: OperationalError: disk I/O error" in served.service.log()
@@ -165,17 +165,17 @@ def disk() -> Iterator[Disk]:
         yield disk
 
 
-@needs_a_mount
+@needs_root
 @inlineCallbacks
 def test_a_full_disk_under_sqlite(disk: Disk, serve: Serve) -> Steps:
     """There is no room on the file system."""
     served = serve(path=disk.directory / "roomkeys.db")
-    yield meet_a_full_disk(served, disk.fill, disk.free)
+    yield check_full_disk(served, disk.fill, disk.free)
     full = "(disk_full), giving up: OperationalError: database or disk is full"
     assert full in served.service.log()
 
 
-@needs_a_mount
+@needs_root
 @inlineCallbacks
 def test_a_full_temporary_directory(disk: Disk, serve: Serve) -> Steps:
     """Uploads that aren't kept in memory are 503 while their bodies have no room; small
@@ -207,7 +207,7 @@ def own_postgres(tmp_path: Path) -> Iterator[PostgresServer]:
         yield server
 
 
-@needs_a_mount
+@needs_root
 @inlineCallbacks
 def test_a_full_tablespace(
     disk: Disk, own_postgres: PostgresServer, serve: Serve
@@ -218,13 +218,13 @@ def test_a_full_tablespace(
     with connected(database) as cursor:
         cursor.execute(f"CREATE TABLESPACE small LOCATION '{disk.directory}'")
     served = serve({**database, "options": "-c default_tablespace=small"})
-    yield meet_a_full_disk(served, disk.fill, disk.free)
+    yield check_full_disk(served, disk.fill, disk.free)
     assert "(disk_full), giving up: DiskFull" in served.service.log()
 
 
 if SOAK:
 
-    @needs_a_mount
+    @needs_root
     @inlineCallbacks
     def test_a_full_disk_under_the_write_ahead_log(
         disk: Disk, own_postgres: PostgresServer, serve: Serve
@@ -243,13 +243,13 @@ if SOAK:
             if answer.status == 503:
                 break
             tally(answer)
-            last.take(rooms)
+            last.acknowledge(rooms)
         own_postgres.stop()
         disk.free()
         own_postgres.start()
         # Nobody knows of the one that ended it.
         if (yield last.client.tally(last.version))[1] > len(last.rooms) * KEYS:
-            last.take(rooms)
+            last.acknowledge(rooms)
         yield together([backup.check() for backup in backups])
         yield together([backup.upload() for backup in backups])
         yield together([backup.check() for backup in backups])

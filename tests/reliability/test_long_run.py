@@ -50,18 +50,18 @@ USERS = 6
 #: How long a client waits between two requests, in seconds.
 PAUSE = 0.01
 #: The part of the requests whose clients vanish, and how soon, in seconds at most.
-VANISHING = 0.05
-VANISHES_WITHIN = 0.02
+VANISH_FRACTION = 0.05
+MAX_VANISH_DELAY = 0.02
 #: The part of the steps that are resets, and the part of these after which the user
 #: never comes again.
-RESETS = 0.005
-LEAVING = 0.3
+RESET_FRACTION = 0.005
+LEAVE_FRACTION = 0.3
 #: How many tokens the service remembers: it has met more when the comparison begins.
 TOKENS = 10
 #: A backup has no other sessions, so it doesn't grow without end.
 ROOMS = ("!a:h", "!b:h", "!c:h")
 SESSIONS = range(500)
-MOST_KEYS = 100
+MAX_KEYS = 100
 KEY_BYTES = 900
 #: By how much the memory may grow, in bytes: in an hour, by less than twenty for each
 #: request. In a short run the process still takes what it will go on with.
@@ -134,7 +134,7 @@ class Backup:
     def act(self, end: float) -> Steps:
         """Be one of the clients until a time of the monotonic clock."""
         while time.monotonic() < end:
-            if self.version and self.random.random() < RESETS:
+            if self.version and self.random.random() < RESET_FRACTION:
                 yield self.reset()
             elif self.version:
                 yield self.send(*self.any_request())
@@ -154,7 +154,7 @@ class Backup:
         answer: Answer = yield self.connection.request("DELETE", path)
         accepted(answer)
         self.answers["reset"] += 1
-        if self.random.random() < LEAVING:
+        if self.random.random() < LEAVE_FRACTION:
             yield self.start()
         else:
             yield self.make_version()
@@ -175,8 +175,8 @@ class Backup:
         """
         version = self.version
         answered = self.connection.request(method, path, body)
-        if self.random.random() < VANISHING:
-            patience = self.random.random() * VANISHES_WITHIN
+        if self.random.random() < VANISH_FRACTION:
+            patience = self.random.random() * MAX_VANISH_DELAY
             # The exception is one of `LOST` already.
             answered.addTimeout(patience, reactor, lambda failure, _: failure)
             try:
@@ -204,7 +204,7 @@ class Backup:
         room, session = random.choice(ROOMS), str(random.choice(SESSIONS))
         kind = random.random()
         if kind < 0.5:
-            sessions = random.sample(SESSIONS, random.randint(1, MOST_KEYS))
+            sessions = random.sample(SESSIONS, random.randint(1, MAX_KEYS))
             keys = {str(n): self.any_key() for n in sessions}
             return "PUT", keys_path(version), wrapped({room: keys})
         if kind < 0.55:

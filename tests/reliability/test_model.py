@@ -59,7 +59,7 @@ def run_machines(
     run_state_machine_as_test(factory, settings=how)
 
 
-def test_the_store_does_what_the_model_does(
+def test_the_store_matches_the_model(
     new_database: Callable[[], ImmediateDatabase | BlockingPostgres],
 ) -> None:
     """Whatever the steps, the store's answers and tables are those of the contract."""
@@ -71,7 +71,7 @@ def test_the_store_does_what_the_model_does(
 
 
 @pytest.mark.parametrize("fault", [*PLAIN, *HIDDEN])
-def test_a_fault_is_found(fault: str) -> None:
+def test_a_planted_fault_is_detected(fault: str) -> None:
     """A store with a fault does something else than the model sooner or later."""
     until_found = settings(
         SETTINGS,

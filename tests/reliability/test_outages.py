@@ -33,7 +33,7 @@ def metric(service: Service, series: str) -> float:
     return float(line.rpartition(" ")[2])
 
 
-def lines_of(service: Service, subject: str) -> list[str]:
+def outage_lines(service: Service, subject: str) -> list[str]:
     """The lines that the service has logged of a server's outages."""
     return [line for line in service.log().splitlines() if f" {subject} " in line]
 
@@ -43,7 +43,7 @@ def wait_for_third_line(served: Served, subject: str) -> Steps:
     """Wait until a server that is back has a line about its end, while a load balancer
     asks."""
     end = time.monotonic() + WITHIN
-    while len(lines_of(served.service, subject)) == 2:
+    while len(outage_lines(served.service, subject)) == 2:
         assert time.monotonic() < end
         yield later(0.1, lambda: None)
         yield served.wait_until_ready()
@@ -57,7 +57,7 @@ def own_postgres(tmp_path: Path) -> Iterator[PostgresServer]:
 
 
 @inlineCallbacks
-def test_the_database_away(own_postgres: PostgresServer, serve: Serve) -> Steps:
+def test_a_database_outage(own_postgres: PostgresServer, serve: Serve) -> Steps:
     """The metrics of the cause move, and ten users' failing requests take three lines
     of the log, which name the address, from the beginning to the end."""
     database = own_postgres.create_database()
@@ -75,7 +75,7 @@ def test_the_database_away(own_postgres: PostgresServer, serve: Serve) -> Steps:
     assert metric(service, FAILURES) == USERS
     assert metric(service, RETRIES) >= USERS
     assert metric(service, LAST_WRITE) == written
-    begin, given_up = lines_of(service, address)
+    begin, given_up = outage_lines(service, address)
     assert "fails (unreachable), trying again: " in begin
     assert "fails (unreachable), giving up: " in given_up
 
@@ -83,7 +83,7 @@ def test_the_database_away(own_postgres: PostgresServer, serve: Serve) -> Steps:
     yield together([backup.upload() for backup in backups])
     assert metric(service, LAST_WRITE) > written
     yield wait_for_third_line(served, address)
-    last = lines_of(service, address)[2]
+    last = outage_lines(service, address)[2]
     assert "is back (unreachable) after " in last
     assert f"{USERS} requests given up" in last
 
@@ -116,7 +116,7 @@ def own_serve(own_homeserver: ProxiedHomeserver, tmp_path: Path) -> Iterator[Ser
 
 
 @inlineCallbacks
-def test_the_homeserver_away(
+def test_a_homeserver_outage(
     own_homeserver: ProxiedHomeserver, own_serve: Serve
 ) -> Steps:
     """Its own metric moves, and ten users' failing requests take three lines of the
@@ -130,13 +130,13 @@ def test_the_homeserver_away(
     assert (yield served.ask_if_ready())["homeserver"] == "unavailable"
     assert metric(service, UNANSWERED) >= USERS
     address = f"Homeserver {own_homeserver.url}"
-    begin, given_up = lines_of(service, address)
+    begin, given_up = outage_lines(service, address)
     assert "fails (away), trying again: " in begin
     assert "fails (away), giving up: " in given_up
     assert "status 502" in begin and "status 502" in given_up
     own_homeserver.is_away = False
     yield wait_for_third_line(served, address)
-    assert "is back (away) after " in lines_of(service, address)[2]
+    assert "is back (away) after " in outage_lines(service, address)[2]
 
 
 @inlineCallbacks

@@ -32,13 +32,13 @@ PARSED, ANSWERED, UPLOADED = (
     (500_000, 300_000, 100_000) if SOAK else (20_000, 8_000, 2_000)
 )
 #: How many inputs atheris tries.
-GUIDED = 2_000_000
+ATHERIS_RUNS = 2_000_000
 REPOSITORY = Path(__file__).parents[2]
 #: After how many requests the servlets have a new database: versions get deleted.
-RENEWED_AFTER = 50
+REQUESTS_PER_DATABASE = 50
 #: What the least part of them must be that is accepted, and that is refused: else
 #: they would show nothing.
-LEAST_PART = 0.2
+MIN_FRACTION = 0.2
 SETTINGS = settings(
     max_examples=20_000 if SOAK else 400,
     derandomize=not SOAK,
@@ -50,7 +50,7 @@ SETTINGS = settings(
 LIMITS = Limits()
 
 
-class Lines(logging.Handler):
+class LogLineChecker(logging.Handler):
     """Refuses what the log must not have."""
 
     def __init__(self) -> None:
@@ -70,10 +70,10 @@ class Lines(logging.Handler):
 
 
 @pytest.fixture(autouse=True)
-def lines() -> Iterator[None]:
+def check_log_lines() -> Iterator[None]:
     """Looks at every line that is logged."""
     logger = logging.getLogger("synapse_roomkeys")
-    handler, level = Lines(), logger.level
+    handler, level = LogLineChecker(), logger.level
     logger.addHandler(handler)
     logger.setLevel(logging.DEBUG)
     yield
@@ -141,22 +141,28 @@ def test_the_parser_in_bulk() -> None:
         except Exception as error:
             raise AssertionError(f"seed {seed}") from error
     print(f"{4 * PARSED} inputs, {accepted} uploads of {PARSED} accepted")
-    assert LEAST_PART < accepted / PARSED < 1 - LEAST_PART
+    assert MIN_FRACTION < accepted / PARSED < 1 - MIN_FRACTION
 
 
 if SOAK:
 
-    def test_the_parser_guided(tmp_path: Path) -> None:
+    def test_the_parser_with_atheris(tmp_path: Path) -> None:
         """Inputs that atheris finds as it sees what code they reach."""
         done = subprocess.run(
-            [sys.executable, "-m", "tests.reliability.guided", str(GUIDED), tmp_path],
+            [
+                sys.executable,
+                "-m",
+                "tests.reliability.fuzz_atheris",
+                str(ATHERIS_RUNS),
+                tmp_path,
+            ],
             cwd=REPOSITORY,
             capture_output=True,
             text=True,
             check=False,
         )
         assert done.returncode == 0, done.stderr[-5000:]
-        assert f"Done {GUIDED} runs in" in done.stderr, done.stderr[-5000:]
+        assert f"Done {ATHERIS_RUNS} runs in" in done.stderr, done.stderr[-5000:]
 
 
 class Servlets:
@@ -210,7 +216,7 @@ def test_the_servlets() -> None:
     statuses: dict[int, int] = {}
     servlets = Servlets()
     for seed in range(start, start + ANSWERED):
-        if (seed - start) % RENEWED_AFTER == 0:
+        if (seed - start) % REQUESTS_PER_DATABASE == 0:
             servlets = Servlets()
         method, target, body = Inputs(Random(seed), servlets.versions).request()
         try:
@@ -220,16 +226,16 @@ def test_the_servlets() -> None:
             raise AssertionError(f"seed {seed}: {method} {target[:300]}") from error
         statuses[answer.status] = statuses.get(answer.status, 0) + 1
     print(f"{ANSWERED} requests: {dict(sorted(statuses.items()))}")
-    assert LEAST_PART < statuses[200] / ANSWERED < 1 - LEAST_PART
+    assert MIN_FRACTION < statuses[200] / ANSWERED < 1 - MIN_FRACTION
     assert statuses.keys() >= {200, 204, 400, 403, 404, 405}
 
 
-def test_uploads_come_back() -> None:
+def test_uploads_round_trip() -> None:
     """What was accepted is downloaded as the same JSON values, and nothing else is."""
     start = Random().getrandbits(60) if SOAK else 0
     accepted = 0
     for seed in range(start, start + UPLOADED):
-        if (seed - start) % RENEWED_AFTER == 0:
+        if (seed - start) % REQUESTS_PER_DATABASE == 0:
             servlets = Servlets()
         inputs = Inputs(Random(seed))
         room_id, session_id = inputs.scope()
@@ -244,7 +250,7 @@ def test_uploads_come_back() -> None:
             want = fields_of(keys_of(body, room_id, session_id))
         same(got, wrapped(want), f"seed {seed}: {body[:300]!r}: {answer}")
     print(f"{UPLOADED} uploads, {accepted} accepted")
-    assert LEAST_PART < accepted / UPLOADED < 1 - LEAST_PART
+    assert MIN_FRACTION < accepted / UPLOADED < 1 - MIN_FRACTION
 
 
 @pytest.mark.parametrize("size", [65_536, 65_537, 10_485_760, 10_485_761])

@@ -1,7 +1,7 @@
 """Databases that really fail under the service: what clients are told meanwhile, and
 that all is well afterwards.
 
-Faults that no database can be brought to at will are in test_bad_days.py.
+Faults that no database can be brought to at will are in test_fault_injection.py.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from ..contract.base import key, tally, wrapped
 from ..servers import PostgresServer
 from ..servers.processes import make_directory, remove_directory
 from . import SOAK
-from .cable import FAR, PORT, can_lay, laid
 from .faults import (
     KEYS,
     WITHIN,
@@ -33,12 +32,13 @@ from .faults import (
     later,
     together,
 )
+from .network_partition import FAR, PORT, can_make_networks, new_link
 
 #: A fault this long is over before a request gives up, in seconds.
-SHORT = 1.0
+SHORT_FAULT = 1.0
 #: How long an answer may take while PostgreSQL doesn't even say that it is gone: until
 #: its connections are given up, and one more try. Seconds.
-VANISHED = 20.0
+PARTITION_TIMEOUT = 20.0
 #: How many users there are where several meet a fault at once.
 USERS = 6
 LOCKS = ("IMMEDIATE", "EXCLUSIVE") if SOAK else ("EXCLUSIVE",)
@@ -46,14 +46,14 @@ LOCK_ROW = "SELECT 1 FROM e2e_room_keys_versions WHERE user_id = %s FOR UPDATE"
 
 
 @contextmanager
-def transaction(database: Mapping[str, Any]) -> Iterator[Any]:
+def uncommitted(database: Mapping[str, Any]) -> Iterator[Any]:
     """A cursor of somebody else's, in a transaction that comes to nothing."""
     with closing(psycopg2.connect(**database)) as connection:
         yield connection.cursor()
 
 
 @inlineCallbacks
-def until_waiting(database: Mapping[str, Any]) -> Steps:
+def wait_for_lock_wait(database: Mapping[str, Any]) -> Steps:
     """Wait until somebody waits for a lock."""
     end = time.monotonic() + WITHIN
     with connected(database) as cursor:
@@ -82,7 +82,7 @@ def test_a_locked_file(serve: Serve, tmp_path: Path, how: str) -> Steps:
     path = tmp_path / "service" / "roomkeys.db"
     backups: list[Backup] = yield served.new_backups(USERS)
     with locked(path, how) as unlock:
-        ending = later(SHORT, unlock)
+        ending = later(SHORT_FAULT, unlock)
         yield together([backup.upload() for backup in backups])
         yield ending
     with locked(path, how):
@@ -107,12 +107,12 @@ def test_a_statement_timeout(postgres: PostgresServer, serve: Serve) -> Steps:
     served = serve({**database, "options": "-c statement_timeout=300"})
     backups: list[Backup] = yield served.new_backups(2)
     victim, other = backups
-    with transaction(database) as cursor:
+    with uncommitted(database) as cursor:
         cursor.execute(LOCK_ROW, (victim.client.user.user_id,))
-        ending = later(SHORT, cursor.connection.rollback)
+        ending = later(SHORT_FAULT, cursor.connection.rollback)
         yield together([victim.upload(), other.upload()])
         yield ending
-    with transaction(database) as cursor:
+    with uncommitted(database) as cursor:
         cursor.execute(LOCK_ROW, (victim.client.user.user_id,))
         yield together([victim.refuse(), victim.check(), other.upload()])
     yield together([victim.upload(), other.check()])
@@ -132,34 +132,34 @@ def test_a_deadlock(postgres: PostgresServer, serve: Serve) -> Steps:
     [room_id] = backup.rooms
     user_id = backup.client.user.user_id
     better = {room_id: {"0": key(verified=True)}}
-    with transaction(database) as cursor:
+    with uncommitted(database) as cursor:
         # Whoever waits for so long looks for a deadlock: not this one.
         cursor.execute("SET deadlock_timeout TO '1min'")
         cursor.execute("SELECT 1 FROM e2e_room_keys WHERE session_id = '0' FOR UPDATE")
         upload = backup.send("PUT", wrapped(better))
-        yield until_waiting(database)
+        yield wait_for_lock_wait(database)
         # It blocks until the deadlock is found.
         cursor.execute(LOCK_ROW, (user_id,))
         cursor.connection.commit()
         answer: Answer = yield upload
-    backup.take(better)
+    backup.acknowledge(better)
     assert tally(answer) == (backup.etag, KEYS)
     yield backup.check()
     assert "trying again: DeadlockDetected" in served.service.log()
 
 
 @inlineCallbacks
-def test_a_pool_that_is_taken(postgres: PostgresServer, serve: Serve) -> Steps:
+def test_an_exhausted_pool(postgres: PostgresServer, serve: Serve) -> Steps:
     """The only connection waits for another session's lock, but only until the lock
     timeout: others are served between the tries."""
     database = postgres.create_database()
     served = serve({**database, "cp_max": 1})
     backups: list[Backup] = yield served.new_backups(USERS)
     victim, *others = backups
-    with transaction(database) as cursor:
+    with uncommitted(database) as cursor:
         cursor.execute(LOCK_ROW, (victim.client.user.user_id,))
         refused = victim.refuse()
-        yield until_waiting(database)
+        yield wait_for_lock_wait(database)
         yield together(
             [b.check() if n % 2 else b.upload() for n, b in enumerate(others)]
         )
@@ -169,18 +169,18 @@ def test_a_pool_that_is_taken(postgres: PostgresServer, serve: Serve) -> Steps:
 
 
 @inlineCallbacks
-def test_a_server_that_was_restarted(tmp_path: Path, serve: Serve) -> Steps:
+def test_a_restarted_server(tmp_path: Path, serve: Serve) -> Steps:
     """A request that comes alone after a restart doesn't meet the dead connections one
     by one: the first that is found dead has all of them replaced."""
     with PostgresServer(tmp_path / "own") as server:
         served = serve(server.create_database())
         backups: list[Backup] = yield served.new_backups(USERS)
         yield together([backup.check() for backup in backups])
-        yield later(SHORT, lambda: None)
+        yield later(SHORT_FAULT, lambda: None)
         server.restart()
         start = time.monotonic()
         yield backups[0].check()
-        assert time.monotonic() - start < SHORT
+        assert time.monotonic() - start < SHORT_FAULT
         assert served.service.log().count("trying again") == 1
         served.service.stop()
 
@@ -196,7 +196,7 @@ def test_no_connection_is_left(tmp_path: Path, serve: Serve) -> Steps:
         database = server.create_database()
         served = serve(database)
         backups: list[Backup] = yield served.new_backups(3)
-        taken: list[Any] = []
+        connections: list[Any] = []
         with connected(database) as cursor:
             end_ours = (
                 "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE"
@@ -205,8 +205,8 @@ def test_no_connection_is_left(tmp_path: Path, serve: Serve) -> Steps:
             cursor.execute(end_ours, ([cursor.connection.info.backend_pid],))
             with pytest.raises(psycopg2.OperationalError, match="too many clients"):
                 while True:
-                    taken.append(psycopg2.connect(**database))
-                    s.callback(taken[-1].close)
+                    connections.append(psycopg2.connect(**database))
+                    s.callback(connections[-1].close)
             yield together(
                 [b.refuse("GET" if n % 2 else "PUT") for n, b in enumerate(backups)]
             )
@@ -219,7 +219,7 @@ def test_no_connection_is_left(tmp_path: Path, serve: Serve) -> Steps:
 
 
 @inlineCallbacks
-def test_those_who_wait_behind_an_outage(tmp_path: Path, serve: Serve) -> Steps:
+def test_queued_writes_in_an_outage(tmp_path: Path, serve: Serve) -> Steps:
     """One user's writes wait for each other, but not to find one by one that PostgreSQL
     is away."""
     with PostgresServer(tmp_path / "own") as server:
@@ -237,9 +237,9 @@ def test_those_who_wait_behind_an_outage(tmp_path: Path, serve: Serve) -> Steps:
         served.service.stop()
 
 
-@pytest.mark.skipif(not can_lay(), reason="it takes root")
+@pytest.mark.skipif(not can_make_networks(), reason="it takes root")
 @inlineCallbacks
-def test_a_server_that_vanishes(tmp_path: Path, serve: Serve) -> Steps:
+def test_a_network_partition(tmp_path: Path, serve: Serve) -> Steps:
     """PostgreSQL's machine says nothing any more, so no connection is known to end."""
     sockets = make_directory("sockets-")
     settings = {"unix_socket_directories": str(sockets)}
@@ -249,18 +249,18 @@ def test_a_server_that_vanishes(tmp_path: Path, serve: Serve) -> Steps:
         server.take_ownership(sockets)
         stack.enter_context(server)
         path = sockets / f".s.PGSQL.{server.port}"
-        cable = stack.enter_context(laid(path, tmp_path / "cable.log"))
+        link = stack.enter_context(new_link(path, tmp_path / "link.log"))
         there = {"host": FAR, "port": PORT}
         served = serve({**server.create_database(), **there})
         backups: list[Backup] = yield served.new_backups(4)
-        cable.cut()
+        link.cut()
         yield together(
             [
-                b.refuse("GET" if n % 2 else "PUT", VANISHED)
+                b.refuse("GET" if n % 2 else "PUT", PARTITION_TIMEOUT)
                 for n, b in enumerate(backups)
             ]
         )
-        cable.mend()
+        link.restore()
         yield together([backup.upload() for backup in backups])
         yield together([backup.check() for backup in backups])
         served.service.stop()

@@ -25,7 +25,7 @@ from .attacks import ATTACKS, IDLE, Target, random_requests
 from .sockets import DEADLINE, exchange, new_version, request, upload
 
 #: How long a good client's request may take meanwhile, in seconds.
-PATIENCE = 3.0
+MAX_ROUND_SECONDS = 3.0
 #: By how much the memory may grow between two rounds of all attacks, in bytes.
 GROWTH = 4 * 1024 * 1024
 #: By how much in one attack; the first large bodies take some for good.
@@ -56,8 +56,8 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
             "MALLOC_MMAP_THRESHOLD_": "131072",
         }
         with service:
-            good, bad = (homeserver.new_user().access_token for _ in range(2))
-            yield Target(service, good, bad)
+            bystander, attacker = (homeserver.new_user().access_token for _ in range(2))
+            yield Target(service, bystander, attacker)
         check_log(service)
 
 
@@ -107,7 +107,7 @@ class GoodClient(threading.Thread):
         self._end.set()
         self.join()
         assert self._fault is None, repr(self._fault)
-        assert self.slowest < PATIENCE, self.slowest
+        assert self.slowest < MAX_ROUND_SECONDS, self.slowest
 
     def _ask(self) -> None:
         start = time.monotonic()
@@ -136,7 +136,7 @@ def test_attack(
     made.add(attack)
     before = use_of(target.service)
     most = attrs.evolve(before, bytes=before.bytes + GROWTH_OF_ONE)
-    with GoodClient(target.port, target.good) as good:
+    with GoodClient(target.port, target.bystander) as good:
         number = attack(target)
     after = settled(target.service, most)
     print(
@@ -176,10 +176,10 @@ def settled(service: Service, most: Use) -> Use:
     return use
 
 
-def test_nothing_is_kept(target: Target, made: set[Callable[[Target], int]]) -> None:
+def test_no_resource_leaks(target: Target, made: set[Callable[[Target], int]]) -> None:
     """Memory, open files and threads are after the attacks what they were before, once
     the service has seen each of them."""
-    new_version(target.port, target.good)
+    new_version(target.port, target.bystander)
     idle = use_of(target.service)
     cheap = [attack for attack in ATTACKS if attack is not random_requests]
     for attack in cheap:

@@ -37,7 +37,7 @@ USERS = 10
 #: For how long those users upload in a loop, in seconds: two rounds of their tries.
 SECONDS = 6.0
 #: Longest answer to a user whose rows are free, in seconds: a few lock timeouts.
-PROMPT = 4.0
+SERVED_WITHIN = 4.0
 #: Longest answer to a user whose row is locked, in seconds.
 REFUSED_WITHIN = 15.0
 LOCK = "SELECT 1 FROM e2e_room_keys_versions WHERE user_id = ANY(%s) FOR UPDATE"
@@ -99,7 +99,7 @@ def upload_in_a_loop(client: Client, version: str, end: float) -> Steps:
 
 
 @inlineCallbacks
-def stranger(host: Host, end: float) -> Steps:
+def unlocked_user(host: Host, end: float) -> Steps:
     """Read and write until a time, in a backup that nobody has locked."""
     client, version = yield new_backup(host)
     number = 0
@@ -112,15 +112,15 @@ def stranger(host: Host, end: float) -> Steps:
         number += 1
         answer = yield put(client, version, {"!room": {f"{number}": key()}})
         assert answer.status == 200, answer
-        assert read - start < PROMPT / 2
+        assert read - start < SERVED_WITHIN / 2
         slowest = max(slowest, time.monotonic() - start)
         yield later(0.05, lambda: None)
     print(f"{number} rounds, the slowest took {slowest:.2f} s")
-    assert slowest < PROMPT
+    assert slowest < SERVED_WITHIN
 
 
 @inlineCallbacks
-def test_strangers_are_served(served: tuple[HttpHost, Mapping[str, Any]]) -> Steps:
+def test_other_users_are_served(served: tuple[HttpHost, Mapping[str, Any]]) -> Steps:
     """As many users as there are connections wait for locks that nobody releases:
     others read and write as ever, also when those users have given up, and the users
     themselves go on as soon as their rows are free."""
@@ -131,14 +131,14 @@ def test_strangers_are_served(served: tuple[HttpHost, Mapping[str, Any]]) -> Ste
     with locking(database, [client for client, _ in backups]):
         end = time.monotonic() + SECONDS
         locked = [upload_in_a_loop(*backup, end) for backup in backups]
-        yield gatherResults([*locked, *(stranger(host, end) for _ in range(3))])
-        yield stranger(host, time.monotonic() + 0.5)
+        yield gatherResults([*locked, *(unlocked_user(host, end) for _ in range(3))])
+        yield unlocked_user(host, time.monotonic() + 0.5)
     answers: list[Answer] = yield gatherResults([put(*b, ROOM) for b in backups])
     assert {answer.status for answer in answers} == {200}
 
 
 @inlineCallbacks
-def test_those_who_wait_behind_a_lock(
+def test_queued_writes_behind_a_lock(
     served: tuple[HttpHost, Mapping[str, Any]],
 ) -> Steps:
     """Writes of one user that waited while another write met a lock are refused with
@@ -156,13 +156,13 @@ def test_those_who_wait_behind_a_lock(
 
 
 @inlineCallbacks
-def until(database: Mapping[str, Any], condition: str) -> Steps:
+def wait_for_session(database: Mapping[str, Any], condition: str) -> Steps:
     """Wait until a session of the database is in a state."""
     statement = (
         "SELECT 1 FROM pg_stat_activity WHERE datname = current_database()"
         f" AND pid <> pg_backend_pid() AND {condition}"
     )
-    end = time.monotonic() + PROMPT
+    end = time.monotonic() + SERVED_WITHIN
     with connected(database) as cursor:
         while True:
             cursor.execute(statement)
@@ -173,7 +173,7 @@ def until(database: Mapping[str, Any], condition: str) -> Steps:
 
 
 @inlineCallbacks
-def test_a_process_that_stops_in_mid_upload(
+def test_a_process_stopped_during_an_upload(
     postgres: PostgresServer, homeserver: Homeserver, tmp_path: Path
 ) -> Steps:
     """PostgreSQL ends the transaction of a process that was stopped (SIGSTOP) with the
@@ -194,10 +194,10 @@ def test_a_process_that_stops_in_mid_upload(
             (client.user.user_id, version),
         )
         abandoned = put(client, version, ROOM)
-        yield until(database, "wait_event_type = 'Lock'")
+        yield wait_for_session(database, "wait_event_type = 'Lock'")
         first.send(signal.SIGSTOP)
         other.rollback()
-        yield until(database, "state LIKE 'idle in transaction%'")
+        yield wait_for_session(database, "state LIKE 'idle in transaction%'")
         begin = time.monotonic()
         same_user = Client(hosts[1], client.user)
         statuses: list[int] = []

@@ -2,14 +2,14 @@
 
 from twisted.trial.unittest import SynchronousTestCase
 
-from ..reliability.history import (
+from ..reliability.linearizability import (
     Delete,
+    Download,
     Event,
-    Look,
-    NoOrder,
-    Read,
+    GetInfo,
+    NotLinearizable,
     Upload,
-    find_order,
+    linearize,
     tally,
 )
 from ..reliability.model import Backup, Key
@@ -37,11 +37,11 @@ def at_once(*operations: tuple[object, object]) -> list[Event]:
 
 
 class CheckerTests(SynchronousTestCase):
-    """`find_order`."""
+    """`linearize`."""
 
     def accept(self, events: list[Event]) -> list[Event]:
         """There is an order; it does what it should."""
-        order = find_order(events)
+        order = linearize(events)
         backup = Backup()
         latest = 0.0
         for event in order:
@@ -55,7 +55,7 @@ class CheckerTests(SynchronousTestCase):
 
     def refuse(self, events: list[Event]) -> None:
         """There is no order."""
-        self.assertRaises(NoOrder, find_order, events)
+        self.assertRaises(NotLinearizable, linearize, events)
 
     def test_nothing(self) -> None:
         """No operations need no explanation."""
@@ -65,15 +65,15 @@ class CheckerTests(SynchronousTestCase):
         """Each kind of operation, answered as the contract has it."""
         self.accept(
             one_by_one(
-                (Look(), (0, 0)),
+                (GetInfo(), (0, 0)),
                 (Upload({A: BAD, C: BAD}), (1, 2)),
                 (Upload({A: GOOD}), (2, 2)),
                 (Upload({A: BAD}), (2, 2)),
-                (Read(), {A: GOOD, C: BAD}),
-                (Read("!a", "2"), {}),
+                (Download(), {A: GOOD, C: BAD}),
+                (Download("!a", "2"), {}),
                 (Delete("!a"), (3, 1)),
                 (Delete("!a", "1"), (3, 1)),
-                (Read("!b"), {C: BAD}),
+                (Download("!b"), {C: BAD}),
                 (Delete(), (4, 0)),
             )
         )
@@ -91,10 +91,10 @@ class CheckerTests(SynchronousTestCase):
     def test_twins(self) -> None:
         """One of two uploads of the same key changed something, the other nothing."""
         twins = ((Upload({A: GOOD}), (1, 1)), (Upload({A: TWIN}), (1, 1)))
-        read = Event(Read(), 2, 3, {A: TWIN})
+        read = Event(Download(), 2, 3, {A: TWIN})
         order = self.accept([*at_once(*twins), read])
         self.assertEqual(order[0].operation, Upload({A: TWIN}))
-        self.refuse([*one_by_one(*twins), Event(Read(), 5, 6, {A: TWIN})])
+        self.refuse([*one_by_one(*twins), Event(Download(), 5, 6, {A: TWIN})])
 
     def test_a_wrong_turn_is_taken_back(self) -> None:
         """Of two changes that fit, only one leaves the other a place."""
@@ -106,7 +106,7 @@ class CheckerTests(SynchronousTestCase):
             (Delete("!a", "2"), (3, 0)),
         )
         for read in ({A: GOOD}, {B: GOOD}, {A: BAD, B: BAD}):
-            middle = Event(Read(), 0, 1, read)
+            middle = Event(Download(), 0, 1, read)
             if read == {B: GOOD}:
                 self.accept([*events, middle])
             else:
@@ -121,7 +121,10 @@ class CheckerTests(SynchronousTestCase):
     def test_a_stale_read(self) -> None:
         """A read sees all that was answered before it was sent."""
         upload = (Upload({A: BAD}), (1, 1))
-        stale_ones: list[tuple[object, object]] = [(Read(), {}), (Look(), (0, 0))]
+        stale_ones: list[tuple[object, object]] = [
+            (Download(), {}),
+            (GetInfo(), (0, 0)),
+        ]
         for stale in stale_ones:
             self.accept(at_once(upload, stale))
             self.refuse(one_by_one(upload, stale))
@@ -131,10 +134,10 @@ class CheckerTests(SynchronousTestCase):
         events = [
             Event(Upload({A: BAD}), 0, 9, (1, 1)),
             Event(Upload({B: BAD}), 0, 3, (2, 2)),
-            Event(Read(), 1, 2, {A: BAD}),
+            Event(Download(), 1, 2, {A: BAD}),
         ]
         self.accept(events)
-        self.refuse([*events[:2], Event(Read(), 4, 5, {A: BAD})])
+        self.refuse([*events[:2], Event(Download(), 4, 5, {A: BAD})])
 
     def test_faults_of_a_single_answer(self) -> None:
         """An etag, a count, a key that can't be."""
@@ -145,10 +148,10 @@ class CheckerTests(SynchronousTestCase):
             (Upload({A: BAD}), (2, 1)),
             (Delete("!a"), (2, 1)),
             (Delete("!b"), (2, 1)),
-            (Look(), (1, 0)),
-            (Read(), {}),
-            (Read(), {A: GOOD}),
-            (Read("!b"), {A: BAD}),
+            (GetInfo(), (1, 0)),
+            (Download(), {}),
+            (Download(), {A: GOOD}),
+            (Download("!b"), {A: BAD}),
         ):
             self.refuse(one_by_one((Upload({A: BAD}), (1, 1)), fault))
 
@@ -167,42 +170,42 @@ class CheckerTests(SynchronousTestCase):
         """What follows tells; before it was sent it can't have happened."""
         lost = Event(Upload({B: BAD}), 2)
         first = Event(Upload({A: BAD}), 0, 1, (1, 1))
-        happened = Event(Read(), 4, 5, {A: BAD, B: BAD})
-        not_yet = Event(Read(), 4, 5, {A: BAD})
-        later = Event(Look(), 6, 7, (2, 2))
+        happened = Event(Download(), 4, 5, {A: BAD, B: BAD})
+        not_yet = Event(Download(), 4, 5, {A: BAD})
+        later = Event(GetInfo(), 6, 7, (2, 2))
         self.assertIn(lost, self.accept([first, lost, happened, later]))
         self.assertIn(lost, self.accept([first, lost, not_yet, later]))
         self.assertNotIn(lost, self.accept([first, lost, not_yet]))
-        self.refuse([first, lost, happened, Event(Look(), 6, 7, (1, 1))])
-        self.refuse([first, lost, Event(Look(), 0, 1, (2, 2))])
+        self.refuse([first, lost, happened, Event(GetInfo(), 6, 7, (1, 1))])
+        self.refuse([first, lost, Event(GetInfo(), 0, 1, (2, 2))])
 
     def test_a_lost_operation_happens_once(self) -> None:
         """It isn't done again after a deletion."""
         lost = Event(Upload({A: BAD}), 0)
-        events = one_by_one((Read(), {A: BAD}), (Delete(), (2, 0)))
+        events = one_by_one((Download(), {A: BAD}), (Delete(), (2, 0)))
         self.accept([lost, *events])
-        self.refuse([lost, *events, Event(Read(), 4, 5, {A: BAD})])
+        self.refuse([lost, *events, Event(Download(), 4, 5, {A: BAD})])
 
     def test_many_lost_operations(self) -> None:
         """As many as a killed server has under way are sorted out by what follows."""
         keys = [("!a", str(n)) for n in range(10)]
         lost = [Event(Upload({ids: BAD}), 0) for ids in keys]
         seen = dict.fromkeys(keys[::2], BAD)
-        events = one_by_one((Read(), seen), (Look(), (5, 5)))
+        events = one_by_one((Download(), seen), (GetInfo(), (5, 5)))
         order = self.accept([*lost, *events])
         self.assertEqual(len(order), 7)
-        self.refuse([*lost, *events, Event(Read(), 4, 5, {})])
+        self.refuse([*lost, *events, Event(Download(), 4, 5, {})])
 
     def test_the_complaint(self) -> None:
         """It names what was answered and what would have been right."""
-        wrong = one_by_one((Upload({A: BAD}), (1, 1)), (Look(), (1, 2)))
-        error = self.assertRaises(NoOrder, find_order, wrong)
+        wrong = one_by_one((Upload({A: BAD}), (1, 1)), (GetInfo(), (1, 2)))
+        error = self.assertRaises(NotLinearizable, linearize, wrong)
         self.assertIn("after 1 operations", str(error))
-        self.assertIn("Look() answered (1, 2), not (1, 1)", str(error))
+        self.assertIn("GetInfo() answered (1, 2), not (1, 1)", str(error))
 
     def test_a_beginning(self) -> None:
         """A history may begin with what was there."""
         there = Backup(7, {A: GOOD})
         events = one_by_one((Upload({B: BAD}), (8, 2)))
-        self.assertEqual(find_order(events, there), events)
+        self.assertEqual(linearize(events, there), events)
         self.assertEqual(tally(there), (7, 1))

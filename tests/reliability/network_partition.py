@@ -27,7 +27,7 @@ DEADLINE = 10.0
 
 
 @attrs.frozen
-class Cable:
+class Link:
     """What leads to `FAR`, at `PORT`.
 
     Attributes:
@@ -40,13 +40,13 @@ class Cable:
         """Have all that is sent get lost, from either end."""
         ip("-n", self.name, "link", "set", "far", "down")
 
-    def mend(self) -> None:
+    def restore(self) -> None:
         """Have it arrive again."""
         ip("-n", self.name, "link", "set", "far", "up")
 
 
 @contextmanager
-def laid(path: Path, output: Path) -> Iterator[Cable]:
+def new_link(path: Path, output: Path) -> Iterator[Link]:
     """A cable to a unix socket; it takes root to have one."""
     name = f"rk{os.getpid()}"
     with ExitStack() as stack:
@@ -66,10 +66,10 @@ def laid(path: Path, output: Path) -> Iterator[Cable]:
         )
         stack.callback(process.kill)
         process.wait_until(_accepts, DEADLINE)
-        yield Cable(name)
+        yield Link(name)
 
 
-def can_lay() -> bool:
+def can_make_networks() -> bool:
     """Whether we may make networks."""
     name = f"rkt{os.getpid()}"
     try:
@@ -91,7 +91,7 @@ def _accepts() -> bool:
     return False
 
 
-async def pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+async def forward(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     """Write what can be read, to its end."""
     with suppress(OSError):
         while data := await reader.read(65536):
@@ -104,8 +104,8 @@ async def main(address: str, port: str, path: str) -> None:
     """Pass connections on until the process is ended."""
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        onward = await asyncio.open_unix_connection(path)
-        await asyncio.gather(pass_on(reader, onward[1]), pass_on(onward[0], writer))
+        upstream = await asyncio.open_unix_connection(path)
+        await asyncio.gather(forward(reader, upstream[1]), forward(upstream[0], writer))
 
     server = await asyncio.start_server(serve, address, int(port))
     await server.serve_forever()

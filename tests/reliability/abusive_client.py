@@ -19,7 +19,7 @@ import attrs
 
 from ..contract.base import ALGORITHM, PREFIX, keys_path, version_path
 from ..servers.processes import HOST
-from .neighbours import Connection
+from .paced_users import Connection
 from .sockets import request
 
 #: How many connections there are of each kind.
@@ -27,17 +27,17 @@ SLOW_READERS = 50
 UPLOADERS = 4
 READERS = 50
 #: How many bytes a second a slow one reads, and how many wait for it at most.
-SLOW = 1024
+SLOW_READ = 1024
 SLOW_BUFFER = 4096
 #: The largest body that is taken, in bytes, and the largest key.
 LARGEST = 10 * 1024 * 1024
 LARGEST_KEY = 64 * 1024
 #: One that is nearly as large as it may be without a pause for its largest step.
-UNPAID = 4 * 1024 * 1024
+UNTHROTTLED = 4 * 1024 * 1024
 #: The largest one that is read again to say what is wrong with it.
-EXPLAINED = 256 * 1024
+LARGEST_EXPLAINED = 256 * 1024
 #: How deep lists are nested: about as deep as they may be.
-DEEP = 900
+NESTING = 900
 #: The bytes of a key so small that more would be too many objects for a body.
 SMALL_KEY = 110
 #: What stands for the first_message_index in a body; it is followed by lower ones.
@@ -76,7 +76,7 @@ class User:
 async def read_slowly(user: User) -> None:
     """Whole backups, as slowly as one reads."""
 
-    async def go_on() -> None:
+    async def loop_forever() -> None:
         loop = asyncio.get_running_loop()
         sent = request("GET", PREFIX + keys_path(user.version), user.token)
         while True:
@@ -85,24 +85,24 @@ async def read_slowly(user: User) -> None:
                 client.setblocking(False)
                 await loop.sock_connect(client, (HOST, user.port))
                 await loop.sock_sendall(client, sent)
-                begin = await loop.sock_recv(client, SLOW)
+                begin = await loop.sock_recv(client, SLOW_READ)
                 user.answers[f"read_slowly {begin.split()[1].decode()}"] += 1
-                while await loop.sock_recv(client, SLOW):
+                while await loop.sock_recv(client, SLOW_READ):
                     await asyncio.sleep(1)
 
-    await asyncio.gather(*(go_on() for _ in range(SLOW_READERS)))
+    await asyncio.gather(*(loop_forever() for _ in range(SLOW_READERS)))
 
 
 async def read_keys(user: User) -> None:
     """The same key again and again."""
     path = keys_path(user.version, ROOM, SESSION)
 
-    async def go_on() -> None:
+    async def loop_forever() -> None:
         connection = user.connection()
         while True:
             await user.send(connection, "read_keys", "GET", path, b"")
 
-    await asyncio.gather(*(go_on() for _ in range(READERS)))
+    await asyncio.gather(*(loop_forever() for _ in range(READERS)))
 
 
 async def reset(user: User) -> None:
@@ -121,19 +121,19 @@ async def upload(user: User, name: str, bodies: Sequence[bytes]) -> None:
     turns = cycle(bodies)
     path = keys_path(user.version)
 
-    async def go_on() -> None:
+    async def loop_forever() -> None:
         connection = user.connection()
         while True:
             body = next(turns).replace(b"%d" % INDEX, b"%d" % next(indexes))
             await user.send(connection, name, "PUT", path, body)
 
-    await asyncio.gather(*(go_on() for _ in range(UPLOADERS)))
+    await asyncio.gather(*(loop_forever() for _ in range(UPLOADERS)))
 
 
 async def upload_keys(user: User) -> None:
     """As many keys as are taken, as large ones as real ones are, and much data."""
     small = keys(b'"' + b"x" * SMALL_KEY + b'"')
-    bodies = [small, real_keys(), keys(nested_data()), real_keys(UNPAID)]
+    bodies = [small, real_keys(), keys(nested_data()), real_keys(UNTHROTTLED)]
     await upload(user, "upload_keys", bodies)
 
 
@@ -144,7 +144,7 @@ async def upload_rubbish(user: User) -> None:
     unfinished = keys(b"0").rpartition(b",")[0]
     bodies = [
         b"[" + lists * (LARGEST // len(lists) - 1) + b"0]",
-        b"[" + lists * (EXPLAINED // len(lists) - 1) + b"0]",
+        b"[" + lists * (LARGEST_EXPLAINED // len(lists) - 1) + b"0]",
         b'{"rooms":{' + rooms + b"}}",
         b'{"rooms":{' + rooms + b',"":0}}',
         unfinished + b"}}}}",
@@ -169,12 +169,12 @@ def real_keys(size: int = LARGEST) -> bytes:
 
 def nested_data() -> bytes:
     """What is the most work for its size."""
-    nested = b"[" * DEEP + b"]" * DEEP
+    nested = b"[" * NESTING + b"]" * NESTING
     return b"[" + b",".join([nested] * (LARGEST_KEY // len(nested) - 1)) + b"]"
 
 
 #: What the user may do.
-ALL: dict[str, Callable[[User], Awaitable[None]]] = {
+BEHAVIOURS: dict[str, Callable[[User], Awaitable[None]]] = {
     function.__name__: function
     for function in (read_slowly, read_keys, reset, upload_keys, upload_rubbish)
 }
@@ -184,7 +184,7 @@ async def main(port: str, token: str, version: str, seconds: str, *names: str) -
     """Do some of it for a while."""
     os.nice(19)
     user = User(int(port), token, version)
-    tasks = [asyncio.ensure_future(ALL[name](user)) for name in names]
+    tasks = [asyncio.ensure_future(BEHAVIOURS[name](user)) for name in names]
     # By then they have made their bodies.
     await asyncio.sleep(0)
     print("begins", flush=True)

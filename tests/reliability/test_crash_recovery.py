@@ -36,8 +36,8 @@ from ..servers.fake_homeserver import Homeserver
 from ..servers.service import Service
 from . import SOAK
 from .clients import Connection
-from .history import NoOrder
-from .load import Load, new_load, shown
+from .linearizability import NotLinearizable
+from .load import Load, new_load, summary
 
 Steps = Generator[Deferred[Any], Any, None]
 
@@ -47,14 +47,14 @@ POSTGRES_KILLS = 20 if SOAK else 2
 SCHEMA_KILLS = 20 if SOAK else 8
 MIGRATION_KILLS = 20 if SOAK else 3
 #: How many kills there may be until a loss is found.
-TRIES = 10
+MAX_KILLS = 10
 #: How long after it has begun to make the tables, or was held up at it, a process is
 #: killed, in seconds at most.
-MOMENT = 0.001
+MAX_KILL_DELAY = 0.001
 #: How long that sign, or the end of a migration, may take, in seconds.
 DEADLINE = 30.0
 #: The part of the kills that must have met what they are meant for.
-LEAST_PART = 0.25
+MIN_FRACTION = 0.25
 #: Those that the service makes.
 TABLES = (
     "e2e_room_keys",
@@ -64,12 +64,12 @@ TABLES = (
     "roomkeys_schema",
 )
 #: The service without the setting by which its commits wait for the disk.
-HASTY = """
+WITHOUT_SYNCHRONOUS_COMMIT = """
 import attrs
 from synapse_roomkeys.service.cli import main
 from synapse_roomkeys.storage import sql
 
-def hasty(statement):
+def without_setting(statement):
     setting = "SET LOCAL synchronous_commit TO ON;"
     assert statement.count(setting) == 1
     return statement.replace(setting, "")
@@ -78,10 +78,10 @@ own = sql.POSTGRES
 (step,) = own.write_keys
 sql.POSTGRES = attrs.evolve(
     own,
-    lock_version=hasty(own.lock_version),
-    insert_version=hasty(own.insert_version),
-    add_keys=hasty(own.add_keys),
-    write_keys=(attrs.evolve(step, statement=hasty(step.statement)),),
+    lock_version=without_setting(own.lock_version),
+    insert_version=without_setting(own.insert_version),
+    add_keys=without_setting(own.add_keys),
+    write_keys=(attrs.evolve(step, statement=without_setting(step.statement)),),
 )
 main()
 """
@@ -89,10 +89,12 @@ NewDatabase = Callable[[], Mapping[str, Any] | None]
 
 
 @pytest.fixture(scope="module")
-def careless(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PostgresServer]:
+def async_postgres(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[PostgresServer]:
     """A PostgreSQL whose transactions don't wait for the disk unless told to."""
     settings = {"synchronous_commit": "off", "wal_writer_delay": "10s"}
-    directory = tmp_path_factory.mktemp("careless")
+    directory = tmp_path_factory.mktemp("async_postgres")
     with PostgresServer(directory, durable=True, settings=settings) as server:
         yield server
 
@@ -107,35 +109,35 @@ def new_database(request: pytest.FixtureRequest) -> NewDatabase:
 
 
 @inlineCallbacks
-def kill_again_and_again(
+def kill_repeatedly(
     url: str,
     new_user: Callable[[int], User],
     kill: Callable[[], None],
     kills: int,
-    tries_again: bool = False,
+    may_repeat: bool = False,
 ) -> Steps:
     """Kill something under the load of a new backup's clients, and check all backups.
 
     Args:
         kill: ends it and starts it again.
-        tries_again: as for `Load.check`.
+        may_repeat: as for `Load.check`.
     """
     loads: list[tuple[Load, list[Any]]] = []
     for number in range(kills):
         connection = Connection(url, new_user(number))
         load: Load = yield new_load(connection, number)
         yield load.run(kill)
-        seen: list[Any] = yield load.look()
-        load.check(tries_again)
+        seen: list[Any] = yield load.read_back()
+        load.check(may_repeat)
         loads.append((load, seen))
     for load, seen in loads:
-        again: list[Any] = yield load.look()
+        again: list[Any] = yield load.read_back()
         assert again == seen, "changed by the kills after its own"
-    print(shown([load for load, _ in loads]))
+    print(summary([load for load, _ in loads]))
 
 
 @inlineCallbacks
-def test_the_service(
+def test_killed_service(
     homeserver: Homeserver, new_database: NewDatabase, tmp_path: Path
 ) -> Steps:
     """Whatever it was doing: uploads without an answer are there as a whole or not at
@@ -146,14 +148,14 @@ def test_the_service(
             service.kill()
             service.start()
 
-        yield kill_again_and_again(
+        yield kill_repeatedly(
             service.url, lambda _: homeserver.new_user(), kill, SERVICE_KILLS
         )
         assert "Traceback" not in service.log()
 
 
 @inlineCallbacks
-def test_a_synapse(postgres: PostgresServer, tmp_path: Path) -> Steps:
+def test_killed_synapse(postgres: PostgresServer, tmp_path: Path) -> Steps:
     """The same with the plugin in a Synapse."""
     with Synapse(tmp_path, database=postgres.create_database()) as synapse:
 
@@ -165,7 +167,7 @@ def test_a_synapse(postgres: PostgresServer, tmp_path: Path) -> Steps:
             synapse.kill()
             synapse.start()
 
-        yield kill_again_and_again(synapse.url, new_user, kill, SYNAPSE_KILLS)
+        yield kill_repeatedly(synapse.url, new_user, kill, SYNAPSE_KILLS)
 
 
 def kill_postgres(server: PostgresServer) -> None:
@@ -175,41 +177,41 @@ def kill_postgres(server: PostgresServer) -> None:
 
 
 @inlineCallbacks
-def test_a_postgres(
-    homeserver: Homeserver, careless: PostgresServer, tmp_path: Path
+def test_killed_postgres(
+    homeserver: Homeserver, async_postgres: PostgresServer, tmp_path: Path
 ) -> Steps:
     """A database is killed, and not the service, which tries again. It would not wait
     for its disk, but for us it does."""
-    database = careless.create_database()
+    database = async_postgres.create_database()
     with Service(tmp_path, homeserver.url, database=database) as service:
-        yield kill_again_and_again(
+        yield kill_repeatedly(
             service.url,
             lambda _: homeserver.new_user(),
-            partial(kill_postgres, careless),
+            partial(kill_postgres, async_postgres),
             POSTGRES_KILLS,
-            tries_again=True,
+            may_repeat=True,
         )
         assert "Traceback" not in service.log()
 
 
 @inlineCallbacks
-def test_a_loss_is_found(
-    homeserver: Homeserver, careless: PostgresServer, tmp_path: Path
+def test_a_lost_commit_is_detected(
+    homeserver: Homeserver, async_postgres: PostgresServer, tmp_path: Path
 ) -> Steps:
     """A service that lets the database acknowledge what isn't on its disk yet loses
     some of it, and the check tells."""
-    database = careless.create_database()
+    database = async_postgres.create_database()
     service = Service(tmp_path, homeserver.url, database=database)
-    service.program = ("-c", HASTY)
+    service.program = ("-c", WITHOUT_SYNCHRONOUS_COMMIT)
     with service:
-        tries: int = yield tries_until_found(
-            service.url, homeserver, careless, database
+        tries: int = yield kills_until_detected(
+            service.url, homeserver, async_postgres, database
         )
     print(f"found at kill {tries}")
 
 
 @inlineCallbacks
-def tries_until_found(
+def kills_until_detected(
     url: str,
     homeserver: Homeserver,
     server: PostgresServer,
@@ -220,19 +222,19 @@ def tries_until_found(
     Raises:
         AssertionError: after as many as there may be, it has.
     """
-    for number in range(TRIES):
+    for number in range(MAX_KILLS):
         load: Load = yield new_load(Connection(url, homeserver.new_user()), number)
         # The tables and the version stay, whatever is lost.
         with closing(psycopg2.connect(**database)) as connection:
             connection.autocommit = True
             connection.cursor().execute("CHECKPOINT")
         yield load.run(partial(kill_postgres, server))
-        yield load.look()
+        yield load.read_back()
         try:
-            load.check(tries_again=True)
-        except NoOrder:
+            load.check(may_repeat=True)
+        except NotLinearizable:
             return number + 1
-    raise AssertionError(f"{TRIES} kills have lost nothing")
+    raise AssertionError(f"{MAX_KILLS} kills have lost nothing")
 
 
 def place_of(database: Mapping[str, Any] | None, directory: Path) -> Place:
@@ -243,16 +245,16 @@ def place_of(database: Mapping[str, Any] | None, directory: Path) -> Place:
     return Place(DatabaseConfig("psycopg2", dict(database)))
 
 
-def until(is_so: Callable[[], object]) -> None:
+def until(condition: Callable[[], object]) -> None:
     """Wait until something is so."""
     end = time.monotonic() + DEADLINE
-    while not is_so():
+    while not condition():
         assert time.monotonic() < end
         time.sleep(0.0005)
 
 
 @contextmanager
-def held_up(place: Place, random: Random) -> Iterator[Callable[[], None]]:
+def during_table_creation(place: Place, random: Random) -> Iterator[Callable[[], None]]:
     """Let a process make tables, and hold it up while it is at it where that can be;
     gives what waits until it is."""
     if place.config.name == "sqlite3":
@@ -268,7 +270,7 @@ def held_up(place: Place, random: Random) -> Iterator[Callable[[], None]]:
         cursor.execute(f"CREATE TABLE {random.choice(TABLES)} (a INT)")
         with closing(psycopg2.connect(**place.config.args)) as watcher:
             watcher.autocommit = True
-            yield lambda: until(lambda: is_waited_for(watcher.cursor()))
+            yield lambda: until(lambda: has_lock_wait(watcher.cursor()))
 
 
 def is_locked(connection: sqlite3.Connection) -> bool:
@@ -281,48 +283,48 @@ def is_locked(connection: sqlite3.Connection) -> bool:
     return False
 
 
-def is_waited_for(cursor: Any) -> bool:
+def has_lock_wait(cursor: Any) -> bool:
     """Whether one transaction waits for another."""
     cursor.execute("SELECT 1 FROM pg_locks WHERE NOT granted")
     return cursor.fetchone() is not None
 
 
-def test_while_tables_are_made(
+def test_kill_during_table_creation(
     homeserver: Homeserver, new_database: NewDatabase, tmp_path: Path
 ) -> None:
     """The tables are there all together or not at all, and the next start makes them
     all. Each kill comes while the process is making them, or has just done so."""
     random = Random(0)
-    within = 0
+    interrupted = 0
     for number in range(SCHEMA_KILLS):
         database = new_database()
         directory = tmp_path / f"{number}"
         place = place_of(database, directory)
         service = Service(directory, homeserver.url, database=database)
-        with held_up(place, random) as wait:
+        with during_table_creation(place, random) as wait:
             service.start_without_waiting()
             wait()
-            time.sleep(random.random() * MOMENT)
+            time.sleep(random.random() * MAX_KILL_DELAY)
             service.kill()
         tables = place.tables
-        within += not tables
+        interrupted += not tables
         assert len(tables) in (0, len(TABLES)), tables
         with service:
             api = Api(service.url, homeserver.new_user().access_token)
             version = api.create_version()
             assert api.upload(version, {"!a": {"s": key()}}) == (1, 1)
         assert len(place.tables) == len(TABLES)
-    print(f"{SCHEMA_KILLS} kills, {within} while the tables were made")
-    assert within >= SCHEMA_KILLS * LEAST_PART
+    print(f"{SCHEMA_KILLS} kills, {interrupted} while the tables were made")
+    assert interrupted >= SCHEMA_KILLS * MIN_FRACTION
 
 
 #: Whose backups are migrated, and how many keys each has.
 USERS = 40
 KEYS_OF_ONE = 700
 #: After how many of them a kill comes at the latest.
-LAST = 32
+LATEST_KILL = 32
 #: How long a backup takes to be copied, in seconds at most.
-BETWEEN = 0.02
+MAX_COPY_SECONDS = 0.02
 
 
 def source_in(directory: Path) -> Place:
@@ -375,28 +377,28 @@ def wait_until_copied(target: Place, number: int) -> None:
     until(lambda: copied(target) >= number)
 
 
-def test_a_migration(new_database: NewDatabase, tmp_path: Path) -> None:
+def test_kill_during_migration(new_database: NewDatabase, tmp_path: Path) -> None:
     """Each backup is at the target as a whole or not at all; another run goes on from
     there and ends with both sides equal."""
     source = source_in(tmp_path)
     random = Random(0)
-    within = 0
+    interrupted = 0
     for number in range(MIGRATION_KILLS):
         database = new_database()
         directory = tmp_path / f"{number}"
         target = place_of(database, directory)
         migration = new_migration(directory, source, database)
         process = migration.spawn()
-        wait_until_copied(target, random.randint(1, LAST))
-        time.sleep(random.random() * BETWEEN)
+        wait_until_copied(target, random.randint(1, LATEST_KILL))
+        time.sleep(random.random() * MAX_COPY_SECONDS)
         process.kill()
-        within += copied(target) < USERS
+        interrupted += copied(target) < USERS
         assert is_in_whole_backups(source, target)
-        code, told = migration.run_to_end(DEADLINE)
-        assert code == 0, told
+        code, output = migration.run_to_end(DEADLINE)
+        assert code == 0, output
         assert same(source, target)
-    print(f"{MIGRATION_KILLS} kills, {within} with a part copied")
-    assert within >= MIGRATION_KILLS * LEAST_PART
+    print(f"{MIGRATION_KILLS} kills, {interrupted} with a part copied")
+    assert interrupted >= MIGRATION_KILLS * MIN_FRACTION
 
 
 def test_an_interrupted_migration(new_database: NewDatabase, tmp_path: Path) -> None:
@@ -417,6 +419,6 @@ def test_an_interrupted_migration(new_database: NewDatabase, tmp_path: Path) -> 
     ]
     assert 0 < copied(target) < USERS
     assert is_in_whole_backups(source, target)
-    code, told = migration.run_to_end(DEADLINE)
-    assert code == 0, told
+    code, output = migration.run_to_end(DEADLINE)
+    assert code == 0, output
     assert same(source, target)

@@ -59,7 +59,7 @@ def site(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[OwnSite]:
 
 
 @attrs.define
-class Failing:
+class FailingRun:
     """A database's ``run`` that fails some times: when a transaction begins, when it
     has done all but its commit, or when it is committed and the answer is lost.
 
@@ -95,13 +95,13 @@ class Failing:
 
 def failing(site: OwnSite, error: Exception, times: int, when: When) -> Any:
     """The fault, while it is entered."""
-    run = Failing(site.database.run, error, times, when)
+    run = FailingRun(site.database.run, error, times, when)
     return mock.patch.object(site.database, "run", run)
 
 
 @pytest.mark.parametrize("when", ["begin", "end", "committed"])
 @inlineCallbacks
-def test_a_transaction_that_fails_is_tried_again(site: OwnSite, when: When) -> Steps:
+def test_a_failed_transaction_is_retried(site: OwnSite, when: When) -> Steps:
     """After a fault nothing is lost or counted twice, and the client sees none, be it
     that the transaction came to nothing or that only its answer did."""
     for error in FAULTS[site.backend.name]:
@@ -121,7 +121,7 @@ def test_a_transaction_that_fails_is_tried_again(site: OwnSite, when: When) -> S
 
 
 @inlineCallbacks
-def test_one_that_fails_for_good_is_503(site: OwnSite) -> Steps:
+def test_a_permanent_failure_is_503(site: OwnSite) -> Steps:
     """The client is told when to come again, nothing is half done, and afterwards the
     same requests are served."""
     client = Client(site.host, site.host.new_user())

@@ -1,4 +1,4 @@
-"""Users who behave, and how long each of their requests takes: PORT VERSION:TOKEN...
+"""Users who run_user, and how long each of their requests takes: PORT VERSION:TOKEN...
 
 A user's requests are due at fixed times, and each is measured from then on: one that
 has to wait for the one before it counts in full. For each a line is printed: when it
@@ -19,7 +19,7 @@ from ..servers.processes import HOST
 from .sockets import request
 
 #: Seconds between two requests of a user.
-PACE = 0.1
+INTERVAL = 0.1
 #: How many keys an upload has, and how many bytes each.
 KEYS = 5
 KEY_BYTES = 900
@@ -72,7 +72,7 @@ def requests_of(version: str) -> Iterator[tuple[str, str, bytes]]:
         yield "GET", version_path(version), b""
 
 
-async def behave(port: int, version: str, token: str, start: float) -> None:
+async def run_user(port: int, version: str, token: str, start: float) -> None:
     """Be one of the users.
 
     Args:
@@ -80,20 +80,20 @@ async def behave(port: int, version: str, token: str, start: float) -> None:
     """
     connection = Connection(port, token)
     for number, row in enumerate(requests_of(version)):
-        due = start + number * PACE
+        due = start + number * INTERVAL
         await asyncio.sleep(due - time.monotonic())
         status = await connection.send(*row)
         print(f"{due:.4f} {time.monotonic() - due:.6f} {status}", flush=True)
 
 
 async def main(port: str, *users: str) -> None:
-    """Have the users behave until the process is ended."""
+    """Have the users run_user until the process is ended."""
     start = time.monotonic()
     tasks = []
     for number, user in enumerate(users):
         version, token = user.split(":")
-        first = start + PACE * number / len(users)
-        tasks.append(behave(int(port), version, token, first))
+        first = start + INTERVAL * number / len(users)
+        tasks.append(run_user(int(port), version, token, first))
     await asyncio.gather(*tasks)
 
 

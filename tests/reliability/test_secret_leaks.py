@@ -22,7 +22,7 @@ SECRET = f"{MARKER}-secret"
 DATA = {"ciphertext": SECRET, SECRET: [SECRET]}
 
 
-def bodies(version: str) -> Iterator[tuple[str, str, bytes]]:
+def requests_with_secrets(version: str) -> Iterator[tuple[str, str, bytes]]:
     """Requests with secrets in them, good and bad."""
     good = wrapped({"!a:h": {"s": key(data=DATA)}})
     right = json.dumps(good).encode()
@@ -77,7 +77,7 @@ def send_secrets(port: int, token: str) -> int:
     """Send secrets in all places where clients have them; how many requests."""
     number = 0
     version = new_version(port, token)
-    for method, path, body in bodies(version):
+    for method, path, body in requests_with_secrets(version):
         check(exchange(port, request(method, PREFIX + path, token, body), wanted=1))
         query = f"{path}{'&' if '?' in path else '?'}access_token="
         for sent in (
@@ -116,7 +116,7 @@ def check_log(service: Service, token: str) -> None:
 
 @pytest.mark.parametrize("level", ["INFO", "DEBUG"])
 @pytest.mark.parametrize("log_format", ["text", "json"])
-def test_no_secret_is_told(log_format: str, level: str, tmp_path: Path) -> None:
+def test_no_secret_leaks(log_format: str, level: str, tmp_path: Path) -> None:
     """Not in the log, the metrics, the status, nor in an error, whoever is asked."""
     settings = {
         "log": {"format": log_format, "level": level},
@@ -136,7 +136,7 @@ def test_no_secret_is_told(log_format: str, level: str, tmp_path: Path) -> None:
     print(f"{number} requests")
 
 
-def test_a_failing_statement_tells_no_secret(
+def test_a_failing_statement_leaks_no_secret(
     postgres: PostgresServer, tmp_path: Path
 ) -> None:
     """PostgreSQL shows the row that it refuses, and psycopg2 the statement."""
@@ -151,7 +151,7 @@ def test_a_failing_statement_tells_no_secret(
                     "ALTER TABLE e2e_room_keys_versions ADD CHECK (algorithm = 'a')"
                 )
             connection.close()
-            for method, path, body in bodies("1"):
+            for method, path, body in requests_with_secrets("1"):
                 sent = request(method, PREFIX + path, token, body)
                 check(exchange(service.port, sent, wanted=1))
             info = json.dumps({"algorithm": "a", "auth_data": DATA}).encode()

@@ -21,7 +21,7 @@ from ..servers.processes import Process
 from ..sites import Backend, OwnSite
 from . import SOAK
 from .clients import record
-from .history import Event, NoOrder, find_order
+from .linearizability import Event, NotLinearizable, linearize
 from .mutations import PLAIN, RACES
 
 Steps = Generator[Deferred[Any], Any, None]
@@ -29,11 +29,11 @@ Steps = Generator[Deferred[Any], Any, None]
 HISTORIES = 40 if SOAK else 3
 CLIENTS = 8
 #: How many operations a client performs in a history.
-COUNT = 60 if SOAK else 25
+OPERATIONS = 60 if SOAK else 25
 #: The part of the requests whose connections are cut, in the histories where any are.
-CUT = 0.05
+CUT_FRACTION = 0.05
 #: In how many histories a fault must have shown.
-TRIES = 10
+MAX_HISTORIES = 10
 _ROOT = Path(__file__).parents[2]
 _TIMEOUT = 30.0
 
@@ -93,41 +93,41 @@ def backend(
     return Backend("postgres", postgres.create_database(), path)
 
 
-@pytest.mark.parametrize("cut", [0, CUT])
+@pytest.mark.parametrize("cut", [0, CUT_FRACTION])
 @inlineCallbacks
-def test_every_history_has_an_order(processes: Servers, cut: float) -> Steps:
+def test_every_history_is_linearizable(processes: Servers, cut: float) -> Steps:
     """Answers, etags, counts and downloads are those of one request after the other,
     whether or not some of the answers are lost."""
     lost = total = 0
     for seed in range(HISTORIES):
         events: list[Event] = yield record(
-            processes.urls, next(processes.users), CLIENTS, COUNT, seed, cut
+            processes.urls, next(processes.users), CLIENTS, OPERATIONS, seed, cut
         )
-        find_order(events)
+        linearize(events)
         total += len(events)
         lost += sum(event.is_lost for event in events)
     print(f"{total} operations, {lost} answers lost")
-    assert total == HISTORIES * (CLIENTS * COUNT + 2 * len(processes.urls))
+    assert total == HISTORIES * (CLIENTS * OPERATIONS + 2 * len(processes.urls))
     assert bool(lost) == bool(cut)
 
 
 @pytest.mark.parametrize("fault", [*PLAIN, *RACES])
 @inlineCallbacks
-def test_a_fault_is_found(backend: Backend, fault: str) -> Steps:
+def test_a_planted_fault_is_detected(backend: Backend, fault: str) -> Steps:
     """A store with a fault has a history that no order explains."""
     with {**PLAIN, **RACES}[fault]():
         one = OwnSite(backend)
         two = OwnSite(backend, one.hs.auth)
         yield gatherResults([one.start(), two.start()])
         try:
-            tries: int = yield tries_until_found([one, two])
+            tries: int = yield histories_until_detected([one, two])
         finally:
             yield gatherResults([one.stop(), two.stop()])
     print(f"{fault}: found in history {tries}")
 
 
 @inlineCallbacks
-def tries_until_found(
+def histories_until_detected(
     sites: Sequence[OwnSite],
 ) -> Generator[Deferred[Any], Any, int]:
     """How many histories it takes until one has no order.
@@ -136,11 +136,11 @@ def tries_until_found(
         AssertionError: as many as there may be have one.
     """
     urls = [site.host.url for site in sites]
-    for number in range(TRIES):
+    for number in range(MAX_HISTORIES):
         user = sites[0].host.new_user()
-        events = yield record(urls, user, CLIENTS, COUNT, number)
+        events = yield record(urls, user, CLIENTS, OPERATIONS, number)
         try:
-            find_order(events)
-        except NoOrder:
+            linearize(events)
+        except NotLinearizable:
             return number + 1
-    raise AssertionError(f"{TRIES} histories have an order")
+    raise AssertionError(f"{MAX_HISTORIES} histories have an order")

@@ -6,9 +6,9 @@ the operations that may be next, one after the other, and goes back when none fi
 facts keep that short:
 
 - What changes nothing is taken as soon as it fits: nothing else depends on it.
-- Each change moves the etag by one. So an answer tells, but for its twins, the place of
+- Each change moves the etag by one. So an answer tells, but for its twins, the prefix of
   its operation, and an order is given up when the etag has passed an answer that has no
-  place yet.
+  prefix yet.
 
 An operation whose answer was lost has no end. It may have happened at any time since
 it began, also after all the others, or never. What a server may have done twice, as
@@ -30,7 +30,7 @@ Tally: TypeAlias = tuple[int, int]
 """An etag and a count."""
 
 
-class NoOrder(AssertionError):
+class NotLinearizable(AssertionError):
     """No order of the operations explains the answers."""
 
 
@@ -60,7 +60,7 @@ class Delete:
 
 
 @attrs.frozen
-class Look:
+class GetInfo:
     """``GET /version/{version}``; it answers the tally."""
 
     def apply(self, backup: Backup) -> tuple[Backup, Tally]:
@@ -69,7 +69,7 @@ class Look:
 
 
 @attrs.frozen
-class Read:
+class Download:
     """``GET /keys``, all, a room's or one, in one page; it answers the keys."""
 
     room_id: str | None = None
@@ -80,7 +80,7 @@ class Read:
         return backup, dict(backup.selected(self.room_id, self.session_id))
 
 
-Operation: TypeAlias = Upload | Delete | Look | Read
+Operation: TypeAlias = Upload | Delete | GetInfo | Download
 
 
 def tally(backup: Backup) -> Tally:
@@ -110,40 +110,40 @@ class Event:
 
 
 @attrs.frozen
-class _Place:
-    """A place in an order, and all before it.
+class _Prefix:
+    """A prefix in an order, and all before it.
 
     Attributes:
         backup: what it has come to.
-        left: the events that have no place yet.
+        remaining: the events that have no prefix yet.
         event: the last one, None at the beginning.
     """
 
     backup: Backup
-    left: frozenset[Event]
+    remaining: frozenset[Event]
     event: Event | None
-    before: _Place | None
+    before: _Prefix | None
 
-    def then(self, event: Event, backup: Backup) -> _Place:
-        """The place after it, of an event that leaves the backup so."""
-        return _Place(backup, self.left - {event}, event, self)
+    def then(self, event: Event, backup: Backup) -> _Prefix:
+        """The prefix after it, of an event that leaves the backup so."""
+        return _Prefix(backup, self.remaining - {event}, event, self)
 
     def order(self) -> list[Event]:
         """All events up to here."""
         order: list[Event] = []
-        place: _Place | None = self
-        while place is not None and place.event is not None:
-            order.append(place.event)
-            place = place.before
+        prefix: _Prefix | None = self
+        while prefix is not None and prefix.event is not None:
+            order.append(prefix.event)
+            prefix = prefix.before
         return order[::-1]
 
-    def next_ones(self) -> list[Event]:
+    def candidates(self) -> list[Event]:
         """Those that may be next: nothing has ended before they began."""
-        end = min((event.end for event in self.left), default=math.inf)
-        return [event for event in self.left if event.start <= end]
+        end = min((event.end for event in self.remaining), default=math.inf)
+        return [event for event in self.remaining if event.start <= end]
 
 
-def find_order(events: Sequence[Event], backup: Backup | None = None) -> list[Event]:
+def linearize(events: Sequence[Event], backup: Backup | None = None) -> list[Event]:
     """An order that explains the answers, without the lost events that it can do
     without.
 
@@ -151,61 +151,65 @@ def find_order(events: Sequence[Event], backup: Backup | None = None) -> list[Ev
         backup: what there was at the beginning, nothing by default.
 
     Raises:
-        NoOrder: there is none.
+        NotLinearizable: there is none.
     """
-    places = [_Place(backup or Backup(), frozenset(events), None, None)]
+    prefixes = [_Prefix(backup or Backup(), frozenset(events), None, None)]
     seen = set()
-    furthest = places[0]
-    while places:
-        place = _with_what_changes_nothing(places.pop())
-        if all(event.is_lost for event in place.left):
-            return place.order()
-        state = (place.left, place.backup.etag, frozenset(place.backup.keys.items()))
-        if state in seen or _has_missed_one(place):
+    longest = prefixes[0]
+    while prefixes:
+        prefix = _with_reads(prefixes.pop())
+        if all(event.is_lost for event in prefix.remaining):
+            return prefix.order()
+        state = (
+            prefix.remaining,
+            prefix.backup.etag,
+            frozenset(prefix.backup.keys.items()),
+        )
+        if state in seen or _is_dead_end(prefix):
             continue
         seen.add(state)
-        furthest = min(
-            furthest, place, key=lambda p: sum(not e.is_lost for e in p.left)
+        longest = min(
+            longest, prefix, key=lambda p: sum(not e.is_lost for e in p.remaining)
         )
-        places += _changes(place)
-    raise NoOrder(_complaint(furthest))
+        prefixes += _changes(prefix)
+    raise NotLinearizable(_explain(longest))
 
 
-def _with_what_changes_nothing(place: _Place) -> _Place:
-    """The place after all that fits and leaves the backup as it is."""
+def _with_reads(prefix: _Prefix) -> _Prefix:
+    """The prefix after all that fits and leaves the backup as it is."""
     while True:
-        for event in place.next_ones():
-            after, answer = event.operation.apply(place.backup)
-            if after is place.backup and answer == event.answer:
-                place = place.then(event, after)
+        for event in prefix.candidates():
+            after, answer = event.operation.apply(prefix.backup)
+            if after is prefix.backup and answer == event.answer:
+                prefix = prefix.then(event, after)
                 break
         else:
-            return place
+            return prefix
 
 
-def _changes(place: _Place) -> Iterator[_Place]:
-    """The places after each change that may be next, the lost ones first: the last is
+def _changes(prefix: _Prefix) -> Iterator[_Prefix]:
+    """The prefixes after each change that may be next, the lost ones first: the last is
     tried first."""
-    for event in sorted(place.next_ones(), key=lambda event: not event.is_lost):
-        after, answer = event.operation.apply(place.backup)
-        if after is not place.backup and (event.is_lost or answer == event.answer):
-            yield place.then(event, after)
+    for event in sorted(prefix.candidates(), key=lambda event: not event.is_lost):
+        after, answer = event.operation.apply(prefix.backup)
+        if after is not prefix.backup and (event.is_lost or answer == event.answer):
+            yield prefix.then(event, after)
 
 
-def _has_missed_one(place: _Place) -> bool:
-    """Whether an answer that has no place yet tells an earlier etag."""
+def _is_dead_end(prefix: _Prefix) -> bool:
+    """Whether an answer that has no prefix yet tells an earlier etag."""
     return any(
-        event.answer[0] < place.backup.etag
-        for event in place.left
-        if not event.is_lost and not isinstance(event.operation, Read)
+        event.answer[0] < prefix.backup.etag
+        for event in prefix.remaining
+        if not event.is_lost and not isinstance(event.operation, Download)
     )
 
 
-def _complaint(place: _Place) -> str:
+def _explain(prefix: _Prefix) -> str:
     """What doesn't fit after the longest order that was found."""
-    lines = [f"nothing fits after {len(place.order())} operations:"]
-    for event in sorted(place.next_ones(), key=lambda event: event.start):
+    lines = [f"nothing fits after {len(prefix.order())} operations:"]
+    for event in sorted(prefix.candidates(), key=lambda event: event.start):
         if not event.is_lost:
-            would_be = event.operation.apply(place.backup)[1]
-            lines.append(f"{event.operation} answered {event.answer}, not {would_be}")
+            expected = event.operation.apply(prefix.backup)[1]
+            lines.append(f"{event.operation} answered {event.answer}, not {expected}")
     return "\n".join(lines)
