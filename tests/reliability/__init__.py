@@ -1,9 +1,10 @@
-"""Tests that try many histories, and judge them by models of the contract.
+"""Tests that inject faults and random inputs, and compare the results with models.
 
-With ROOMKEYS_SOAK=1 in the environment they try a great many, at random.
+With ROOMKEYS_SOAK=1 in the environment, the tests run far more cases, with random
+seeds.
 """
 
 import os
 
-#: Whether to go on for minutes.
+#: Whether the environment asks for the long runs (ROOMKEYS_SOAK=1).
 SOAK = os.environ.get("ROOMKEYS_SOAK") == "1"

@@ -1,7 +1,9 @@
-"""One user who does the worst there is: PORT TOKEN VERSION SECONDS WHAT...
+"""A user who abuses the service on purpose. Arguments: PORT TOKEN VERSION SECONDS
+NAME...
 
-It prints a line when it begins, and at the end how often which answer came to what, as
-JSON. It lets others have the processor first: such a user's client runs elsewhere.
+Each NAME is a key of BEHAVIOURS. The program prints a line at the start. At the end it
+prints a JSON object that counts the answers by behaviour and status. Its own CPU
+priority is the lowest, because a real abuser's client runs on another machine.
 """
 
 from __future__ import annotations
@@ -22,25 +24,29 @@ from ..servers.processes import HOST
 from .paced_users import Connection
 from .sockets import request
 
-#: How many connections there are of each kind.
+#: Numbers of concurrent connections for each behaviour.
 SLOW_READERS = 50
 UPLOADERS = 4
 READERS = 50
-#: How many bytes a second a slow one reads, and how many wait for it at most.
+#: Bytes that a slow reader reads in a second, and size of its receive buffer.
 SLOW_READ = 1024
 SLOW_BUFFER = 4096
-#: The largest body that is taken, in bytes, and the largest key.
+#: Largest body and largest key that the service accepts, in bytes.
 LARGEST = 10 * 1024 * 1024
 LARGEST_KEY = 64 * 1024
-#: One that is nearly as large as it may be without a pause for its largest step.
+#: Size of a body of real keys, in bytes: close to the largest one that gets no
+#: throttling pause for its longest step.
 UNTHROTTLED = 4 * 1024 * 1024
-#: The largest one that is read again to say what is wrong with it.
+#: Largest invalid body, in bytes, that the service parses a second time to explain the
+#: error.
 LARGEST_EXPLAINED = 256 * 1024
-#: How deep lists are nested: about as deep as they may be.
+#: Depth of nested lists: close to the parser's limit.
 NESTING = 900
-#: The bytes of a key so small that more would be too many objects for a body.
+#: Bytes of data in the smallest keys: with smaller ones, a body of the largest size
+#: would exceed the limit of objects.
 SMALL_KEY = 110
-#: What stands for the first_message_index in a body; it is followed by lower ones.
+#: Placeholder of first_message_index in a body; each upload replaces the placeholder by
+#: a lower number, so that every key is better than the stored one.
 INDEX = 2_000_000_000
 ROOM = "!room:h"
 SESSION = "000000"
@@ -48,11 +54,11 @@ SESSION = "000000"
 
 @attrs.frozen
 class User:
-    """The user, and what came back.
+    """The abusive user and the answers to the user's requests.
 
     Attributes:
-        version: of a large backup.
-        answers: how often each has come, by what they answer.
+        version: number of a version with a large backup.
+        answers: number of answers by behaviour and status.
     """
 
     port: int
@@ -63,18 +69,19 @@ class User:
     async def send(
         self, connection: Connection, name: str, method: str, path: str, body: bytes
     ) -> int:
-        """Send a request and count the answer; its status."""
+        """Send a request, count the answer and return its status."""
         status = await connection.send(method, path, body)
         self.answers[f"{name} {status}"] += 1
         return status
 
     def connection(self) -> Connection:
-        """One more connection."""
+        """Return a new connection of the user."""
         return Connection(self.port, self.token)
 
 
 async def read_slowly(user: User) -> None:
-    """Whole backups, as slowly as one reads."""
+    """Download whole backups over SLOW_READERS connections at SLOW_READ bytes a
+    second."""
 
     async def loop_forever() -> None:
         loop = asyncio.get_running_loop()
@@ -94,7 +101,7 @@ async def read_slowly(user: User) -> None:
 
 
 async def read_keys(user: User) -> None:
-    """The same key again and again."""
+    """Download the same key in a loop on READERS connections."""
     path = keys_path(user.version, ROOM, SESSION)
 
     async def loop_forever() -> None:
@@ -106,7 +113,7 @@ async def read_keys(user: User) -> None:
 
 
 async def reset(user: User) -> None:
-    """New versions, and at once away with them."""
+    """Create and delete versions in a loop."""
     connection = user.connection()
     info = json.dumps({"algorithm": ALGORITHM, "auth_data": {}}).encode()
     while True:
@@ -116,7 +123,8 @@ async def reset(user: User) -> None:
 
 
 async def upload(user: User, name: str, bodies: Sequence[bytes]) -> None:
-    """Bodies by turns, on all connections; each key is better than before."""
+    """Upload the bodies in turn on UPLOADERS connections; each key beats the stored
+    one."""
     indexes = count(INDEX - 1, -1)
     turns = cycle(bodies)
     path = keys_path(user.version)
@@ -131,14 +139,15 @@ async def upload(user: User, name: str, bodies: Sequence[bytes]) -> None:
 
 
 async def upload_keys(user: User) -> None:
-    """As many keys as are taken, as large ones as real ones are, and much data."""
+    """Upload as many keys as a body may have, keys of real size, and deeply nested
+    data."""
     small = keys(b'"' + b"x" * SMALL_KEY + b'"')
     bodies = [small, real_keys(), keys(nested_data()), real_keys(UNTHROTTLED)]
     await upload(user, "upload_keys", bodies)
 
 
 async def upload_rubbish(user: User) -> None:
-    """What takes long to read and holds no key."""
+    """Upload bodies that are slow to parse and hold no valid key."""
     lists = b"[" * 100 + b"]" * 100 + b","
     rooms = b",".join(b'"%d":{"sessions":{}}' % n for n in range(LARGEST // 27))
     unfinished = keys(b"0").rpartition(b",")[0]
@@ -154,7 +163,8 @@ async def upload_rubbish(user: User) -> None:
 
 
 def keys(session_data: bytes, size: int = LARGEST) -> bytes:
-    """As large an upload of a room as there may be, or one of another size in bytes."""
+    """Return an upload to one room that fills a size in bytes, the largest by
+    default."""
     member = b'"%%06d":{"first_message_index":%d,"forwarded_count":0,' % INDEX
     member += b'"is_verified":false,"session_data":' + session_data + b"},"
     body = b'{"rooms":{"%b":{"sessions":{' % ROOM.encode()
@@ -163,17 +173,17 @@ def keys(session_data: bytes, size: int = LARGEST) -> bytes:
 
 
 def real_keys(size: int = LARGEST) -> bytes:
-    """The same, of real keys."""
+    """Return an upload of that size with keys as large as real ones."""
     return keys(b'{"ciphertext":"' + b"x" * 900 + b'"}', size)
 
 
 def nested_data() -> bytes:
-    """What is the most work for its size."""
+    """Return the session_data that takes the most CPU for its size."""
     nested = b"[" * NESTING + b"]" * NESTING
     return b"[" + b",".join([nested] * (LARGEST_KEY // len(nested) - 1)) + b"]"
 
 
-#: What the user may do.
+#: Behaviours by the names of their functions.
 BEHAVIOURS: dict[str, Callable[[User], Awaitable[None]]] = {
     function.__name__: function
     for function in (read_slowly, read_keys, reset, upload_keys, upload_rubbish)
@@ -181,11 +191,11 @@ BEHAVIOURS: dict[str, Callable[[User], Awaitable[None]]] = {
 
 
 async def main(port: str, token: str, version: str, seconds: str, *names: str) -> None:
-    """Do some of it for a while."""
+    """Run the named behaviours at the same time for a number of seconds."""
     os.nice(19)
     user = User(int(port), token, version)
     tasks = [asyncio.ensure_future(BEHAVIOURS[name](user)) for name in names]
-    # By then they have made their bodies.
+    # Let each behaviour build its bodies before the start is announced.
     await asyncio.sleep(0)
     print("begins", flush=True)
     done, pending = await asyncio.wait(tasks, timeout=float(seconds))

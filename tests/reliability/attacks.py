@@ -1,6 +1,6 @@
-"""What clients may send that keep to no rule of HTTP's, and how it is answered.
+"""Attacks over raw sockets: invalid HTTP, hostile values, floods and resets.
 
-Each attack sends its inputs and returns how many there were.
+Each attack sends its requests, checks the answers and returns the number of inputs.
 """
 
 from __future__ import annotations
@@ -30,44 +30,54 @@ from .sockets import (
     upload,
 )
 
-#: How many requests are made at random, and how many go over one connection.
+#: Number of random requests, and of requests pipelined over one connection.
 REQUESTS = 400_000 if SOAK else 3_000
 PIPELINED = 20
-#: How many garbled requests there are.
+#: Number of requests with random changes of their bytes.
 GARBLED = 100_000 if SOAK else 600
-#: How many requests have a header made at random.
+#: Number of requests with a random value of a header.
 RANDOM_HEADERS = 20_000 if SOAK else 300
-#: How many bytes more are sent before each of the resets.
+#: Distance of two reset positions, in bytes.
 RESET_STEP = 1 if SOAK else 17
 IDLE = 1000
-#: More bytes than these are not all read at once.
+#: Largest request, in bytes, that the server is expected to read as a whole before an
+#: error closes the connection.
 READ_AT_ONCE = 16_384
-#: How many bytes a body may have.
+#: Default of `max_body_bytes`: largest body that the service accepts, in bytes.
 LIMIT = 10 * 1024 * 1024
 UNFINISHED = 20
 
 
 @attrs.frozen
 class Target:
-    """The service, a user who knows its rules, and one who may do anything."""
+    """The service under attack, with the access tokens of two users.
+
+    Attributes:
+        bystander: token of the user whose requests must stay served.
+        attacker: token of the user in whose name the attacks are sent.
+    """
 
     service: Service
     bystander: str
     attacker: str
 
     def new_version(self) -> str:
-        """Make a version of the backup of the one who may do anything."""
+        """Create a backup version for the attacker and return its number."""
         return new_version(self.port, self.attacker)
 
     @property
     def port(self) -> int:
-        """Where it listens."""
+        """The TCP port of the service."""
         return self.service.port
 
 
 def check(port: int, parts: Sequence[bytes], statuses: Sequence[int]) -> None:
-    """Send bytes; these are the answers to them. Errors are in JSON, but to what is no
-    HTTP. Of a client that goes on sending, the last answer may be lost."""
+    """Send bytes and check that exactly these statuses come back, in this order.
+
+    Every answer is checked with `check_reply`. If the server closes the connection
+    while a long request (over READ_AT_ONCE bytes) is still being sent, the last answer
+    may be lost.
+    """
     got = exchange(port, *parts, wanted=len(statuses))
     where = f"{parts[0][:300]!r}: want {statuses}, got {got.statuses}"
     if got.is_broken and sum(map(len, parts)) > READ_AT_ONCE:
@@ -79,7 +89,11 @@ def check(port: int, parts: Sequence[bytes], statuses: Sequence[int]) -> None:
 
 
 def check_reply(reply: Reply) -> None:
-    """No crash, and no traceback."""
+    """Check that an answer is no server error and has no traceback.
+
+    A body must be JSON, and has an ``errcode`` if and only if the status is 400 or
+    more. An answer to invalid HTTP has no body.
+    """
     shown = f"{reply.status} {reply.headers} {reply.body[:500]!r}"
     assert reply.status < 500, shown
     if reply.body:
@@ -89,7 +103,8 @@ def check_reply(reply: Reply) -> None:
 
 
 def wrong_lengths(target: Target) -> int:
-    """A Content-Length that is too small, negative, twice or no number at all."""
+    """Send a Content-Length that is too small, too large, negative, duplicate or no
+    number."""
     good = upload(target.new_version(), target.attacker, "x")
     length = next(line for line in good.split(b"\r\n") if b"Length" in line)
     number = int(length.split()[1])
@@ -111,9 +126,9 @@ def wrong_lengths(target: Target) -> int:
         (b"%d\r\nTransfer-Encoding: chunked" % number, (400,)),
         (b"%d\r\nTransfer-Encoding: identity" % number, (200,)),
         (b"%d\r\nTransfer-Encoding: gzip, chunked" % number, (400,)),
-        # What is left over begins another request.
+        # The 5 bytes after the body are parsed as the next request, which is invalid.
         (b"%d" % (number - 5), (400,)),
-        # What is missing never comes.
+        # The missing 5 bytes never arrive, and the service sends no answer.
         (b"%d" % (number + 5), ()),
     ):
         check(target.port, [good.replace(length, name + value)], statuses)
@@ -121,7 +136,7 @@ def wrong_lengths(target: Target) -> int:
 
 
 def chunks(target: Target) -> int:
-    """Chunked bodies that are right, wrong, endless or too large."""
+    """Send chunked bodies: valid, malformed, unfinished and too large."""
     head = upload(target.new_version(), target.attacker, "x").partition(b"\r\n\r\n")
     body = head[2]
     lines = [line for line in head[0].split(b"\r\n") if b"Content-Length" not in line]
@@ -152,7 +167,7 @@ def chunks(target: Target) -> int:
 
 
 def pipelines(target: Target) -> int:
-    """Several requests in one packet; after one that isn't HTTP, no more."""
+    """Send several requests in one packet; an invalid request ends the connection."""
     version = target.new_version()
     put = upload(version, target.attacker, "x")
     get = request("GET", f"{PREFIX}/keys?version={version}", target.attacker)
@@ -169,7 +184,7 @@ def pipelines(target: Target) -> int:
 
 
 def heads(target: Target) -> int:
-    """Heads of requests that are too long, not HTTP/1.1, or not HTTP."""
+    """Send request heads that are too long, of another HTTP version, or not HTTP."""
     version = target.new_version()
     path = f"{PREFIX}/keys?version={version}"
     get = request("GET", path, target.attacker)
@@ -218,7 +233,8 @@ def heads(target: Target) -> int:
 
 
 def headers(target: Target) -> int:
-    """Headers that the service reads, with values of any bytes: all are answered."""
+    """Send arbitrary bytes in headers that the service reads; every request is
+    answered."""
     random = Random() if SOAK else Random(3)
     version = target.new_version()
     get = request("GET", f"{PREFIX}/keys?version={version}", target.attacker)
@@ -236,7 +252,8 @@ def headers(target: Target) -> int:
 
 
 def resets(target: Target) -> int:
-    """A connection that is reset at any point of two requests, and of their answers."""
+    """Reset the connection at many byte positions of two requests and of their
+    answers."""
     version = target.new_version()
     sent = upload(version, target.attacker, "x" * 100)
     sent += request("GET", f"{PREFIX}/keys?version={version}", target.attacker)
@@ -254,7 +271,8 @@ def resets(target: Target) -> int:
 
 
 def random_requests(target: Target) -> int:
-    """Requests of every kind, `PIPELINED` in a packet, each with its answer."""
+    """Pipeline random requests, PIPELINED in a packet, and check that each is
+    answered."""
     random = Random() if SOAK else Random(1)
     for _ in range(REQUESTS // PIPELINED):
         inputs = Inputs(random, (target.new_version(), target.new_version()))
@@ -273,13 +291,14 @@ def random_requests(target: Target) -> int:
 
 
 def send(client: socket.socket, data: bytes) -> None:
-    """Send bytes, if the other end takes them."""
+    """Send bytes; ignore an error if the server closes the connection."""
     with contextlib.suppress(OSError):
         client.sendall(data)
 
 
 def garbled(target: Target) -> int:
-    """Requests with bytes changed, cut out, put in and doubled, and mere rubbish."""
+    """Send requests with bytes changed, removed, inserted or repeated, and random
+    bytes."""
     random = Random() if SOAK else Random(2)
     right = upload(target.new_version(), target.attacker, "x", "Connection: close")
     for _ in range(GARBLED):
@@ -297,7 +316,8 @@ def garbled(target: Target) -> int:
                     b": ",
                 )
             )
-        # What was cut short is made whole by this.
+        # End the headers and the body of a truncated request, so that the service
+        # answers.
         end = b"\r\n\r\n" + b"x" * 400 + b"\r\n\r\n"
         got = exchange(target.port, bytes(sent) + end, read_timeout=0.2)
         for reply in got.replies:
@@ -306,7 +326,8 @@ def garbled(target: Target) -> int:
 
 
 def slow_clients(target: Target) -> int:
-    """Clients that send a byte now and then, or nothing at all."""
+    """Keep IDLE connections open that send nothing or a part of a request; serve
+    another."""
     whole = upload(target.new_version(), target.attacker, "x", "Connection: close")
     clients = [connect(target.port) for _ in range(IDLE)]
     for number, client in enumerate(clients[: IDLE // 2]):
@@ -323,7 +344,8 @@ def slow_clients(target: Target) -> int:
 
 
 def large_bodies(target: Target) -> int:
-    """Bodies at the limit and over it, from users and from nobody."""
+    """Send bodies of the largest size and one byte more, with and without a valid
+    token."""
     body = b'"' + b"x" * (LIMIT - 2) + b'"'
     path = f"{PREFIX}/keys?version={target.new_version()}"
     for token, status in ((target.attacker, 400), (None, 401), ("nobodys", 401)):
@@ -333,7 +355,8 @@ def large_bodies(target: Target) -> int:
 
 
 def unfinished_bodies(target: Target) -> int:
-    """Bodies as large as they may be whose end doesn't come: memory isn't filled."""
+    """Send UNFINISHED bodies without their ends; the service's memory must not hold
+    them."""
     head = f"PUT {PREFIX}/keys?version=1 HTTP/1.1\r\nHost: a\r\n".encode()
     sized = head + b"Content-Length: %d\r\n\r\n" % LIMIT + bytes(LIMIT - 1)
     chunk = b"10000\r\n" + bytes(65536) + b"\r\n"
@@ -347,7 +370,7 @@ def unfinished_bodies(target: Target) -> int:
 
 
 def hostile_values(target: Target) -> int:
-    """Values and ids that are hard on parsers, each in a request that is HTTP."""
+    """Send valid HTTP with JSON values and ids that are hard to parse."""
     keys, version = PREFIX + "/keys/", target.new_version()
     query = f"?version={version}"
     value = '"first_message_index":%s,"forwarded_count":0,"is_verified":true'

@@ -1,4 +1,4 @@
-"""Clients that write down what they saw of a backup that they share."""
+"""Clients of one shared backup that record their operations and answers."""
 
 from __future__ import annotations
 
@@ -54,11 +54,12 @@ from .model import Ids, Key
 ROOMS = ("!a:h", "!b:h", "!c:h")
 SESSIONS = ("1", "2", "3", "4")
 KEYS_IN_AN_UPLOAD = 6
-#: How soon a connection is cut, if it is, in seconds at most: some requests are
-#: answered by then, some under way.
+#: Longest delay before a connection is cut, in seconds: about the time of a request, so
+#: that some requests are answered before and some are under way.
 MAX_CUT_DELAY = 0.03
 
-#: What a request fails with whose answer is lost.
+#: Exceptions of a request without an answer: nobody knows whether the server ran the
+#: operation.
 LOST = (
     CancelledError,
     ConnectError,
@@ -73,8 +74,11 @@ LOST = (
 
 @attrs.frozen
 class Connection:
-    """One user's way to one server. Each request has a connection of its own, so none
-    is sent again by the HTTP client, unseen."""
+    """One user at one server.
+
+    Each request opens a new TCP connection, because the HTTP client silently resends a
+    request if a kept connection fails.
+    """
 
     url: str
     user: User
@@ -83,7 +87,14 @@ class Connection:
     def request(
         self, method: str, path: str, body: Any = None
     ) -> Generator[Deferred[Any], Any, Answer]:
-        """The answer to a request; the path starts below the prefix."""
+        """Send a request.
+
+        Args:
+            path: path below the endpoints' prefix.
+
+        Returns:
+            A Deferred that fires with the answer.
+        """
         agent = Agent(reactor)
         token = f"Bearer {self.user.access_token}"
         content = encoded(body)
@@ -99,10 +110,10 @@ class Connection:
 
 @attrs.frozen
 class Recorder:
-    """A version of a backup, and what its clients saw.
+    """A backup version and the operations that its clients performed.
 
     Attributes:
-        events: all operations so far, in the order of their ends.
+        events: all operations, in the order in which they ended.
     """
 
     version: str
@@ -112,18 +123,21 @@ class Recorder:
     def perform(
         self, connection: Connection, operation: Operation, cut: float | None = None
     ) -> Generator[Deferred[Any], Any, None]:
-        """Send an operation and write down what came of it.
+        """Send an operation, wait for the answer and append an event to `events`.
+
+        A failed connection and a status of 500 or more are recorded as a lost answer.
 
         Args:
-            cut: after how many seconds to cut the connection, if the answer isn't
-                there by then.
+            cut: delay in seconds after which the connection is cut if no answer has
+                arrived; None for never.
         """
         start = time.monotonic()
         answered: Deferred[Answer] = connection.request(
             *request_of(self.version, operation)
         )
         if cut is not None:
-            # The exception is one of `LOST` already.
+            # Keep the original exception, which is in `LOST`, instead of a
+            # TimeoutError.
             answered.addTimeout(cut, reactor, lambda failure, _: failure)
         try:
             answer = yield answered
@@ -137,7 +151,7 @@ class Recorder:
 
 
 def request_of(version: str, operation: Operation) -> tuple[str, str, Any]:
-    """Method, path and body."""
+    """Return the method, path and body of an operation's request."""
     if isinstance(operation, Upload):
         return "PUT", keys_path(version), wrapped(as_rooms(operation.keys))
     if isinstance(operation, GetInfo):
@@ -148,7 +162,8 @@ def request_of(version: str, operation: Operation) -> tuple[str, str, Any]:
 
 
 def answer_of(operation: Operation, answer: Answer) -> Any:
-    """An answer as `Upload.apply` gives it."""
+    """Convert an HTTP answer to the value that the operation's ``apply`` would
+    return."""
     if isinstance(operation, Upload | Delete):
         return tally(answer)
     if isinstance(operation, GetInfo):
@@ -161,7 +176,7 @@ def answer_of(operation: Operation, answer: Answer) -> Any:
 
 
 def as_rooms(keys: Mapping[Ids, Key]) -> Rooms:
-    """Keys as they are uploaded."""
+    """Convert keys to the nested rooms and sessions of an upload."""
     rooms: Rooms = {}
     for (room_id, session_id), key in keys.items():
         rooms.setdefault(room_id, {})[session_id] = key.json()
@@ -169,7 +184,7 @@ def as_rooms(keys: Mapping[Ids, Key]) -> Rooms:
 
 
 def as_keys(read: Download, body: Any) -> Generator[tuple[Ids, Key], None, None]:
-    """The keys of a download."""
+    """Yield ids and key for each key in the body of a download."""
     room_id, session_id = read.room_id, read.session_id
     if room_id is None:
         rooms = {name: room["sessions"] for name, room in body["rooms"].items()}
@@ -191,10 +206,10 @@ def as_keys(read: Download, body: Any) -> Generator[tuple[Ids, Key], None, None]
 
 
 def any_operation(random: Random, mark: str) -> Operation:
-    """What a client may do next.
+    """Return a random operation.
 
     Args:
-        mark: tells the keys of an upload from those of others.
+        mark: text stored in uploaded keys, unique for each upload.
     """
     room_id = random.choice(ROOMS)
     session_id = random.choice(SESSIONS)
@@ -212,7 +227,7 @@ def any_operation(random: Random, mark: str) -> Operation:
 
 
 def any_key(random: Random, mark: str) -> Key:
-    """A good key of one of 16 ranks."""
+    """Return a random valid key of one of 16 ranks, with `mark` as its data."""
     verified = random.random() < 0.5
     return Key(verified, random.randrange(4), random.randrange(2), json.dumps(mark))
 
@@ -221,7 +236,12 @@ def any_key(random: Random, mark: str) -> Key:
 def _act(
     recorder: Recorder, connection: Connection, random: Random, count: int, cut: float
 ) -> Generator[Deferred[Any], Any, None]:
-    """Perform operations, one after the other."""
+    """Perform random operations one after the other.
+
+    Args:
+        count: number of operations.
+        cut: fraction of the operations whose connections are cut.
+    """
     mark = random.getrandbits(32)
     for number in range(count):
         after = random.random() * MAX_CUT_DELAY if random.random() < cut else None
@@ -233,13 +253,17 @@ def _act(
 def record(
     urls: Sequence[str], user: User, clients: int, count: int, seed: int, cut: float = 0
 ) -> Generator[Deferred[Any], Any, list[Event]]:
-    """Have clients write to a new backup, and then read what it has come to.
+    """Let clients write to a new backup at the same time, then read it on each server.
 
     Args:
-        urls: of the servers, which the clients take by turns.
-        count: how many operations each client performs.
-        seed: of what they do; when they do it is up to the machine.
-        cut: the part of the operations whose connections are cut.
+        urls: addresses of the servers; client number n uses server n modulo their
+            number.
+        count: number of operations of each client.
+        seed: seed of the operations; their timing differs from run to run.
+        cut: fraction of the operations whose connections are cut.
+
+    Returns:
+        A Deferred that fires with all events.
     """
     connections = [Connection(url, user) for url in urls]
     body = {"algorithm": ALGORITHM, "auth_data": {}}

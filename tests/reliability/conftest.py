@@ -1,4 +1,4 @@
-"""What several tests of databases that fail share."""
+"""Fixtures for the tests of failing databases."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +11,6 @@ from .faults import Serve, serving
 
 @pytest.fixture
 def serve(homeserver: Homeserver, tmp_path: Path) -> Iterator[Serve]:
-    """Starts the service on a database."""
+    """A function that starts the service on a database."""
     with serving(homeserver, tmp_path / "service") as serve:
         yield serve

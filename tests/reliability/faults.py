@@ -1,4 +1,4 @@
-"""Backups at a service whose database is about to fail."""
+"""Backups on a service whose database fails, and checks of acknowledged uploads."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ from ..servers.service import Service
 
 Steps = Generator[Deferred[Any], Any, None]
 
-#: How long an answer may take while the database fails, in seconds.
+#: Longest answer while the database fails, in seconds.
 WITHIN = 10.0
 KEYS = 60
-#: What a key's data has, in hexadecimal digits.
+#: Length of a key's data, in hexadecimal digits.
 DIGITS = 4000
 
 _numbers = count()
@@ -46,7 +46,12 @@ _numbers = count()
 
 @attrs.define
 class Backup:
-    """A user's backup, and what of it was acknowledged."""
+    """A user's backup as the acknowledged uploads leave the backup.
+
+    Attributes:
+        rooms: all acknowledged keys.
+        etag: the etag after the last acknowledged upload.
+    """
 
     client: Client
     version: str
@@ -55,21 +60,21 @@ class Backup:
 
     @inlineCallbacks
     def upload(self) -> Steps:
-        """Upload new keys, which is answered."""
+        """Upload new keys and check that the service acknowledges them."""
         rooms = new_keys()
         answer: Answer = yield self.send("PUT", wrapped(rooms))
         self.acknowledge(rooms)
         assert tally(answer) == (self.etag, len(self.rooms) * KEYS)
 
     def acknowledge(self, rooms: Rooms) -> None:
-        """Note that an upload was acknowledged."""
+        """Add keys of an acknowledged upload to the expected backup."""
         for room_id, sessions in rooms.items():
             self.rooms.setdefault(room_id, {}).update(sessions)
         self.etag += 1
 
     @inlineCallbacks
     def refuse(self, method: str = "PUT", within: float = WITHIN) -> Steps:
-        """Have a request refused for the moment."""
+        """Send a request and check that the answer is a 503 with Retry-After."""
         body = wrapped(new_keys()) if method == "PUT" else None
         answer: Answer = yield self.send(method, body, within)
         refused(answer, 503, "M_UNKNOWN")
@@ -77,7 +82,8 @@ class Backup:
 
     @inlineCallbacks
     def check(self) -> Steps:
-        """See that it is what was acknowledged, no more and no less."""
+        """Check that keys, etag and count on the server match the acknowledged
+        uploads."""
         start = time.monotonic()
         rooms: Rooms = yield self.client.download(self.version)
         assert rooms == self.rooms
@@ -86,7 +92,11 @@ class Backup:
         assert time.monotonic() - start < WITHIN
 
     def send(self, method: str, body: Any, within: float = WITHIN) -> Deferred[Answer]:
-        """The answer to a request for all keys, which has to come in time."""
+        """Send a request for all keys of the backup.
+
+        Returns:
+            A Deferred that fires with the answer, or fails after `within` seconds.
+        """
         answered = self.client.host.request(
             method,
             PREFIX + keys_path(self.version),
@@ -97,21 +107,21 @@ class Backup:
 
 
 def new_keys() -> Rooms:
-    """Keys of a room that was never used."""
+    """Return keys in a room that no other call has returned."""
     data = secrets.token_hex(DIGITS // 2)
     return {f"!{next(_numbers)}": {f"{n}": key(data=data) for n in range(KEYS)}}
 
 
 @attrs.frozen
 class Served:
-    """A process of the service."""
+    """A running process of the service and a client host for its API."""
 
     service: Service
     host: HttpHost
 
     @inlineCallbacks
     def new_backups(self, number: int) -> Generator[Deferred[Any], Any, list[Backup]]:
-        """Backups of as many users, each with some keys."""
+        """Fire with this number of backups of new users, each with some keys."""
         backups = []
         for _ in range(number):
             client, version = yield new_backup(self.host)
@@ -121,7 +131,12 @@ class Served:
 
     @inlineCallbacks
     def ask_if_ready(self) -> Generator[Deferred[Any], Any, dict[str, str]]:
-        """Each part of the status, as a load balancer asks for it."""
+        """Query ``/ready`` as a load balancer does.
+
+        Returns:
+            A Deferred that fires with the state of each part. The status must be 200 if
+            all are "ok" and 503 otherwise.
+        """
         answer: Answer = yield self.host.request("GET", "/ready", token=None)
         parts: dict[str, str] = answer.json
         is_ready = set(parts.values()) == {"ok"}
@@ -130,7 +145,7 @@ class Served:
 
     @inlineCallbacks
     def wait_until_ready(self) -> Steps:
-        """Wait until a load balancer would send requests."""
+        """Poll ``/ready`` until all parts are ready; fail after WITHIN seconds."""
         end = time.monotonic() + WITHIN
         while True:
             parts: dict[str, str] = yield self.ask_if_ready()
@@ -144,18 +159,22 @@ Serve = Callable[..., Served]
 
 
 def together(steps: list[Deferred[None]]) -> Deferred[Any]:
-    """Fires when all are done, or fails with the first that does."""
+    """Return a Deferred that fires when all have fired, or fails with the first
+    failure."""
     return gatherResults(steps, consumeErrors=True)
 
 
 def later(seconds: float, call: Callable[[], object]) -> Deferred[Any]:
-    """A call in a while."""
+    """Return a Deferred that fires with the result of a call made after a delay."""
     return deferLater(reactor, seconds, call)
 
 
 @contextmanager
 def serving(homeserver: Homeserver, directory: Path) -> Iterator[Serve]:
-    """Gives what starts the service on a database, and looks at its log in the end."""
+    """Yield a function that starts the service on a database (SQLite by default).
+
+    At the end, stop all started services and check that their logs have no traceback.
+    """
     services: list[Service] = []
     with ExitStack() as stack:
 
@@ -187,7 +206,7 @@ def serving(homeserver: Homeserver, directory: Path) -> Iterator[Serve]:
 
 @contextmanager
 def connected(database: Mapping[str, Any]) -> Iterator[Any]:
-    """A cursor of somebody else's, whose statements are transactions."""
+    """Yield a cursor of an independent connection in autocommit mode."""
     with closing(psycopg2.connect(**database)) as connection:
         connection.autocommit = True
         yield connection.cursor()

@@ -1,6 +1,7 @@
-"""The parser under atheris, which looks for inputs that reach new code: RUNS CORPUS.
+"""Coverage-guided fuzzing of the parser with atheris. Arguments: RUNS CORPUS.
 
-It ends with a code other than 0 when an input does what none may.
+The process exits with a code other than 0 if an input breaks an assertion of the
+oracle.
 """
 
 from __future__ import annotations
@@ -26,12 +27,13 @@ SCOPES: tuple[tuple[str | None, str | None], ...] = (
     ("!r:h", None),
     ("!r:h", "s"),
 )
-#: How many bodies the search starts from.
+#: Number of seeds; for each seed, the corpus starts with one body per scope.
 SEEDS = 200
 
 
 def try_body(data: bytes) -> None:
-    """Give one body to the parsers: the first byte says which is meant."""
+    """Parse one body as an upload and as version info; the first byte selects the
+    scope."""
     scope = SCOPES[data[0] % len(SCOPES)] if data else SCOPES[0]
     body = data[1:]
     try:
@@ -47,7 +49,7 @@ def try_body(data: bytes) -> None:
 
 
 def main(runs: str, corpus: str) -> None:
-    """Search, from bodies that are right or almost right."""
+    """Fill the corpus with valid and almost valid bodies, and start the fuzzer."""
     for seed in range(SEEDS):
         for number, scope in enumerate(SCOPES):
             body = Inputs(Random(seed)).upload(*scope)

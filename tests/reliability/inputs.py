@@ -1,4 +1,4 @@
-"""Inputs that are right, almost right, or nothing at all: bodies, paths, requests."""
+"""Random inputs, valid, almost valid or broken: bodies, ids, paths and requests."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from urllib.parse import quote
 
 from ..contract.base import ALGORITHM, PREFIX
 
-#: How likely a part is spoilt, in an input; each input has one of these.
+#: Probabilities that a part of an input is corrupted; each input draws one of these.
 CORRUPTION_RATES = (0.0, 0.0, 0.02, 0.1, 0.4)
-#: The part of the inputs that are large or deep: they take long.
+#: Fraction of the odd values that are large or deeply nested: parsing them is slow.
 LARGE = 1 / 2000
 
 ROOMS = ("!a:h", "!b:h", "!31hneApxJ_1o-63DmFrpeqnkFfWppnzWso1JvH3ogLM")
 SESSIONS = ("s", "Zm9v/YmFy+YmF6/cXV4+Zg==", "t")
 FIELDS = ("first_message_index", "forwarded_count", "is_verified", "session_data")
-#: Ids as JSON strings have them, that no room or session can have; or can.
+#: JSON texts in the place of an id: strings at and beyond the limits of a valid room or
+#: session id, and texts that are no JSON string.
 ODD_IDS = (
     *('""', '"\\u0000"', '"a\\u0000b"', '"\\ud800"', '"\\udc00\\ud800"', '"\\uDBFF"'),
     *(f'"{"x" * 255}"', f'"{"x" * 256}"', f'"{chr(0xE9) * 128}"', '"\\ud83d\\udd11"'),
@@ -37,7 +38,7 @@ TEXTS = (
     *('"\\u0000"', '"\\/\\b\\f\\n\\r\\t\\u007f"', f'"{"x" * 1000}"'),
     *('"<script>"', '"%s%n{0}"', '"\' OR 1=1 --"', '"\x7f\x80"'),
 )
-#: What stands around values that is no value.
+#: Bytes inserted into a body that are no JSON value.
 RUBBISH = (
     *(b"\xff", b"\xc0\x80", b"\xed\xa0\x80", b"\xf4\x90\x80\x80", b"\0", b"\x1a"),
     *(b"}", b"]", b",", b":", b'"', b"//", b"/*", b"{}", b" x", b"\r\n", b"\xe2\x80"),
@@ -49,7 +50,7 @@ VERSIONS = (
     *("\u0661", "\u00b2", "\uff11", "1\0", "\0", "1\n", "9" * 18, "9" * 19, "9" * 20),
     *(str(2**63 - 1), str(2**63), str(10**400), "\ud7ff", "%31", "1;2", "1' OR '1'='1"),
 )
-#: Segments of paths as they are sent.
+#: Path segments as sent, in percent-encoding.
 SEGMENTS = (
     *("%2F%2e%2e", "%2e%2e%2f%2e%2e%2fetc", "..", ".", "%2E", "%2F", "%252F", "%"),
     *("%0", "%zz", "%u0041", "%ff", "%c0%af", "%ed%a0%80", "%00", "a%00b", "%0d%0a"),
@@ -71,13 +72,13 @@ QUERIES = (
     ),
     *("version[]=1", "VERSION=1", "access_token=x", "user_id=%40b%3Ah", "version=%zz"),
 )
-#: Headers that something reads: Twisted, the service, the authentication.
+#: Names of headers that Twisted, the service or the authentication reads.
 HEADERS = (
     *(b"X-Forwarded-For", b"X-Request-ID", b"Authorization", b"Cookie", b"Host"),
     *(b"Connection", b"Expect", b"Content-Type", b"User-Agent", b"Origin", b"Upgrade"),
     *(b"If-None-Match", b"If-Modified-Since", b"Range", b"Accept-Encoding", b"X"),
 )
-#: Values that are no text, no ASCII, or not what the header takes.
+#: Header values that are not text, not ASCII, or invalid for the header.
 HEADER_VALUES = (
     *(
         b"",
@@ -105,16 +106,16 @@ HEADER_VALUES = (
 
 
 def header_value(random: Random) -> bytes:
-    """A value of a header: any bytes but those that end a line, and NUL."""
+    """Return a random header value: any bytes except CR, LF and NUL."""
     value = random.randbytes(random.choice((1, 2, 5, 20, 200)))
     return value.translate(None, b"\r\n\0")
 
 
 class Inputs:
-    """Makes inputs; the same ones from the same random numbers.
+    """Generator of inputs; the same random numbers give the same inputs.
 
     Attributes:
-        versions: those that there are, of the user in whose name requests are sent.
+        versions: existing versions of the user in whose name the requests are sent.
     """
 
     def __init__(self, random: Random, versions: tuple[str, ...] = ("1",)) -> None:
@@ -123,11 +124,11 @@ class Inputs:
         self._corruption = random.choice(CORRUPTION_RATES)
 
     def scope(self) -> tuple[str | None, str | None]:
-        """What the path of an upload names: nothing, a room, or a session too."""
+        """Return the room and session id of an upload's path; either may be None."""
         return self._random.choice(((None, None), ("!r:h", None), ("!r:h", "s")))
 
     def upload(self, room_id: str | None, session_id: str | None) -> bytes:
-        """The body of an upload to a whole backup, to a room or to one session."""
+        """Return the body of an upload to a whole backup, a room or one session."""
         if session_id is not None:
             return self._corrupt(self._key())
         if room_id is not None:
@@ -136,7 +137,7 @@ class Inputs:
         return self._corrupt(self._members([("rooms", rooms)]))
 
     def version_info(self) -> bytes:
-        """The body of a request that makes or changes a version."""
+        """Return the body of a request that creates or updates a version."""
         algorithm = self._maybe_odd(f'"{ALGORITHM}"', self._value)
         members = [("algorithm", algorithm), ("auth_data", self.data())]
         if self._chance(0.2):
@@ -144,7 +145,8 @@ class Inputs:
         return self._corrupt(self._members(members))
 
     def data(self, depth: int = 0) -> str:
-        """A JSON text that may be any value but null, if it isn't spoilt."""
+        """Return the JSON text of any value except null, unless a part gets
+        corrupted."""
         kind = self._random.randrange(5 if depth < 4 else 3)
         if kind == 0:
             return self._maybe_odd(self._random.choice(TEXTS), self._value)
@@ -159,13 +161,13 @@ class Inputs:
         return "{" + ",".join(map(":".join, zip(names, parts, strict=True))) + "}"
 
     def version(self) -> str:
-        """A number of a version, or something else."""
+        """Return an existing version number or, if corrupted, another text."""
         return self._maybe_odd(
             self._random.choice(self.versions), lambda: self._random.choice(VERSIONS)
         )
 
     def id(self) -> str:
-        """An id as a parser is given it, out of a path."""
+        """Return an id as the parser receives one from a decoded path."""
         if not self._corrupts():
             return self._random.choice(ROOMS + SESSIONS)
         code = self._random.choice(
@@ -176,7 +178,8 @@ class Inputs:
         )
 
     def request(self) -> tuple[str, str, bytes]:
-        """Method, target and body of a request that is HTTP at least."""
+        """Return the method, target and body of a request that is valid HTTP at
+        least."""
         kind = self._random.randrange(8)
         method = self._maybe_odd(
             self._random.choice(("PUT", "PUT", "GET", "DELETE")),
@@ -228,7 +231,7 @@ class Inputs:
                 self._maybe_odd(f"version={self.version()}", self._odd_query),
             )
         text = "&".join(parts)
-        # As they are, these would make no request line.
+        # Quote characters that would end or break the request line.
         text = "".join(c if "!" <= c < "\x7f" else quote(c) for c in text)
         return f"?{text}" if text or self._corrupts() else ""
 
@@ -249,12 +252,12 @@ class Inputs:
         return self._members(list(zip(FIELDS, values, strict=True)))
 
     def _object(self, names: tuple[str, ...], value: Callable[[], str]) -> str:
-        """An object with some of the names as members."""
+        """Return a JSON object with a random subset of the names as members."""
         chosen = self._random.sample(names, self._random.randrange(len(names) + 1))
         return self._members([(name, value()) for name in chosen])
 
     def _members(self, members: list[tuple[str, str]]) -> str:
-        """An object; members may be missing, there twice, or have odd names."""
+        """Return a JSON object; members may be missing, duplicate or oddly named."""
         if self._corrupts():
             return self._value()
         texts = []
@@ -277,7 +280,7 @@ class Inputs:
         return "{" + ("," + blank).join(texts) + "}"
 
     def _value(self) -> str:
-        """Any value, or what isn't one."""
+        """Return the JSON text of any value, or a text that is no JSON."""
         if self._chance(LARGE):
             return self._large()
         kind = self._random.randrange(6)
@@ -302,7 +305,7 @@ class Inputs:
         return "[" + "0," * depth + "0]"
 
     def _corrupt(self, text: str) -> bytes:
-        """A text as bytes, which may be cut, mixed up, or in another encoding."""
+        """Encode a text; the result may be cut, reordered or in another encoding."""
         body = text.encode()
         if not self._corrupts():
             return body

@@ -1,19 +1,20 @@
-"""What clients saw of one backup, and whether a server without faults can explain it.
+"""A linearizability checker for the recorded operations of one backup.
 
-The checker looks for an order of the operations in which each gives the answer that
-was seen, and in which whatever had ended before another began comes first. It tries
-the operations that may be next, one after the other, and goes back when none fits. Two
-facts keep that short:
+A history is linearizable if some order of the operations gives each the answer that its
+client received, and keeps the order of operations that did not overlap in time. The
+checker searches for such an order by depth-first search with backtracking. Two facts
+keep the search short:
 
-- What changes nothing is taken as soon as it fits: nothing else depends on it.
-- Each change moves the etag by one. So an answer tells, but for its twins, the prefix of
-  its operation, and an order is given up when the etag has passed an answer that has no
-  prefix yet.
+- An operation that changes nothing is appended as soon as its answer fits, because no
+  later operation depends on the position.
+- Each change increments the etag. The etag in an answer therefore fixes the position of
+  a change, except among changes with equal answers; and a branch is a dead end once the
+  etag is higher than in an answer without a position.
 
-An operation whose answer was lost has no end. It may have happened at any time since
-it began, also after all the others, or never. What a server may have done twice, as
-when it tried a transaction again, is two operations, and the first one's answer is
-lost.
+An operation whose answer was lost has no end time. The server may have run the
+operation at any time after the start, even after all others, or never. If the server
+may have run an operation twice, as in a transaction that was retried, the history has
+two operations, and the first one's answer is lost.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import attrs
 from .model import Backup, Ids, Key, Keys
 
 Tally: TypeAlias = tuple[int, int]
-"""An etag and a count."""
+"""An etag and a count of keys."""
 
 
 class NotLinearizable(AssertionError):
@@ -36,19 +37,19 @@ class NotLinearizable(AssertionError):
 
 @attrs.frozen
 class Upload:
-    """``PUT /keys``; it answers the tally."""
+    """``PUT /keys``; the answer is the tally."""
 
     keys: Keys
 
     def apply(self, backup: Backup) -> tuple[Backup, Tally]:
-        """The backup afterwards, and the answer."""
+        """Return the backup after the operation, and the answer."""
         after = backup.uploaded(self.keys)
         return after, tally(after)
 
 
 @attrs.frozen
 class Delete:
-    """``DELETE /keys``, all, a room's or one; it answers the tally."""
+    """``DELETE /keys`` for all keys, a room's or one; the answer is the tally."""
 
     room_id: str | None = None
     session_id: str | None = None
@@ -61,7 +62,7 @@ class Delete:
 
 @attrs.frozen
 class GetInfo:
-    """``GET /version/{version}``; it answers the tally."""
+    """``GET /version/{version}``; the answer is the tally."""
 
     def apply(self, backup: Backup) -> tuple[Backup, Tally]:
         """As `Upload.apply`."""
@@ -70,7 +71,10 @@ class GetInfo:
 
 @attrs.frozen
 class Download:
-    """``GET /keys``, all, a room's or one, in one page; it answers the keys."""
+    """``GET /keys`` for all keys, a room's or one; the answer is the keys.
+
+    The download must fit in one page, because a longer download isn't one snapshot.
+    """
 
     room_id: str | None = None
     session_id: str | None = None
@@ -84,18 +88,18 @@ Operation: TypeAlias = Upload | Delete | GetInfo | Download
 
 
 def tally(backup: Backup) -> Tally:
-    """What a backup is told to be like."""
+    """Return the etag and count that the server reports for a backup."""
     return backup.etag, len(backup.keys)
 
 
 @attrs.frozen(eq=False)
 class Event:
-    """An operation as a client saw it.
+    """An operation as recorded by a client.
 
     Attributes:
-        start: when it was sent, in seconds of a clock that all clients have.
-        end: when its answer was there.
-        answer: as `Upload.apply`; None when it was lost.
+        start: when the request was sent, in seconds of a clock shared by all clients.
+        end: when the answer arrived; infinite if the answer was lost.
+        answer: as returned by `Upload.apply`; None if the answer was lost.
     """
 
     operation: Operation
@@ -105,18 +109,19 @@ class Event:
 
     @property
     def is_lost(self) -> bool:
-        """Whether nobody knows if it has happened."""
+        """Whether no answer arrived, so that nobody knows if the operation happened."""
         return self.end == math.inf
 
 
 @attrs.frozen
 class _Prefix:
-    """A prefix in an order, and all before it.
+    """The beginning of a possible order, as a linked list.
 
     Attributes:
-        backup: what it has come to.
-        remaining: the events that have no prefix yet.
-        event: the last one, None at the beginning.
+        backup: the backup after these operations.
+        remaining: events that are not in the prefix yet.
+        event: last event of the prefix; None in the empty prefix.
+        before: the prefix without its last event; None for the empty prefix.
     """
 
     backup: Backup
@@ -125,11 +130,11 @@ class _Prefix:
     before: _Prefix | None
 
     def then(self, event: Event, backup: Backup) -> _Prefix:
-        """The prefix after it, of an event that leaves the backup so."""
+        """Return the prefix extended by an event that leaves this backup."""
         return _Prefix(backup, self.remaining - {event}, event, self)
 
     def order(self) -> list[Event]:
-        """All events up to here."""
+        """Return all events of the prefix, in order."""
         order: list[Event] = []
         prefix: _Prefix | None = self
         while prefix is not None and prefix.event is not None:
@@ -138,20 +143,24 @@ class _Prefix:
         return order[::-1]
 
     def candidates(self) -> list[Event]:
-        """Those that may be next: nothing has ended before they began."""
+        """Return the events that may come next: no other event ended before their
+        start."""
         end = min((event.end for event in self.remaining), default=math.inf)
         return [event for event in self.remaining if event.start <= end]
 
 
 def linearize(events: Sequence[Event], backup: Backup | None = None) -> list[Event]:
-    """An order that explains the answers, without the lost events that it can do
-    without.
+    """Find an order of the events that explains all answers.
 
     Args:
-        backup: what there was at the beginning, nothing by default.
+        backup: the backup at the beginning; empty by default.
+
+    Returns:
+        The order. Lost events are left out if the answers can be explained without
+        them.
 
     Raises:
-        NotLinearizable: there is none.
+        NotLinearizable: no such order exists.
     """
     prefixes = [_Prefix(backup or Backup(), frozenset(events), None, None)]
     seen = set()
@@ -176,7 +185,7 @@ def linearize(events: Sequence[Event], backup: Backup | None = None) -> list[Eve
 
 
 def _with_reads(prefix: _Prefix) -> _Prefix:
-    """The prefix after all that fits and leaves the backup as it is."""
+    """Append all events that fit and leave the backup unchanged, until no more fit."""
     while True:
         for event in prefix.candidates():
             after, answer = event.operation.apply(prefix.backup)
@@ -188,8 +197,11 @@ def _with_reads(prefix: _Prefix) -> _Prefix:
 
 
 def _changes(prefix: _Prefix) -> Iterator[_Prefix]:
-    """The prefixes after each change that may be next, the lost ones first: the last is
-    tried first."""
+    """Yield the prefix extended by each possible change.
+
+    Changes with a lost answer come first. The caller's stack takes the last prefix
+    first, so changes with an answer are tried before.
+    """
     for event in sorted(prefix.candidates(), key=lambda event: not event.is_lost):
         after, answer = event.operation.apply(prefix.backup)
         if after is not prefix.backup and (event.is_lost or answer == event.answer):
@@ -197,7 +209,7 @@ def _changes(prefix: _Prefix) -> Iterator[_Prefix]:
 
 
 def _is_dead_end(prefix: _Prefix) -> bool:
-    """Whether an answer that has no prefix yet tells an earlier etag."""
+    """Whether a remaining answer has an etag lower than the backup's."""
     return any(
         event.answer[0] < prefix.backup.etag
         for event in prefix.remaining
@@ -206,7 +218,8 @@ def _is_dead_end(prefix: _Prefix) -> bool:
 
 
 def _explain(prefix: _Prefix) -> str:
-    """What doesn't fit after the longest order that was found."""
+    """Return a message with the longest prefix and the answers that don't fit after
+    it."""
     lines = [f"nothing fits after {len(prefix.order())} operations:"]
     for event in sorted(prefix.candidates(), key=lambda event: event.start):
         if not event.is_lost:

@@ -1,4 +1,4 @@
-"""Clients that share a backup and go on through a fault, and what they saw."""
+"""Clients that keep a shared backup under load during a fault, and check the result."""
 
 from __future__ import annotations
 
@@ -28,38 +28,38 @@ from .linearizability import (
 )
 
 CLIENTS = 6
-#: How many operations there are before a fault, at most. The checker's memory grows
-#: with the length of a history: this and what is lost keep it small.
+#: Largest number of operations before a fault. The checker's memory grows with the
+#: length of a history; this limit, and few lost answers, keep the memory small.
 OPERATIONS = 90
-#: How many operations each client performs after it.
+#: Number of operations of each client after the fault.
 OPERATIONS_AFTER = 4
-#: How long after an operation's begin the fault comes, at most, in seconds: about as
-#: long as an upload takes.
+#: Longest delay between the start of an operation and the fault, in seconds: about the
+#: time of an upload.
 FAULT_DELAY = 0.02
-#: The part of the operations that upload keys which nobody else uploads.
+#: Fraction of the operations that upload keys which no other client uploads.
 NEW_KEYS_FRACTION = 0.4
 NEW_KEYS = 6
-#: What waits longer for an answer is lost, in seconds.
+#: Timeout of a request, in seconds; then the answer counts as lost.
 ANSWER_TIMEOUT = 60.0
-#: How long a client waits after a failure, in seconds.
+#: Pause of a client after a lost answer, in seconds.
 PAUSE = 0.1
-#: How long it may take until all is well again, in seconds.
+#: Longest recovery after a fault, in seconds.
 DEADLINE = 30.0
 
 
 @attrs.define
 class Load:
-    """Clients of one backup.
+    """Concurrent clients of one backup, and the fault that interrupts them.
 
     Attributes:
-        recorder: what they saw.
-        random: chooses what they do, and when the fault comes.
-        fault_at: how many operations there are before it.
-        started: how many operations there were.
-        fault: fires after it.
-        fault_times: when it began and when it was over.
-        new_keys_left: how many new keys there may be yet: a download of one page shows one
-            moment, which a longer one doesn't.
+        recorder: records all operations.
+        random: source of the operations and of the fault's time.
+        fault_at: number of operations started before the fault.
+        started: number of operations started.
+        fault: fires after the fault.
+        fault_times: begin and end of the fault, in monotonic seconds.
+        new_keys_left: number of new keys that may still be uploaded. The limit keeps a
+            download on one page, because only a one-page download is a snapshot.
     """
 
     connection: Connection
@@ -73,10 +73,11 @@ class Load:
 
     @inlineCallbacks
     def run(self, inject: Callable[[], None]) -> Generator[Deferred[Any], Any, None]:
-        """Perform operations, inject a fault meanwhile, and perform some more.
+        """Run the clients, inject a fault, and run them for some more operations.
 
         Args:
-            inject: the fault and, where something must be started again, its end.
+            inject: causes the fault and, where a process must be restarted, ends the
+                fault.
         """
         delay = self.random.random() * FAULT_DELAY
         clients = [self._act(number) for number in range(CLIENTS)]
@@ -91,7 +92,7 @@ class Load:
 
     @inlineCallbacks
     def _act(self, number: int) -> Generator[Deferred[Any], Any, None]:
-        """One client's operations."""
+        """Run one client: operations until the fault, then OPERATIONS_AFTER more."""
         random = Random(self.random.random())
         while not self.fault.called and self.started < OPERATIONS:
             yield self._perform(random, number)
@@ -112,10 +113,11 @@ class Load:
             yield deferLater(reactor, PAUSE)
 
     def _choose(self, random: Random, mark: str) -> Operation:
-        """What a client may do next.
+        """Return a random operation.
 
         Args:
-            mark: tells its new keys from those of others.
+            mark: text in the data and new ids of the uploaded keys, unique for each
+                upload.
         """
         if random.random() > NEW_KEYS_FRACTION or not self.new_keys_left:
             return any_operation(random, mark)
@@ -130,7 +132,11 @@ class Load:
 
     @inlineCallbacks
     def read_back(self) -> Generator[Deferred[Any], Any, list[Any]]:
-        """What there is in the end: the keys, and the etag and the count."""
+        """Read the keys, then the etag and count, with retries until DEADLINE.
+
+        Returns:
+            A Deferred that fires with both answers.
+        """
         seen = []
         for operation in (Download(), GetInfo()):
             end = time.monotonic() + DEADLINE
@@ -145,14 +151,14 @@ class Load:
         return seen
 
     def check(self, may_repeat: bool) -> None:
-        """See whether what was seen has an order.
+        """Check that the recorded operations are linearizable.
 
         Args:
-            may_repeat: whether the server may have done twice what was under way when
-                the fault came.
+            may_repeat: whether the server may have run the writes that were under way
+                during the fault twice.
 
         Raises:
-            NotLinearizable: it hasn't.
+            NotLinearizable: they are not.
         """
         twins = self.writes_during_fault() if may_repeat else []
         linearize(
@@ -160,7 +166,7 @@ class Load:
         )
 
     def writes_during_fault(self) -> list[Event]:
-        """The writes that were under way during the fault."""
+        """Return the writes that were under way during the fault."""
         start, end = self.fault_times
         return [
             event
@@ -173,7 +179,7 @@ class Load:
 def new_load(
     connection: Connection, seed: object
 ) -> Generator[Deferred[Any], Any, Load]:
-    """Clients of a new backup."""
+    """Create a backup; fire with a load of clients for the new backup."""
     body = {"algorithm": ALGORITHM, "auth_data": {}}
     answer: Answer = yield connection.request("POST", "/version", body)
     random = Random(str(seed))
@@ -186,12 +192,12 @@ def new_load(
 
 
 def is_write(operation: Operation) -> bool:
-    """Whether it may change a backup."""
+    """Whether an operation may change a backup."""
     return isinstance(operation, Upload | Delete)
 
 
 def wait_for(deferred: Deferred[None]) -> Deferred[None]:
-    """A Deferred that fires with another one, which several wait for."""
+    """Return a new Deferred that fires when a shared Deferred fires."""
     waiter: Deferred[None] = Deferred()
 
     def fire(result: None) -> None:
@@ -202,10 +208,13 @@ def wait_for(deferred: Deferred[None]) -> Deferred[None]:
 
 
 def summary(loads: Sequence[Load]) -> str:
-    """What was tried, for the one who runs a test; each load had a fault.
+    """Return a line with the numbers of faults, operations and lost answers.
+
+    Args:
+        loads: loads that each had one fault.
 
     Raises:
-        AssertionError: no fault has met a write.
+        AssertionError: no write was under way during any fault.
     """
     met = sum(len(load.writes_during_fault()) for load in loads)
     assert met

@@ -1,7 +1,8 @@
-"""A way to a server that may be cut: then nothing comes back, not even that it is gone.
+"""A network link to a server that a test can cut, so that packets vanish silently.
 
-It is a network of two in the kernel. At its far end this module, run by itself, passes
-connections on to a unix socket: ADDRESS PORT PATH.
+The link is a pair of virtual network devices in the Linux kernel; the far end has a
+network namespace of its own. There, this module runs as a program and forwards TCP
+connections to a unix socket. Arguments: ADDRESS PORT PATH.
 """
 
 from __future__ import annotations
@@ -19,35 +20,43 @@ import attrs
 
 from ..servers.processes import Process
 
-#: Of the addresses that RFC 2544 has for tests of devices: hardly anybody has them.
+#: Addresses of the range that RFC 2544 reserves for benchmarks of network devices, so
+#: that they are hardly in use on the machine.
 NEAR, FAR = "198.18.77.1", "198.18.77.2"
 PORT = 5432
-#: For how long what passes connections on may take to start, in seconds.
+#: Longest start of the forwarding process, in seconds.
 DEADLINE = 10.0
 
 
 @attrs.frozen
 class Link:
-    """What leads to `FAR`, at `PORT`.
+    """A network link to FAR, on whose PORT the server can be reached.
 
     Attributes:
-        name: of the network.
+        name: name of the network namespace, and of the near device.
     """
 
     name: str
 
     def cut(self) -> None:
-        """Have all that is sent get lost, from either end."""
+        """Drop all packets in both directions, without an error for either end."""
         ip("-n", self.name, "link", "set", "far", "down")
 
     def restore(self) -> None:
-        """Have it arrive again."""
+        """Deliver packets again."""
         ip("-n", self.name, "link", "set", "far", "up")
 
 
 @contextmanager
 def new_link(path: Path, output: Path) -> Iterator[Link]:
-    """A cable to a unix socket; it takes root to have one."""
+    """Create a link to a server on a unix socket, and remove it at the end.
+
+    It needs root.
+
+    Args:
+        path: of the server's unix socket.
+        output: file for the output of the forwarding process.
+    """
     name = f"rk{os.getpid()}"
     with ExitStack() as stack:
         ip("netns", "add", name)
@@ -70,7 +79,7 @@ def new_link(path: Path, output: Path) -> Iterator[Link]:
 
 
 def can_make_networks() -> bool:
-    """Whether we may make networks."""
+    """Whether this process may create network namespaces."""
     name = f"rkt{os.getpid()}"
     try:
         ip("netns", "add", name)
@@ -81,7 +90,7 @@ def can_make_networks() -> bool:
 
 
 def ip(*arguments: str) -> None:
-    """Run the command that sets up networks."""
+    """Run the ``ip`` command; raise an error if it fails."""
     subprocess.run(["ip", *arguments], check=True, capture_output=True)
 
 
@@ -92,7 +101,7 @@ def _accepts() -> bool:
 
 
 async def forward(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    """Write what can be read, to its end."""
+    """Copy bytes from a reader to a writer until the end, then close the writer."""
     with suppress(OSError):
         while data := await reader.read(65536):
             writer.write(data)
@@ -101,7 +110,7 @@ async def forward(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) ->
 
 
 async def main(address: str, port: str, path: str) -> None:
-    """Pass connections on until the process is ended."""
+    """Forward connections from an address and port to a unix socket, until killed."""
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         upstream = await asyncio.open_unix_connection(path)

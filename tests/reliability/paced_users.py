@@ -1,8 +1,9 @@
-"""Users who run_user, and how long each of their requests takes: PORT VERSION:TOKEN...
+"""Well-behaved users with an open-loop load. Arguments: PORT VERSION:TOKEN...
 
-A user's requests are due at fixed times, and each is measured from then on: one that
-has to wait for the one before it counts in full. For each a line is printed: when it
-was due, in seconds of the system's monotonic clock, how long it took, and its status.
+A user's requests are due at fixed times, and each response time counts from that due
+time. A request that waits for the previous one therefore counts with its whole wait.
+For each request the program prints a line: due time in seconds of the system's
+monotonic clock, response time in seconds, and status.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from ..contract.base import PREFIX, key, keys_path, version_path, wrapped
 from ..servers.processes import HOST
 from .sockets import request
 
-#: Seconds between two requests of a user.
+#: Interval between two requests of a user, in seconds.
 INTERVAL = 0.1
-#: How many keys an upload has, and how many bytes each.
+#: Number of keys in an upload, and bytes of data in each.
 KEYS = 5
 KEY_BYTES = 900
 ROOM = "!room:h"
@@ -29,10 +30,10 @@ Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 
 class Connection:
-    """A user's connection, that is kept, and made anew when it has ended.
+    """A user's kept-alive connection, which is reopened after it was closed.
 
     Attributes:
-        body: of the last answer.
+        body: body of the last answer.
     """
 
     def __init__(self, port: int, token: str) -> None:
@@ -42,9 +43,13 @@ class Connection:
         self._streams: Streams | None = None
 
     async def send(self, method: str, path: str, body: bytes = b"") -> int:
-        """Send a request and read the answer; its status, or 0 when there is none.
+        """Send a request and read the answer.
 
-        The path starts below the prefix.
+        Args:
+            path: path below the endpoints' prefix.
+
+        Returns:
+            The status, or 0 if the connection failed.
         """
         try:
             if self._streams is None:
@@ -63,7 +68,7 @@ class Connection:
 
 
 def requests_of(version: str) -> Iterator[tuple[str, str, bytes]]:
-    """What a user does, for ever: methods, paths and bodies."""
+    """Yield a user's requests without end: method, path and body."""
     for number in count():
         sessions = {f"{number}/{n}": key(data="x" * KEY_BYTES) for n in range(KEYS)}
         body = json.dumps(wrapped({ROOM: sessions})).encode()
@@ -73,10 +78,10 @@ def requests_of(version: str) -> Iterator[tuple[str, str, bytes]]:
 
 
 async def run_user(port: int, version: str, token: str, start: float) -> None:
-    """Be one of the users.
+    """Send one user's requests at their due times and print the response times.
 
     Args:
-        start: when the first request is due.
+        start: when the first request is due, in monotonic seconds.
     """
     connection = Connection(port, token)
     for number, row in enumerate(requests_of(version)):
@@ -87,7 +92,7 @@ async def run_user(port: int, version: str, token: str, start: float) -> None:
 
 
 async def main(port: str, *users: str) -> None:
-    """Have the users run_user until the process is ended."""
+    """Run all users, with start times spread over one interval, until killed."""
     start = time.monotonic()
     tasks = []
     for number, user in enumerate(users):

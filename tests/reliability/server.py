@@ -1,7 +1,7 @@
-"""The plugin's own site as a process of its own: DATABASE USERS.
+"""A process that serves the plugin's own site. Arguments: DATABASE USERS.
 
-DATABASE is psycopg2's arguments as JSON; USERS is how many users the server knows, with
-the tokens that a new `StubAuth` gives to its first ones.
+DATABASE is a JSON object with psycopg2's arguments. USERS is the number of users that
+the server knows; their tokens are the first ones that a new `StubAuth` issues.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from ..sites import Backend, OwnSite
 def serve(
     reactor: Any, database: str, users: str
 ) -> Generator[Deferred[Any], Any, None]:
-    """Print the address and answer requests until a signal comes."""
+    """Print the server's address and answer requests until a signal ends the
+    process."""
     site = OwnSite(Backend("postgres", json.loads(database), Path()))
     host = yield site.start()
     for _ in range(int(users)):

@@ -1,4 +1,4 @@
-"""HTTP by hand: what a client may do to a server, right and wrong."""
+"""An HTTP client on plain sockets, which can send invalid requests too."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ import attrs
 from ..contract.base import ALGORITHM, PREFIX
 from ..servers.processes import HOST
 
-#: How long an answer may take, in seconds.
+#: Default timeout of an answer, in seconds.
 DEADLINE = 20.0
-#: Makes closing a socket reset its connection.
+#: SO_LINGER value with which close() resets the connection.
 _RESET = struct.pack("ii", 1, 0)
 
 
 @attrs.frozen
 class Reply:
-    """An answer as it came; header names are lower-case."""
+    """An HTTP answer as received; header names are in lower case."""
 
     status: int
     headers: Mapping[str, str]
@@ -29,12 +29,12 @@ class Reply:
 
 
 def connect(port: int) -> socket.socket:
-    """A connection to a server on this machine."""
+    """Open a connection to a server on this machine."""
     return socket.create_connection((HOST, port), timeout=DEADLINE)
 
 
 def reset(client: socket.socket) -> None:
-    """End a connection as a crashed machine does."""
+    """Reset a connection, as the kernel does for a crashed process."""
     client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
     client.close()
 
@@ -42,7 +42,7 @@ def reset(client: socket.socket) -> None:
 def request(
     method: str, target: str, token: str | None, body: bytes = b"", *headers: str
 ) -> bytes:
-    """A request; one without a body has no Content-Length."""
+    """Return a request's bytes; without a body there is no Content-Length header."""
     lines = [f"{method} {target} HTTP/1.1", "Host: a", *headers]
     if token is not None:
         lines.append(f"Authorization: Bearer {token}")
@@ -52,7 +52,7 @@ def request(
 
 
 def read_reply(stream: BinaryIO, method: str = "GET") -> Reply | None:
-    """The next answer on a connection, or None when it has ended."""
+    """Read the next answer from a connection; None if the connection has ended."""
     line = stream.readline()
     if not line:
         return None
@@ -91,10 +91,10 @@ def _exactly(stream: BinaryIO, size: int) -> bytes:
 
 @attrs.frozen
 class Exchange:
-    """What came back over a connection.
+    """The answers received over one connection.
 
     Attributes:
-        is_broken: whether the server has ended it while bytes were on their way.
+        is_broken: whether the server closed the connection before all bytes were sent.
     """
 
     replies: list[Reply]
@@ -102,18 +102,20 @@ class Exchange:
 
     @property
     def statuses(self) -> list[int]:
-        """Those of all answers."""
+        """The statuses of all answers."""
         return [reply.status for reply in self.replies]
 
 
 def exchange(
     port: int, *parts: bytes, wanted: int = 1000, read_timeout: float = DEADLINE
 ) -> Exchange:
-    """Send bytes as they are, and read what is answered until the connection ends.
+    """Send bytes unchanged and read answers until the connection ends.
 
     Args:
-        wanted: after how many answers the client ends it; whatever comes still, counts.
-        read_timeout: after how many seconds without an answer the client ends it, too.
+        wanted: number of answers after which the client ends its side; answers that
+            still arrive are returned too.
+        read_timeout: seconds without an answer after which the client closes the
+            connection.
     """
     replies: list[Reply] = []
     with connect(port) as client, client.makefile("rb") as stream:
@@ -135,7 +137,7 @@ def exchange(
 
 
 def new_version(port: int, token: str) -> str:
-    """Make a version of a backup."""
+    """Create a backup version and return its number."""
     body = json.dumps({"algorithm": ALGORITHM, "auth_data": {}}).encode()
     sent = request("POST", PREFIX + "/version", token, body, "Connection: close")
     [reply] = exchange(port, sent).replies
@@ -145,7 +147,7 @@ def new_version(port: int, token: str) -> str:
 
 
 def upload(version: str, token: str, session_data: Any, *headers: str) -> bytes:
-    """An upload of one key."""
+    """Return a request that uploads one key."""
     value = {
         "first_message_index": 0,
         "forwarded_count": 0,

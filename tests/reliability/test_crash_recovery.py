@@ -1,4 +1,4 @@
-"""Processes killed at any moment: what was acknowledged is there when they are back."""
+"""Acknowledged writes survive a kill (SIGKILL) of any process at any moment."""
 
 from __future__ import annotations
 
@@ -46,16 +46,17 @@ SYNAPSE_KILLS = 100 if SOAK else 5
 POSTGRES_KILLS = 20 if SOAK else 2
 SCHEMA_KILLS = 20 if SOAK else 8
 MIGRATION_KILLS = 20 if SOAK else 3
-#: How many kills there may be until a loss is found.
+#: Largest number of kills until the check must detect a lost commit.
 MAX_KILLS = 10
-#: How long after it has begun to make the tables, or was held up at it, a process is
-#: killed, in seconds at most.
+#: Longest delay, in seconds, between the sign that a process is creating tables and its
+#: kill.
 MAX_KILL_DELAY = 0.001
-#: How long that sign, or the end of a migration, may take, in seconds.
+#: Timeout for that sign and for the end of a migration, in seconds.
 DEADLINE = 30.0
-#: The part of the kills that must have met what they are meant for.
+#: Least fraction of the kills that must hit the operation under test; with fewer, the
+#: test would prove nothing.
 MIN_FRACTION = 0.25
-#: Those that the service makes.
+#: The tables that the service creates.
 TABLES = (
     "e2e_room_keys",
     "e2e_room_keys_versions",
@@ -63,7 +64,8 @@ TABLES = (
     "roomkeys_numbers",
     "roomkeys_schema",
 )
-#: The service without the setting by which its commits wait for the disk.
+#: Program that runs the service without ``SET LOCAL synchronous_commit TO ON``, the
+#: setting by which a commit waits for the disk.
 WITHOUT_SYNCHRONOUS_COMMIT = """
 import attrs
 from synapse_roomkeys.service.cli import main
@@ -92,7 +94,8 @@ NewDatabase = Callable[[], Mapping[str, Any] | None]
 def async_postgres(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[PostgresServer]:
-    """A PostgreSQL whose transactions don't wait for the disk unless told to."""
+    """A PostgreSQL server whose commits don't wait for the disk unless the client asks
+    for that (synchronous_commit off)."""
     settings = {"synchronous_commit": "off", "wal_writer_delay": "10s"}
     directory = tmp_path_factory.mktemp("async_postgres")
     with PostgresServer(directory, durable=True, settings=settings) as server:
@@ -101,7 +104,8 @@ def async_postgres(
 
 @pytest.fixture(params=["sqlite", "postgres"])
 def new_database(request: pytest.FixtureRequest) -> NewDatabase:
-    """Makes databases of each engine: psycopg2's arguments, or None for SQLite."""
+    """A function that creates a database on each engine: psycopg2's arguments, or None
+    for SQLite."""
     if request.param == "sqlite":
         return lambda: None
     server: PostgresServer = request.getfixturevalue("postgres")
@@ -116,10 +120,14 @@ def kill_repeatedly(
     kills: int,
     may_repeat: bool = False,
 ) -> Steps:
-    """Kill something under the load of a new backup's clients, and check all backups.
+    """Kill a process under the load of a new backup, several times, and check all
+    backups.
 
     Args:
-        kill: ends it and starts it again.
+        url: of the server that the clients use.
+        new_user: returns the user of a numbered load.
+        kill: kills the process and restarts a process in its place.
+        kills: number of kills.
         may_repeat: as for `Load.check`.
     """
     loads: list[tuple[Load, list[Any]]] = []
@@ -140,8 +148,8 @@ def kill_repeatedly(
 def test_killed_service(
     homeserver: Homeserver, new_database: NewDatabase, tmp_path: Path
 ) -> Steps:
-    """Whatever it was doing: uploads without an answer are there as a whole or not at
-    all, those with one are, and etag and count are exact."""
+    """After a kill of the service, acknowledged uploads are complete, unanswered ones
+    are complete or absent, and etag and count are exact."""
     with Service(tmp_path, homeserver.url, database=new_database()) as service:
 
         def kill() -> None:
@@ -156,7 +164,7 @@ def test_killed_service(
 
 @inlineCallbacks
 def test_killed_synapse(postgres: PostgresServer, tmp_path: Path) -> Steps:
-    """The same with the plugin in a Synapse."""
+    """After a kill of a Synapse with the plugin, the same holds as for the service."""
     with Synapse(tmp_path, database=postgres.create_database()) as synapse:
 
         def new_user(number: int) -> User:
@@ -171,7 +179,7 @@ def test_killed_synapse(postgres: PostgresServer, tmp_path: Path) -> Steps:
 
 
 def kill_postgres(server: PostgresServer) -> None:
-    """Kill it with all its processes, and start it again."""
+    """Kill PostgreSQL with all its processes, and restart the server."""
     server.kill()
     server.start()
 
@@ -180,8 +188,8 @@ def kill_postgres(server: PostgresServer) -> None:
 def test_killed_postgres(
     homeserver: Homeserver, async_postgres: PostgresServer, tmp_path: Path
 ) -> Steps:
-    """A database is killed, and not the service, which tries again. It would not wait
-    for its disk, but for us it does."""
+    """After a kill of PostgreSQL, the running service retries and no acknowledged write
+    is lost, although the server's default is not to wait for the disk."""
     database = async_postgres.create_database()
     with Service(tmp_path, homeserver.url, database=database) as service:
         yield kill_repeatedly(
@@ -198,8 +206,8 @@ def test_killed_postgres(
 def test_a_lost_commit_is_detected(
     homeserver: Homeserver, async_postgres: PostgresServer, tmp_path: Path
 ) -> Steps:
-    """A service that lets the database acknowledge what isn't on its disk yet loses
-    some of it, and the check tells."""
+    """The check detects the loss if the service lets PostgreSQL acknowledge commits
+    before they are on disk."""
     database = async_postgres.create_database()
     service = Service(tmp_path, homeserver.url, database=database)
     service.program = ("-c", WITHOUT_SYNCHRONOUS_COMMIT)
@@ -217,14 +225,18 @@ def kills_until_detected(
     server: PostgresServer,
     database: Mapping[str, Any],
 ) -> Generator[Deferred[Any], Any, int]:
-    """How many kills it takes until what was seen has no order.
+    """Kill PostgreSQL under load until the history is not linearizable.
+
+    Returns:
+        A Deferred that fires with the number of kills.
 
     Raises:
-        AssertionError: after as many as there may be, it has.
+        AssertionError: the histories of MAX_KILLS kills are all linearizable.
     """
     for number in range(MAX_KILLS):
         load: Load = yield new_load(Connection(url, homeserver.new_user()), number)
-        # The tables and the version stay, whatever is lost.
+        # Write the tables and the version to disk, so that the kill can lose only
+        # uploads.
         with closing(psycopg2.connect(**database)) as connection:
             connection.autocommit = True
             connection.cursor().execute("CHECKPOINT")
@@ -238,7 +250,7 @@ def kills_until_detected(
 
 
 def place_of(database: Mapping[str, Any] | None, directory: Path) -> Place:
-    """The database that a service in a directory uses."""
+    """Return the database that a service in a directory uses."""
     if database is None:
         path = str(directory / "roomkeys.db")
         return Place(DatabaseConfig("sqlite3", {"database": path}))
@@ -246,7 +258,7 @@ def place_of(database: Mapping[str, Any] | None, directory: Path) -> Place:
 
 
 def until(condition: Callable[[], object]) -> None:
-    """Wait until something is so."""
+    """Poll until a condition is true; fail after DEADLINE seconds."""
     end = time.monotonic() + DEADLINE
     while not condition():
         assert time.monotonic() < end
@@ -255,8 +267,16 @@ def until(condition: Callable[[], object]) -> None:
 
 @contextmanager
 def during_table_creation(place: Place, random: Random) -> Iterator[Callable[[], None]]:
-    """Let a process make tables, and hold it up while it is at it where that can be;
-    gives what waits until it is."""
+    """Prepare a database so that a process which creates the tables can be killed
+    meanwhile.
+
+    On PostgreSQL, an uncommitted table of the same name blocks that process at a random
+    table. SQLite has no such means; there, a short look at the write lock shows the
+    moment.
+
+    Yields:
+        A function that waits until the process is creating the tables.
+    """
     if place.config.name == "sqlite3":
         path = Path(place.config.args["database"])
         path.parent.mkdir()
@@ -266,7 +286,7 @@ def during_table_creation(place: Place, random: Random) -> Iterator[Callable[[],
         return
     with closing(psycopg2.connect(**place.config.args)) as other:
         cursor = other.cursor()
-        # It waits to see whether there is such a table already.
+        # CREATE TABLE of the same name waits until this transaction ends.
         cursor.execute(f"CREATE TABLE {random.choice(TABLES)} (a INT)")
         with closing(psycopg2.connect(**place.config.args)) as watcher:
             watcher.autocommit = True
@@ -274,7 +294,7 @@ def during_table_creation(place: Place, random: Random) -> Iterator[Callable[[],
 
 
 def is_locked(connection: sqlite3.Connection) -> bool:
-    """Whether another process is writing to an SQLite file."""
+    """Whether another process holds the write lock of the SQLite file."""
     try:
         connection.execute("BEGIN IMMEDIATE")
     except sqlite3.OperationalError:
@@ -284,7 +304,7 @@ def is_locked(connection: sqlite3.Connection) -> bool:
 
 
 def has_lock_wait(cursor: Any) -> bool:
-    """Whether one transaction waits for another."""
+    """Whether any transaction of the PostgreSQL server waits for a lock."""
     cursor.execute("SELECT 1 FROM pg_locks WHERE NOT granted")
     return cursor.fetchone() is not None
 
@@ -292,8 +312,8 @@ def has_lock_wait(cursor: Any) -> bool:
 def test_kill_during_table_creation(
     homeserver: Homeserver, new_database: NewDatabase, tmp_path: Path
 ) -> None:
-    """The tables are there all together or not at all, and the next start makes them
-    all. Each kill comes while the process is making them, or has just done so."""
+    """After a kill during or just after the creation of the tables, either all or none
+    exist, and the next start creates all of them."""
     random = Random(0)
     interrupted = 0
     for number in range(SCHEMA_KILLS):
@@ -318,17 +338,17 @@ def test_kill_during_table_creation(
     assert interrupted >= SCHEMA_KILLS * MIN_FRACTION
 
 
-#: Whose backups are migrated, and how many keys each has.
+#: Number of users whose backups are migrated, and of keys in each.
 USERS = 40
 KEYS_OF_ONE = 700
-#: After how many of them a kill comes at the latest.
+#: Largest number of migrated backups before a kill.
 LATEST_KILL = 32
-#: How long a backup takes to be copied, in seconds at most.
+#: Longest additional delay of a kill, in seconds: about the time of a backup's copy.
 MAX_COPY_SECONDS = 0.02
 
 
 def source_in(directory: Path) -> Place:
-    """The database of a Synapse with some backups."""
+    """Create a database with Synapse's tables and backups of USERS users."""
     path = str(directory / "homeserver.db")
     source = make_synapses_tables(Place(DatabaseConfig("sqlite3", {"database": path})))
     for number in range(USERS):
@@ -341,7 +361,7 @@ def source_in(directory: Path) -> Place:
 def new_migration(
     directory: Path, source: Place, database: Mapping[str, Any] | None
 ) -> Service:
-    """A process that migrates, when it is started."""
+    """Return a migration process for a target database, not started yet."""
     directory.mkdir()
     homeserver = directory / "homeserver.yaml"
     path = source.config.args["database"]
@@ -353,7 +373,7 @@ def new_migration(
 
 
 def is_in_whole_backups(source: Place, target: Place) -> bool:
-    """Whether each version at the target is the same as at the source."""
+    """Whether each version in the target has the same keys as in the source."""
     if not target.tables:
         return True
     versions = target.run(VERSIONS)
@@ -363,7 +383,7 @@ def is_in_whole_backups(source: Place, target: Place) -> bool:
 
 
 def copied(target: Place) -> int:
-    """How many backups are at the target."""
+    """Return the number of versions in the target."""
     try:
         ((number,),) = target.run("SELECT COUNT(*) FROM e2e_room_keys_versions")
     except (sqlite3.OperationalError, psycopg2.errors.UndefinedTable):
@@ -373,13 +393,13 @@ def copied(target: Place) -> int:
 
 
 def wait_until_copied(target: Place, number: int) -> None:
-    """Wait until as many backups are at the target."""
+    """Wait until the target has at least this number of versions."""
     until(lambda: copied(target) >= number)
 
 
 def test_kill_during_migration(new_database: NewDatabase, tmp_path: Path) -> None:
-    """Each backup is at the target as a whole or not at all; another run goes on from
-    there and ends with both sides equal."""
+    """After a kill of a migration, each backup is complete in the target or absent; the
+    next run resumes and ends with equal source and target."""
     source = source_in(tmp_path)
     random = Random(0)
     interrupted = 0

@@ -1,4 +1,4 @@
-"""A PostgreSQL that is lost, and its standby in its place."""
+"""Failover from a killed PostgreSQL primary to its standby."""
 
 from __future__ import annotations
 
@@ -21,8 +21,7 @@ from .load import Load, is_write, new_load, summary
 Steps = Generator[Deferred[Any], Any, None]
 
 FAILOVERS = 10 if SOAK else 1
-#: How long it takes after the promotion until a new write is answered, in seconds at
-#: most.
+#: Longest time from the promotion to the first answered new write, in seconds.
 RECOVERY_TIMEOUT = 10.0
 
 
@@ -31,8 +30,9 @@ RECOVERY_TIMEOUT = 10.0
 def test_promotion_of_a_synchronous_standby(
     homeserver: Homeserver, tmp_path: Path, number: int
 ) -> Steps:
-    """The primary is killed under load, and the standby promoted: nothing that was
-    acknowledged is lost, and the service finds the new primary by itself."""
+    """When the primary is killed under load and its synchronous standby promoted, no
+    acknowledged write is lost, and the service connects to the new primary by
+    itself."""
     with PostgresServer(tmp_path / "primary", durable=True) as primary:
         database = primary.create_database()
         with Standby(tmp_path / "standby", primary) as standby:
@@ -55,7 +55,8 @@ def test_promotion_of_a_synchronous_standby(
                 yield load.read_back()
                 load.check(may_repeat=True)
                 begin, end = load.fault_times
-                # What was under way may have been answered before the fault.
+                # Only writes sent after the promotion: an earlier one may have been
+                # answered before the fault.
                 later = [
                     event
                     for event in load.recorder.events

@@ -1,6 +1,6 @@
-"""Databases that fail and clocks that jump: the right answer, and nothing half done.
+"""Injected database errors and clock jumps lead to right answers and whole writes.
 
-What happens while the homeserver is away is in tests/integration/test_whoami.py.
+The tests of an unreachable homeserver are in tests/integration/test_whoami.py.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ ROOM = {"!room": {"new": key(), "better": key(index=0)}}
 
 @pytest.fixture(params=FAULTS)
 def site(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[OwnSite]:
-    """The plugin's own site on each engine."""
+    """The plugin's own site, on each database engine."""
     arguments = None
     if request.param == "postgres":
         server: PostgresServer = request.getfixturevalue("postgres")
@@ -60,11 +60,14 @@ def site(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[OwnSite]:
 
 @attrs.define
 class FailingRun:
-    """A database's ``run`` that fails some times: when a transaction begins, when it
-    has done all but its commit, or when it is committed and the answer is lost.
+    """Replacement of a database's ``run`` that raises an error in the next
+    transactions.
 
     Attributes:
-        times: how many times more.
+        run: the original function.
+        times: number of further transactions that fail.
+        when: at the begin of the transaction, at its end before the commit, or after
+            the commit, so that only the answer is lost.
     """
 
     run: Callable[..., Deferred[Any]]
@@ -94,7 +97,7 @@ class FailingRun:
 
 
 def failing(site: OwnSite, error: Exception, times: int, when: When) -> Any:
-    """The fault, while it is entered."""
+    """Return a context manager in which the site's transactions fail."""
     run = FailingRun(site.database.run, error, times, when)
     return mock.patch.object(site.database, "run", run)
 
@@ -102,8 +105,9 @@ def failing(site: OwnSite, error: Exception, times: int, when: When) -> Any:
 @pytest.mark.parametrize("when", ["begin", "end", "committed"])
 @inlineCallbacks
 def test_a_failed_transaction_is_retried(site: OwnSite, when: When) -> Steps:
-    """After a fault nothing is lost or counted twice, and the client sees none, be it
-    that the transaction came to nothing or that only its answer did."""
+    """A single failed transaction is retried: the client sees no error, and nothing is
+    lost or counted twice, whether the transaction was rolled back or only the answer to
+    its commit was lost."""
     for error in FAULTS[site.backend.name]:
         client = Client(site.host, site.host.new_user())
         version: str = yield client.create_version()
@@ -122,8 +126,8 @@ def test_a_failed_transaction_is_retried(site: OwnSite, when: When) -> Steps:
 
 @inlineCallbacks
 def test_a_permanent_failure_is_503(site: OwnSite) -> Steps:
-    """The client is told when to come again, nothing is half done, and afterwards the
-    same requests are served."""
+    """While all transactions fail, requests get a 503 with Retry-After and no write is
+    applied in part; afterwards the same requests succeed."""
     client = Client(site.host, site.host.new_user())
     version: str = yield client.create_version()
     yield client.upload(version, {"!room": {"better": key(index=1)}})
@@ -150,7 +154,8 @@ def test_a_permanent_failure_is_503(site: OwnSite) -> Steps:
             assert answer.status == 503, answer
             assert int(answer.headers["retry-after"]) > 0
     with failing(site, error, 10**6, "end"):
-        # What is read of a download before it fails is what is there.
+        # The transaction fails after the download's only page was read, so the answer
+        # has all stored keys.
         assert (yield client.download(version)) == {"!room": {"better": key(index=1)}}
     assert (yield client.tally(version)) == (1, 1)
     assert (yield client.upload(version, ROOM)) == (2, 2)
@@ -159,7 +164,8 @@ def test_a_permanent_failure_is_503(site: OwnSite) -> Steps:
 
 @inlineCallbacks
 def test_a_clock_that_jumps_back() -> Steps:
-    """Versions stay new, and counts stay right, also where keys go past the plugin."""
+    """After the clock jumps back, new versions still get new, higher numbers, and
+    counts stay right even for keys written and deleted without the plugin."""
     times = [2_000_000_000.0]
     database = ImmediateDatabase()
     store = EndToEndRoomKeyStore(database, SQLITE.dialect, lambda: times[-1], Limits())

@@ -1,5 +1,7 @@
-"""Disks that are full under the service's database: what clients are told meanwhile,
-and that all is well afterwards."""
+"""Full disks under the service's database: uploads are refused while there is no room.
+
+Downloads are served meanwhile, and uploads again once there is room.
+"""
 
 from __future__ import annotations
 
@@ -32,21 +34,21 @@ from .faults import (
 )
 from .sockets import exchange, request
 
-#: What room there is on a full disk, in bytes: enough for a part of an upload.
+#: Free bytes on a full disk: enough for a part of an upload, not for a whole one.
 BYTES_LEFT = 65536
 TMPFS_SIZE = "40m"
-#: How many connections the tests' client keeps open.
+#: Number of connections that the tests' HTTP client keeps open.
 CONNECTIONS = 8
 
 
 @attrs.frozen
 class Disk:
-    """A small file system."""
+    """A small file system of its own."""
 
     directory: Path
 
     def fill(self) -> None:
-        """Leave next to no room."""
+        """Fill the file system except for BYTES_LEFT bytes."""
         with (self.directory / "ballast").open("ab", buffering=0) as ballast:
             with suppress(OSError):
                 while True:
@@ -54,13 +56,14 @@ class Disk:
             ballast.truncate(ballast.tell() - BYTES_LEFT)
 
     def free(self) -> None:
-        """Leave as much room as there was."""
+        """Delete what `fill` has written."""
         (self.directory / "ballast").unlink()
 
 
 @contextmanager
 def mounted(size: str) -> Iterator[Disk]:
-    """A file system in memory; it takes root to make one."""
+    """Mount a file system in memory (tmpfs) and unmount it at the end; it needs
+    root."""
     directory = make_directory("disk-")
     how = ["mount", "-t", "tmpfs", "-o", f"size={size}", "roomkeys-tests"]
     subprocess.run([*how, str(directory)], check=True, capture_output=True)
@@ -72,7 +75,7 @@ def mounted(size: str) -> Iterator[Disk]:
 
 
 def can_mount() -> bool:
-    """Whether we may make file systems."""
+    """Whether this process may mount file systems."""
     try:
         with mounted("1m"):
             return True
@@ -87,8 +90,8 @@ needs_root = pytest.mark.skipif(not can_mount(), reason="it takes root")
 def check_full_disk(
     served: Served, fill: Callable[[], None], free: Callable[[], None]
 ) -> Steps:
-    """Uploads are refused while there is no room, the service isn't ready and serves
-    downloads, and is ready again soon after there is room."""
+    """Check that on a full disk uploads get 503, downloads are served and /ready is
+    503, and that after `free` uploads succeed and /ready is 200 again."""
     backups: list[Backup] = yield served.new_backups(3)
     fill()
     yield together([backup.refuse() for backup in backups])
@@ -102,7 +105,8 @@ def check_full_disk(
 
 @inlineCallbacks
 def test_a_file_size_limit(serve: Serve, tmp_path: Path) -> Steps:
-    """SQLite's files have reached the size that the system allows a process."""
+    """When SQLite's files reach the process's limit of file size (RLIMIT_FSIZE), the
+    rules of a full disk hold and the log has SQLite's error."""
     served = serve()
     log = tmp_path / "service" / "roomkeys.db-wal"
 
@@ -120,8 +124,8 @@ def test_a_file_size_limit(serve: Serve, tmp_path: Path) -> Steps:
 
 @inlineCallbacks
 def test_a_count_that_cannot_be_cached(serve: Serve, tmp_path: Path) -> Steps:
-    """A version whose cached count has expired is shown with the count of its keys,
-    though SQLite can't write a byte more."""
+    """A version whose cached count has expired is answered with a fresh count of its
+    keys, even if SQLite can't write a byte to cache that count."""
     served = serve()
     [backup] = yield served.new_backups(1)
     path = tmp_path / "service" / "roomkeys.db"
@@ -139,7 +143,8 @@ def test_a_count_that_cannot_be_cached(serve: Serve, tmp_path: Path) -> Steps:
 
 
 def refuse_chunks(port: int, backup: Backup) -> None:
-    """Have an upload of unknown length refused, that goes on to its end."""
+    """Send a chunked upload to its end and check that the answer is a 503 with
+    Retry-After."""
     target = PREFIX + keys_path(backup.version)
     chunk = b"10000\r\n" + bytes(65536) + b"\r\n"
     chunks = [
@@ -160,7 +165,7 @@ def refuse_chunks(port: int, backup: Backup) -> None:
 
 @pytest.fixture
 def disk() -> Iterator[Disk]:
-    """A file system of which one knows the end."""
+    """A file system of TMPFS_SIZE."""
     with mounted(TMPFS_SIZE) as disk:
         yield disk
 
@@ -168,7 +173,8 @@ def disk() -> Iterator[Disk]:
 @needs_root
 @inlineCallbacks
 def test_a_full_disk_under_sqlite(disk: Disk, serve: Serve) -> Steps:
-    """There is no room on the file system."""
+    """When the file system of the SQLite database is full, the rules of a full disk
+    hold and the log has SQLite's error."""
     served = serve(path=disk.directory / "roomkeys.db")
     yield check_full_disk(served, disk.fill, disk.free)
     full = "(disk_full), giving up: OperationalError: database or disk is full"
@@ -178,8 +184,9 @@ def test_a_full_disk_under_sqlite(disk: Disk, serve: Serve) -> Steps:
 @needs_root
 @inlineCallbacks
 def test_a_full_temporary_directory(disk: Disk, serve: Serve) -> Steps:
-    """Uploads that aren't kept in memory are 503 while their bodies have no room; small
-    ones and downloads are served. The log names the directory once."""
+    """When the temporary directory is full, uploads too large for the memory buffer get
+    503, small uploads and downloads are served, no files stay open, and the log names
+    the directory once."""
     served = serve(environment={"TMPDIR": str(disk.directory)})
     backups: list[Backup] = yield served.new_backups(3)
     files = Path(f"/proc/{served.service.pid}/fd")
@@ -202,7 +209,7 @@ def test_a_full_temporary_directory(disk: Disk, serve: Serve) -> Steps:
 
 @pytest.fixture
 def own_postgres(tmp_path: Path) -> Iterator[PostgresServer]:
-    """A server that a test may break."""
+    """A PostgreSQL server of the test's own, which the test may break."""
     with PostgresServer(tmp_path / "own", durable=True) as server:
         yield server
 
@@ -212,7 +219,8 @@ def own_postgres(tmp_path: Path) -> Iterator[PostgresServer]:
 def test_a_full_tablespace(
     disk: Disk, own_postgres: PostgresServer, serve: Serve
 ) -> Steps:
-    """There is no room for PostgreSQL's tables."""
+    """When PostgreSQL's tablespace is full, the rules of a full disk hold and the log
+    has PostgreSQL's error."""
     database = own_postgres.create_database()
     own_postgres.take_ownership(disk.directory)
     with connected(database) as cursor:
@@ -229,8 +237,8 @@ if SOAK:
     def test_a_full_disk_under_the_write_ahead_log(
         disk: Disk, own_postgres: PostgresServer, serve: Serve
     ) -> Steps:
-        """PostgreSQL has no room for its log, which ends it; it is started again when
-        there is some."""
+        """A PostgreSQL that crashed without room for its write-ahead log keeps all
+        acknowledged uploads; after a restart with free room uploads succeed."""
         database = own_postgres.create_database()
         own_postgres.move_wal(disk.directory)
         served = serve(database)
@@ -247,7 +255,7 @@ if SOAK:
         own_postgres.stop()
         disk.free()
         own_postgres.start()
-        # Nobody knows of the one that ended it.
+        # The upload during which the server crashed may be stored or not.
         if (yield last.client.tally(last.version))[1] > len(last.rooms) * KEYS:
             last.acknowledge(rooms)
         yield together([backup.check() for backup in backups])

@@ -1,4 +1,4 @@
-"""Several clients and two processes: what they saw fits one order of the requests."""
+"""Concurrent clients of two servers on one database see a linearizable history."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ Steps = Generator[Deferred[Any], Any, None]
 
 HISTORIES = 40 if SOAK else 3
 CLIENTS = 8
-#: How many operations a client performs in a history.
+#: Number of operations of each client in a history.
 OPERATIONS = 60 if SOAK else 25
-#: The part of the requests whose connections are cut, in the histories where any are.
+#: Fraction of requests whose connections are cut, in the histories with cuts.
 CUT_FRACTION = 0.05
-#: In how many histories a fault must have shown.
+#: Largest number of histories until a planted fault must be detected.
 MAX_HISTORIES = 10
 _ROOT = Path(__file__).parents[2]
 _TIMEOUT = 30.0
@@ -40,20 +40,20 @@ _TIMEOUT = 30.0
 
 @attrs.frozen
 class Servers:
-    """Some servers on one database, and users that all of them know."""
+    """Addresses of servers on one database, and users that all servers know."""
 
     urls: Sequence[str]
     users: Iterator[User]
 
 
 def users() -> Iterator[User]:
-    """The users that a server knows, in their order."""
+    """Return the users that a server process knows, in the order of their creation."""
     auth = StubAuth()
     return iter([auth.new_user() for _ in range(2 * HISTORIES)])
 
 
 def is_listening(process: Process) -> bool:
-    """Whether a server has printed its address."""
+    """Whether a server process has printed its address."""
     return "http://" in process.output()
 
 
@@ -61,7 +61,7 @@ def is_listening(process: Process) -> bool:
 def processes(
     postgres: PostgresServer, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Servers]:
-    """Two processes."""
+    """Two server processes on one PostgreSQL database."""
     directory = tmp_path_factory.mktemp("processes")
     database = json.dumps(postgres.create_database())
     arguments = ["-m", f"{__package__}.server", database, str(2 * HISTORIES)]
@@ -88,7 +88,7 @@ def processes(
 def backend(
     postgres: PostgresServer, tmp_path_factory: pytest.TempPathFactory
 ) -> Backend:
-    """A database for sites in this process."""
+    """A PostgreSQL database for sites in this process."""
     path = tmp_path_factory.mktemp("sites") / "unused"
     return Backend("postgres", postgres.create_database(), path)
 
@@ -96,8 +96,8 @@ def backend(
 @pytest.mark.parametrize("cut", [0, CUT_FRACTION])
 @inlineCallbacks
 def test_every_history_is_linearizable(processes: Servers, cut: float) -> Steps:
-    """Answers, etags, counts and downloads are those of one request after the other,
-    whether or not some of the answers are lost."""
+    """Answers, etags, counts and downloads of concurrent clients match some sequential
+    order of the requests, with and without lost answers."""
     lost = total = 0
     for seed in range(HISTORIES):
         events: list[Event] = yield record(
@@ -114,7 +114,8 @@ def test_every_history_is_linearizable(processes: Servers, cut: float) -> Steps:
 @pytest.mark.parametrize("fault", [*PLAIN, *RACES])
 @inlineCallbacks
 def test_a_planted_fault_is_detected(backend: Backend, fault: str) -> Steps:
-    """A store with a fault has a history that no order explains."""
+    """Two sites whose store has a planted fault produce a history that is not
+    linearizable."""
     with {**PLAIN, **RACES}[fault]():
         one = OwnSite(backend)
         two = OwnSite(backend, one.hs.auth)
@@ -130,10 +131,13 @@ def test_a_planted_fault_is_detected(backend: Backend, fault: str) -> Steps:
 def histories_until_detected(
     sites: Sequence[OwnSite],
 ) -> Generator[Deferred[Any], Any, int]:
-    """How many histories it takes until one has no order.
+    """Record histories until one is not linearizable.
+
+    Returns:
+        A Deferred that fires with the number of histories.
 
     Raises:
-        AssertionError: as many as there may be have one.
+        AssertionError: MAX_HISTORIES histories are all linearizable.
     """
     urls = [site.host.url for site in sites]
     for number in range(MAX_HISTORIES):

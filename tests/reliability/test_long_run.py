@@ -1,6 +1,6 @@
-"""A server under mixed load for a long time: it needs no more at the end than before.
+"""A server under mixed load uses no more resources at the end than at the beginning.
 
-ROOMKEYS_SOAK_SECONDS says how long that is.
+ROOMKEYS_SOAK_SECONDS in the environment sets the duration in seconds.
 """
 
 from __future__ import annotations
@@ -44,41 +44,46 @@ Request = tuple[str, str, Any]
 
 SECONDS = float(os.environ.get("ROOMKEYS_SOAK_SECONDS", 3600 if SOAK else 10))
 SAMPLES = 120
-#: Those who share a backup.
+#: Number of clients that share a backup.
 CLIENTS = 2
 USERS = 6
-#: How long a client waits between two requests, in seconds.
+#: Pause of a client between two requests, in seconds.
 PAUSE = 0.01
-#: The part of the requests whose clients vanish, and how soon, in seconds at most.
+#: Fraction of the requests whose clients disconnect before the answer, and the longest
+#: delay until then, in seconds.
 VANISH_FRACTION = 0.05
 MAX_VANISH_DELAY = 0.02
-#: The part of the steps that are resets, and the part of these after which the user
-#: never comes again.
+#: Fraction of the steps that delete the version, and the fraction of these after which
+#: a new user replaces the old one.
 RESET_FRACTION = 0.005
 LEAVE_FRACTION = 0.3
-#: How many tokens the service remembers: it has met more when the comparison begins.
+#: Size of the service's token cache: the load uses more tokens before the comparison
+#: begins, so that the cache is full by then.
 TOKENS = 10
-#: A backup has no other sessions, so it doesn't grow without end.
+#: All rooms and sessions of a backup: the fixed set bounds its size.
 ROOMS = ("!a:h", "!b:h", "!c:h")
 SESSIONS = range(500)
 MAX_KEYS = 100
 KEY_BYTES = 900
-#: By how much the memory may grow, in bytes: in an hour, by less than twenty for each
-#: request. In a short run the process still takes what it will go on with.
+#: Largest growth of memory, in bytes. In an hour-long run that is less than twenty
+#: bytes a request. In a short run the process still reaches its working size.
 GROWTH = (8 if SOAK else 32) * 1024 * 1024
-#: As many connections of clients may be open at one time, and none at another.
+#: Tolerance for open files: the clients' connections may all be open at one sample and
+#: closed at another.
 FILES = USERS * CLIENTS
-#: The service and Synapse have this many connections to their databases, by default.
+#: Default size of the database connection pool, in the service and in Synapse.
 POOL = 10
 
 
 @attrs.frozen
 class Use:
-    """What a process has of the system's.
+    """Resources used by a process.
 
     Attributes:
-        bytes: its memory.
-        connections: to the database.
+        bytes: resident memory.
+        files: open files.
+        threads: threads.
+        connections: connections to the database.
     """
 
     bytes: int
@@ -88,10 +93,11 @@ class Use:
 
 
 def use_of(pid: int, cursor: Any) -> Use:
-    """What a server has now.
+    """Measure the resources that a server uses now.
 
     Args:
-        cursor: of a connection to its database, which doesn't count.
+        cursor: cursor of a connection to the server's database; that connection isn't
+            counted.
     """
     process = Path(f"/proc/{pid}")
     cursor.execute(
@@ -107,20 +113,20 @@ def use_of(pid: int, cursor: Any) -> Use:
 
 
 def median(uses: Sequence[Use]) -> Use:
-    """The middle of each figure."""
+    """Return the median of each figure."""
     rows = zip(*map(attrs.astuple, uses), strict=True)
     return Use(*(int(statistics.median(row)) for row in rows))
 
 
 @attrs.define
 class Backup:
-    """A user's backup, and what its clients do.
+    """A user's backup and the requests of the clients that share the backup.
 
     Attributes:
-        new_user: somebody whom the server hasn't met.
-        answers: how often each method has had each status.
-        connection: the user's.
-        version: the current one, empty while there is none.
+        new_user: registers a user that the server has not seen.
+        answers: numbers of answers by method and status, and of other outcomes.
+        connection: connection of the current user.
+        version: number of the current version; empty while there is none.
     """
 
     url: str
@@ -132,7 +138,7 @@ class Backup:
 
     @inlineCallbacks
     def act(self, end: float) -> Steps:
-        """Be one of the clients until a time of the monotonic clock."""
+        """Run one client until a time of the monotonic clock."""
         while time.monotonic() < end:
             if self.version and self.random.random() < RESET_FRACTION:
                 yield self.reset()
@@ -142,13 +148,13 @@ class Backup:
 
     @inlineCallbacks
     def start(self) -> Steps:
-        """Begin, as somebody new."""
+        """Switch to a new user and create a version."""
         self.connection = Connection(self.url, self.new_user())
         yield self.make_version()
 
     @inlineCallbacks
     def reset(self) -> Steps:
-        """Delete the version, and make another one or come never again."""
+        """Delete the version, then create a new one, for a new user if drawn."""
         version, self.version = self.version, ""
         path = version_path(version)
         answer: Answer = yield self.connection.request("DELETE", path)
@@ -161,23 +167,25 @@ class Backup:
 
     @inlineCallbacks
     def make_version(self) -> Steps:
-        """Make a version."""
+        """Create a version and make the new version the current one."""
         body = {"algorithm": ALGORITHM, "auth_data": {}}
         answer: Answer = yield self.connection.request("POST", "/version", body)
         self.version = accepted(answer)["version"]
 
     @inlineCallbacks
     def send(self, method: str, path: str, body: Any) -> Steps:
-        """Send a request, and vanish perhaps.
+        """Send a request; disconnect before the answer if drawn.
 
         Raises:
-            AssertionError: it was refused, and not for a reset.
+            AssertionError: the request was refused although no client deleted the
+                version.
         """
         version = self.version
         answered = self.connection.request(method, path, body)
         if self.random.random() < VANISH_FRACTION:
             patience = self.random.random() * MAX_VANISH_DELAY
-            # The exception is one of `LOST` already.
+            # Keep the original exception, which is in `LOST`, instead of a
+            # TimeoutError.
             answered.addTimeout(patience, reactor, lambda failure, _: failure)
             try:
                 yield answered
@@ -187,7 +195,7 @@ class Backup:
         try:
             answer: Answer = yield answered
         except LOST:
-            # A download is broken off when its version is deleted.
+            # The server ends a download early if its version is deleted meanwhile.
             assert method == "GET" and version != self.version, f"{method} {path}"
             self.answers["broken off"] += 1
             return
@@ -199,7 +207,7 @@ class Backup:
             assert answer.json["error"] == NO_KEY, f"{method} {path}: {answer}"
 
     def any_request(self) -> Request:
-        """What a client may do next."""
+        """Return a random request of a client."""
         random, version = self.random, self.version
         room, session = random.choice(ROOMS), str(random.choice(SESSIONS))
         kind = random.random()
@@ -220,7 +228,8 @@ class Backup:
         return "GET", version_path(version), None
 
     def any_key(self) -> dict[str, Any]:
-        """A key that is better than another of its session, worse, or equal."""
+        """Return a key with a random rank, so better, worse or equal to the stored
+        one."""
         return key(self.random.randrange(4), data="x" * KEY_BYTES)
 
 
@@ -228,7 +237,8 @@ class Backup:
 def sample(
     pid: int, cursor: Any, end: float
 ) -> Generator[Deferred[Any], Any, list[Use]]:
-    """What a server has, again and again until a time of the monotonic clock."""
+    """Fire with samples of a server's resources, taken until a time of the monotonic
+    clock."""
     uses: list[Use] = []
     while time.monotonic() < end:
         uses.append(use_of(pid, cursor))
@@ -243,7 +253,8 @@ Place = tuple[Service | Synapse, Callable[[], User], dict[str, Any]]
 def place(
     request: pytest.FixtureRequest, postgres: PostgresServer, tmp_path: Path
 ) -> Iterator[Place]:
-    """A server on PostgreSQL, a source of users, and its database."""
+    """A server on PostgreSQL, a function that registers users, and the database's
+    arguments."""
     database = postgres.create_database()
     if request.param == "synapse":
         with Synapse(tmp_path, database=database) as synapse:
@@ -260,14 +271,16 @@ def place(
 
 
 def registered(synapse: Synapse, name: str) -> User:
-    """Somebody new."""
+    """Register a user in Synapse."""
     user = synapse.register(name)
     return User(user.user_id, user.access_token)
 
 
 @inlineCallbacks
 def test_mixed_load(place: Place) -> Steps:
-    """The last sixth needs what the second sixth did, and nobody sees an error."""
+    """Under mixed load with disconnecting clients no client gets an unexpected error,
+    and memory, files, threads and connections in the last sixth of the run stay at the
+    level of the second sixth."""
     server, new_user, database = place
     answers: Counter[str] = Counter()
     backups = [
@@ -288,10 +301,10 @@ def test_mixed_load(place: Place) -> Steps:
     print(f"{sum(answers.values())} requests: {dict(answers)}; {before}, then {after}")
     for kind in ("vanished", "reset", "PUT 200", "GET 200", "DELETE 200"):
         assert answers[kind], answers
-    # The log is too long to be shown.
+    # Compare a count: with `not in`, pytest would print the whole log on a failure.
     assert server.log().count("Traceback") == 0
     assert max(use.connections for use in uses) <= POOL
-    # A connection that is made late comes with a thread and a file.
+    # A database connection opened after the first samples adds a thread and a file.
     late = after.connections - before.connections
     assert after.threads <= before.threads + late
     assert after.files < before.files + late + FILES

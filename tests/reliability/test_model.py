@@ -1,4 +1,4 @@
-"""The store, step by step, against the model of the contract."""
+"""The store gives the same answers and tables as the model, step by step."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from .machine import USERS, BackupMachine, BlockingPostgres, result_of
 from .mutations import HIDDEN, PLAIN
 
 STEPS_OF_ONE = 50
-#: How many times the machine starts anew, on each engine.
+#: Number of runs of the state machine, on each engine.
 MACHINES = 500 if SOAK else 40
-#: How many steps there are at least, on each engine; hypothesis ends some runs early.
+#: Least number of steps, on each engine; hypothesis ends some runs early.
 LEAST_STEPS = 10_000 if SOAK else 1_000
 SETTINGS = settings(
     max_examples=MACHINES,
@@ -36,7 +36,8 @@ SETTINGS = settings(
 def new_database(
     request: pytest.FixtureRequest,
 ) -> Iterator[Callable[[], ImmediateDatabase | BlockingPostgres]]:
-    """Gives each machine a database; the machine empties it."""
+    """A function that returns a database for a state machine, which empties the
+    tables."""
     if request.param == "sqlite":
         yield ImmediateDatabase
         return
@@ -49,12 +50,12 @@ def new_database(
 def run_machines(
     new_database: Callable[[], ImmediateDatabase | BlockingPostgres], how: settings
 ) -> None:
-    """Take machines through as many steps as the settings say."""
+    """Run state machines with these hypothesis settings."""
 
     def new_machine() -> BackupMachine:
         return BackupMachine(new_database())
 
-    # Hypothesis says that it wants a class, but takes whatever makes a machine.
+    # Hypothesis annotates a class but accepts any factory of a state machine.
     factory: Any = new_machine
     run_state_machine_as_test(factory, settings=how)
 
@@ -62,7 +63,7 @@ def run_machines(
 def test_the_store_matches_the_model(
     new_database: Callable[[], ImmediateDatabase | BlockingPostgres],
 ) -> None:
-    """Whatever the steps, the store's answers and tables are those of the contract."""
+    """After each random step, the store's answers and tables match the model."""
     before = BackupMachine.states
     run_machines(new_database, SETTINGS)
     steps = BackupMachine.states - before - MACHINES
@@ -72,7 +73,7 @@ def test_the_store_matches_the_model(
 
 @pytest.mark.parametrize("fault", [*PLAIN, *HIDDEN])
 def test_a_planted_fault_is_detected(fault: str) -> None:
-    """A store with a fault does something else than the model sooner or later."""
+    """A store with a planted fault deviates from the model within the given steps."""
     until_found = settings(
         SETTINGS,
         max_examples=500,
@@ -87,7 +88,8 @@ def test_a_planted_fault_is_detected(fault: str) -> None:
 
 
 def test_a_number_from_before_a_deactivation() -> None:
-    """A user who is deactivated and back a second later gets a number never used."""
+    """A user who is deactivated and reactivated a second later gets a version number
+    that was never used."""
     machine = BackupMachine(ImmediateDatabase())
     user_id = USERS[0]
     store = machine.store

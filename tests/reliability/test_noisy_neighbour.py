@@ -1,7 +1,7 @@
-"""One user who does the worst there is, and nine who behave and hardly notice.
+"""One abusive user hardly slows down nine well-behaved users.
 
-The service, its database and all clients share the processors of one machine, so what
-the nine wait for the bad one's client counts as well.
+The service, its database and all clients share the CPUs of one machine. The CPU time of
+the abusive client therefore delays the nine users as well.
 """
 
 from __future__ import annotations
@@ -25,27 +25,34 @@ from .abusive_client import BEHAVIOURS, ROOM, SESSION, UNTHROTTLED, real_keys
 from .sockets import exchange, new_version, request
 
 USERS = 9
-#: How much longer the slowest hundredth of their requests may take.
+#: Largest ratio of the nine users' 99th percentile with the abusive user to that
+#: without.
 RATIO = 3.0
-#: For how long they are measured, each time, in seconds.
+#: Duration of each measurement, in seconds.
 SECONDS = 30 if SOAK else 4
-#: How long the service may take to end what the bad one has begun, in seconds.
+#: Pause before a measurement without the abusive user, in seconds, in which the service
+#: ends that user's requests.
 SETTLE_SECONDS = 10 if SOAK else 1
-#: How many uploads a bad one's backup is made of: more than what the system takes in
-#: for those who read slowly.
+#: Number of uploads that fill the abusive user's backup: more data than the kernel's
+#: socket buffers hold for slow readers.
 ROOMS = 8
-#: What the bad one does, by itself and all together.
+#: Sets of behaviours of the abusive user: each alone (in the soak), and all together.
 ATTACKS = [*([name] for name in BEHAVIOURS if SOAK), list(BEHAVIOURS)]
 
 
 @attrs.frozen
 class ResponseTimes:
-    """How long requests have taken, in seconds, in order."""
+    """Response times of the well-behaved users.
+
+    Attributes:
+        seconds: all response times in ascending order.
+    """
 
     seconds: Sequence[float]
 
     def quantile(self, fraction: float) -> float:
-        """What a part of them has taken at most."""
+        """Return the response time that this fraction of the requests did not
+        exceed."""
         return self.seconds[int(len(self.seconds) * fraction)]
 
     def __str__(self) -> str:
@@ -59,10 +66,10 @@ class ResponseTimes:
 
 @attrs.frozen
 class Deployment:
-    """The service, and those who behave.
+    """The service under test and the processes of its clients.
 
     Attributes:
-        good: the process of the nine.
+        paced: process of the nine well-behaved users.
     """
 
     homeserver: Homeserver
@@ -71,14 +78,18 @@ class Deployment:
     paced: Process
 
     def measure_alone(self) -> ResponseTimes:
-        """What requests take with the bad one away."""
+        """Measure the nine users' response times without the abusive user."""
         time.sleep(SETTLE_SECONDS)
         start = time.monotonic()
         time.sleep(SECONDS)
         return self._response_times(start)
 
     def measure_beside(self, names: Sequence[str]) -> ResponseTimes:
-        """What they take while a bad one does some things, and is answered."""
+        """Measure the nine users' response times beside an abusive user.
+
+        Args:
+            names: behaviours of the abusive user; the service must answer each.
+        """
         port = self.service.port
         token = self.homeserver.new_user().access_token
         version = new_version(port, token)
@@ -97,7 +108,8 @@ class Deployment:
         return self._response_times(start)
 
     def _response_times(self, start: float) -> ResponseTimes:
-        """What the requests have taken that were due from then on, all answered."""
+        """Return the response times of the requests due from a time on; all must be
+        200."""
         rows = [line.split() for line in self.paced.output().splitlines()[:-1]]
         found = [row for row in rows if start <= float(row[0]) < start + SECONDS]
         assert {status for _, _, status in found} == {"200"}
@@ -108,7 +120,7 @@ class Deployment:
 def deployment(
     postgres: PostgresServer, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Deployment]:
-    """With the nine at it already."""
+    """The service with nine well-behaved users that already send requests."""
     directory = tmp_path_factory.mktemp("deployment")
     database = postgres.create_database()
     with (
@@ -129,13 +141,14 @@ def deployment(
 
 
 def run_module(module: str, output: Path, *arguments: str) -> Process:
-    """Have a module of this package run in a process of its own."""
+    """Start a module of this package in a new process."""
     command = [sys.executable, "-m", f"{__package__}.{module}", *arguments]
     return Process(command, output=output, cwd=Path(__file__).parents[2])
 
 
 def fill_backup(port: int, token: str, version: str) -> None:
-    """Make a bad one's backup: many keys, and the one that is asked for."""
+    """Upload the abusive user's backup: many keys, and one that is downloaded by its
+    id."""
     bodies = [
         real_keys(UNTHROTTLED).replace(ROOM.encode(), b"!room%d:h" % number)
         for number in range(ROOMS)
@@ -150,8 +163,9 @@ def fill_backup(port: int, token: str, version: str) -> None:
 
 @pytest.mark.parametrize("names", ATTACKS, ids="-".join)
 def test_an_abusive_user(deployment: Deployment, names: Sequence[str]) -> None:
-    """The nine see no error; in the soak, which is to run alone on its machine, they
-    also wait not much longer than without that user."""
+    """The nine users get no error beside an abusive user. In the soak, which needs a
+    machine of its own, their 99th percentile is at most RATIO times the one without
+    that user."""
     alone = deployment.measure_alone()
     beside = deployment.measure_beside(names)
     ratio = beside.quantile(0.99) / alone.quantile(0.99)

@@ -1,4 +1,4 @@
-"""What an operator sees of an outage: metrics, readiness and log lines."""
+"""Metrics, readiness and log lines that an operator sees of an outage."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ UNANSWERED = 'synapse_roomkeys_whoami_requests_total{outcome="failed"}'
 
 
 def metric(service: Service, series: str) -> float:
-    """The value of a series, by its name and labels."""
+    """Return the value of a metric, by its name and labels."""
     lines = fetch(service.metrics_url).decode().splitlines()
     (line,) = (line for line in lines if line.startswith(f"{series} "))
     return float(line.rpartition(" ")[2])
 
 
 def outage_lines(service: Service, subject: str) -> list[str]:
-    """The lines that the service has logged of a server's outages."""
+    """Return the service's log lines about the outages of a named server."""
     return [line for line in service.log().splitlines() if f" {subject} " in line]
 
 
 @inlineCallbacks
 def wait_for_third_line(served: Served, subject: str) -> Steps:
-    """Wait until a server that is back has a line about its end, while a load balancer
-    asks."""
+    """Query /ready as a load balancer does until the log has the line about the
+    outage's end."""
     end = time.monotonic() + WITHIN
     while len(outage_lines(served.service, subject)) == 2:
         assert time.monotonic() < end
@@ -51,15 +51,16 @@ def wait_for_third_line(served: Served, subject: str) -> Steps:
 
 @pytest.fixture
 def own_postgres(tmp_path: Path) -> Iterator[PostgresServer]:
-    """A server that a test may stop."""
+    """A PostgreSQL server of the test's own, which the test may stop."""
     with PostgresServer(tmp_path / "own") as server:
         yield server
 
 
 @inlineCallbacks
 def test_a_database_outage(own_postgres: PostgresServer, serve: Serve) -> Steps:
-    """The metrics of the cause move, and ten users' failing requests take three lines
-    of the log, which name the address, from the beginning to the end."""
+    """A database outage with failing uploads of ten users moves the metrics of its
+    cause, leaves the time of the last write unchanged, and takes three log lines that
+    name the address."""
     database = own_postgres.create_database()
     served = serve(database)
     service = served.service
@@ -89,10 +90,10 @@ def test_a_database_outage(own_postgres: PostgresServer, serve: Serve) -> Steps:
 
 
 class ProxiedHomeserver(Homeserver):
-    """A homeserver behind a proxy.
+    """A homeserver behind a reverse proxy.
 
     Attributes:
-        is_away: whether the proxy doesn't reach it.
+        is_away: whether the proxy answers 502 instead of forwarding requests.
     """
 
     is_away = False
@@ -103,14 +104,14 @@ class ProxiedHomeserver(Homeserver):
 
 @pytest.fixture
 def own_homeserver() -> Iterator[ProxiedHomeserver]:
-    """A homeserver that a test may cut off."""
+    """A homeserver of the test's own, which the test may cut off."""
     with ProxiedHomeserver() as homeserver:
         yield homeserver
 
 
 @pytest.fixture
 def own_serve(own_homeserver: ProxiedHomeserver, tmp_path: Path) -> Iterator[Serve]:
-    """Starts the service beside that homeserver."""
+    """A function that starts the service beside that homeserver."""
     with serving(own_homeserver, tmp_path / "service") as serve:
         yield serve
 
@@ -119,8 +120,8 @@ def own_serve(own_homeserver: ProxiedHomeserver, tmp_path: Path) -> Iterator[Ser
 def test_a_homeserver_outage(
     own_homeserver: ProxiedHomeserver, own_serve: Serve
 ) -> Steps:
-    """Its own metric moves, and ten users' failing requests take three lines of the
-    log, which name the address and the answer, from the beginning to the end."""
+    """A homeserver outage with failing requests of ten users moves its own metric and
+    takes three log lines, which name the address; the first two have the status."""
     served = own_serve()
     service = served.service
     clients = [Client(served.host, served.host.new_user()) for _ in range(USERS)]
@@ -141,7 +142,7 @@ def test_a_homeserver_outage(
 
 @inlineCallbacks
 def refuse(client: Client) -> Steps:
-    """Have a request refused for the moment."""
+    """Send a request and check that the answer is a 503."""
     token = client.user.access_token
     path = f"{PREFIX}/version"
     answer: Answer = yield client.host.request("GET", path, token=token)

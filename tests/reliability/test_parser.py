@@ -1,4 +1,5 @@
-"""The parser and the servlets, with inputs that are almost right."""
+"""The parser and the servlets refuse invalid inputs properly and change no valid
+one."""
 
 from __future__ import annotations
 
@@ -26,18 +27,19 @@ from . import SOAK
 from .inputs import Inputs
 from .oracle import check_accepted, check_refusal, fields_of, kept, keys_of, read
 
-#: How many inputs are made at random for the parser, for the servlets, and for both
-#: and the store.
+#: Numbers of random inputs for the parser alone, for the servlets, and for uploads that
+#: are stored and downloaded.
 PARSED, ANSWERED, UPLOADED = (
     (500_000, 300_000, 100_000) if SOAK else (20_000, 8_000, 2_000)
 )
-#: How many inputs atheris tries.
+#: Number of inputs that atheris tries.
 ATHERIS_RUNS = 2_000_000
 REPOSITORY = Path(__file__).parents[2]
-#: After how many requests the servlets have a new database: versions get deleted.
+#: Number of requests after which the servlets get a new database, because random
+#: requests delete the versions.
 REQUESTS_PER_DATABASE = 50
-#: What the least part of them must be that is accepted, and that is refused: else
-#: they would show nothing.
+#: Least fraction of the inputs that must be accepted, and of those that must be
+#: refused; with fewer, the test would prove nothing.
 MIN_FRACTION = 0.2
 SETTINGS = settings(
     max_examples=20_000 if SOAK else 400,
@@ -51,14 +53,16 @@ LIMITS = Limits()
 
 
 class LogLineChecker(logging.Handler):
-    """Refuses what the log must not have."""
+    """Log handler that raises on errors, tracebacks, long lines and control
+    characters."""
 
     def __init__(self) -> None:
         super().__init__(logging.DEBUG)
         self._formatters = (TextFormatter(), JsonFormatter())
 
     def handle(self, record: logging.LogRecord) -> bool:
-        """As `logging.Handler.handle`; it raises, which `emit` would not let it."""
+        """Check a record. Unlike ``emit``, whose exceptions logging swallows, this
+        raises."""
         assert record.levelno < logging.ERROR, record.getMessage()
         assert record.exc_info is None, record.getMessage()
         assert len(record.getMessage().encode()) <= MAX_LINE, record.getMessage()
@@ -71,7 +75,7 @@ class LogLineChecker(logging.Handler):
 
 @pytest.fixture(autouse=True)
 def check_log_lines() -> Iterator[None]:
-    """Looks at every line that is logged."""
+    """Check every line that the plugin logs during a test."""
     logger = logging.getLogger("synapse_roomkeys")
     handler, level = LogLineChecker(), logger.level
     logger.addHandler(handler)
@@ -82,9 +86,13 @@ def check_log_lines() -> Iterator[None]:
 
 
 def try_parsers(inputs: Inputs) -> bool:
-    """Give one input to the parsers; whether an upload was accepted.
+    """Parse one set of random inputs with each parser.
 
-    They refuse with an error of the contract's, or what they took is what was sent.
+    A parser must refuse with an error of the contract or return exactly the values in
+    the input.
+
+    Returns:
+        Whether the upload was accepted.
     """
     room_id, session_id = inputs.scope()
     body = inputs.upload(room_id, session_id)
@@ -127,12 +135,13 @@ def try_parsers(inputs: Inputs) -> bool:
 @given(st.randoms(use_true_random=False))
 @SETTINGS
 def test_the_parser(random: Random) -> None:
-    """It refuses properly, or takes exactly what was sent; shrunk where it doesn't."""
+    """Each parser refuses an input with an error of the contract or returns exactly the
+    values sent; hypothesis shrinks a failing input."""
     try_parsers(Inputs(random))
 
 
 def test_the_parser_in_bulk() -> None:
-    """The same of many more, by their seeds."""
+    """The same holds for many more inputs, which a failure names by their seed."""
     start = Random().getrandbits(60) if SOAK else 0
     accepted = 0
     for seed in range(start, start + PARSED):
@@ -147,7 +156,8 @@ def test_the_parser_in_bulk() -> None:
 if SOAK:
 
     def test_the_parser_with_atheris(tmp_path: Path) -> None:
-        """Inputs that atheris finds as it sees what code they reach."""
+        """The same holds for inputs that atheris derives from the code coverage
+        reached."""
         done = subprocess.run(
             [
                 sys.executable,
@@ -166,30 +176,32 @@ if SOAK:
 
 
 class Servlets:
-    """A server in memory, and one user's two versions there."""
+    """A server in memory, and two versions of one user."""
 
     def __init__(self) -> None:
         self.host = MemoryHost()
-        # Timers of a reactor that doesn't run would keep all connections for ever.
+        # Without a timeout: the reactor doesn't run, so its timers would keep every
+        # connection in memory.
         self.host.site.timeOut = None
         self.token = self.host.new_user().access_token
         self.versions = (self.new_version(), self.new_version())
 
     def new_version(self) -> str:
-        """Make a version, the current one from now on."""
+        """Create a version, which becomes the current one, and return its number."""
         body = json.dumps({"algorithm": ALGORITHM, "auth_data": {}}).encode()
         version: str = self.answer("POST", PREFIX + "/version", body).json["version"]
         return version
 
     def answer(self, method: str, target: str, body: bytes) -> Answer:
-        """The answer to a request, which has to have one."""
+        """Send a request and return the answer; fail if there is none."""
         sent = self.host.send(method, target, token=self.token, body=body)
         answered: bytes = sent.value()  # type: ignore[no-untyped-call]
         return read_answer(answered, method)
 
 
 def check_answer(method: str, target: str, answer: Answer, token: str) -> None:
-    """No crash, and an error in JSON that tells what and why."""
+    """Check that an answer is no server error, and that an error is JSON with errcode
+    and message and without the token."""
     where = f"{method} {target[:200]}: {answer}"
     assert answer.status < 500, where
     assert token.encode() not in answer.body, where
@@ -211,7 +223,8 @@ def check_answer(method: str, target: str, answer: Answer, token: str) -> None:
 
 
 def test_the_servlets() -> None:
-    """Whole requests of every kind: none is a crash, and errors are in JSON."""
+    """Random whole requests get no server error, and every error is JSON as the
+    contract says."""
     start = Random().getrandbits(60) if SOAK else 0
     statuses: dict[int, int] = {}
     servlets = Servlets()
@@ -231,7 +244,8 @@ def test_the_servlets() -> None:
 
 
 def test_uploads_round_trip() -> None:
-    """What was accepted is downloaded as the same JSON values, and nothing else is."""
+    """An accepted upload is downloaded as the same JSON values; a refused upload stores
+    nothing."""
     start = Random().getrandbits(60) if SOAK else 0
     accepted = 0
     for seed in range(start, start + UPLOADED):
@@ -255,7 +269,7 @@ def test_uploads_round_trip() -> None:
 
 @pytest.mark.parametrize("size", [65_536, 65_537, 10_485_760, 10_485_761])
 def test_large_bodies(size: int) -> None:
-    """Strings at the limits and over them are taken, or refused as too large."""
+    """A string of the largest allowed size is accepted, and a larger one gets 413."""
     servlets = Servlets()
     before = b'{"first_message_index":0,"forwarded_count":0,"is_verified":true,'
     data = b'"' + b"x" * (size - 2) + b'"'

@@ -1,4 +1,4 @@
-"""A PostgreSQL that takes no writes: reads are served, writes and readiness are 503."""
+"""A read-only PostgreSQL: reads are served; writes and /ready get 503."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ END_OTHERS = (
 
 
 def set_read_only(cursor: Any, database: Mapping[str, Any], value: str) -> None:
-    """Have the sessions that begin from now on be read-only, or read-write."""
+    """Make new sessions of a database read-only ("on") or read-write ("off")."""
     cursor.execute(
         f"ALTER DATABASE {database['dbname']}"
         f" SET default_transaction_read_only = {value}"
@@ -30,7 +30,7 @@ def set_read_only(cursor: Any, database: Mapping[str, Any], value: str) -> None:
 
 
 def is_ready(served: Served) -> bool:
-    """Whether the service says that it is ready."""
+    """Whether /ready is 200."""
     try:
         fetch(f"{served.service.url}/ready")
     except RuntimeError:
@@ -40,9 +40,9 @@ def is_ready(served: Served) -> bool:
 
 @inlineCallbacks
 def test_the_service(postgres: PostgresServer, serve: Serve) -> Steps:
-    """Writes are refused for the moment, a version is shown though its count can't be
-    cached, `/ready` is 503. The service replaces its connections by itself: they are
-    read-write as soon as new sessions are."""
+    """While PostgreSQL is read-only, writes and /ready get 503 and a version is shown
+    although its count can't be cached. Once new sessions are read-write, the service
+    replaces its connections by itself."""
     database = postgres.create_database()
     served = serve(database)
     backups: list[Backup] = yield served.new_backups(2)
@@ -65,7 +65,8 @@ def test_the_service(postgres: PostgresServer, serve: Serve) -> Steps:
 
 @inlineCallbacks
 def test_synapse(postgres: PostgresServer, tmp_path: Path) -> Steps:
-    """Synapse's connections are its own; the answers are the same."""
+    """While PostgreSQL is read-only, a Synapse with the plugin gives the same answers;
+    its connections are managed by Synapse."""
     database = postgres.create_database()
     with Synapse(tmp_path, database=database) as synapse:
         host = host_of(synapse)

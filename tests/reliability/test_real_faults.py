@@ -1,7 +1,6 @@
-"""Databases that really fail under the service: what clients are told meanwhile, and
-that all is well afterwards.
+"""Real database failures under the service: answers meanwhile, and recovery afterwards.
 
-Faults that no database can be brought to at will are in test_fault_injection.py.
+Faults that can't be provoked in a real database are in test_fault_injection.py.
 """
 
 from __future__ import annotations
@@ -34,12 +33,12 @@ from .faults import (
 )
 from .network_partition import FAR, PORT, can_make_networks, new_link
 
-#: A fault this long is over before a request gives up, in seconds.
+#: Duration of a fault that ends before the service gives up its retries, in seconds.
 SHORT_FAULT = 1.0
-#: How long an answer may take while PostgreSQL doesn't even say that it is gone: until
-#: its connections are given up, and one more try. Seconds.
+#: Longest answer while packets to PostgreSQL vanish, in seconds: the time until the
+#: service gives up its connections, and one more try.
 PARTITION_TIMEOUT = 20.0
-#: How many users there are where several meet a fault at once.
+#: Number of users with requests during a fault.
 USERS = 6
 LOCKS = ("IMMEDIATE", "EXCLUSIVE") if SOAK else ("EXCLUSIVE",)
 LOCK_ROW = "SELECT 1 FROM e2e_room_keys_versions WHERE user_id = %s FOR UPDATE"
@@ -47,14 +46,14 @@ LOCK_ROW = "SELECT 1 FROM e2e_room_keys_versions WHERE user_id = %s FOR UPDATE"
 
 @contextmanager
 def uncommitted(database: Mapping[str, Any]) -> Iterator[Any]:
-    """A cursor of somebody else's, in a transaction that comes to nothing."""
+    """Yield a cursor of an independent transaction that is rolled back at the end."""
     with closing(psycopg2.connect(**database)) as connection:
         yield connection.cursor()
 
 
 @inlineCallbacks
 def wait_for_lock_wait(database: Mapping[str, Any]) -> Steps:
-    """Wait until somebody waits for a lock."""
+    """Wait until a session waits for a lock."""
     end = time.monotonic() + WITHIN
     with connected(database) as cursor:
         while True:
@@ -67,7 +66,8 @@ def wait_for_lock_wait(database: Mapping[str, Any]) -> Steps:
 
 @contextmanager
 def locked(path: Path, how: str) -> Iterator[Callable[[], object]]:
-    """A file that another connection has locked; gives what ends that."""
+    """Lock an SQLite file with another connection; yield a function that unlocks the
+    file."""
     with closing(sqlite3.connect(path, isolation_level=None)) as connection:
         connection.execute(f"BEGIN {how}")
         yield lambda: connection.execute("ROLLBACK")
@@ -76,8 +76,8 @@ def locked(path: Path, how: str) -> Iterator[Callable[[], object]]:
 @pytest.mark.parametrize("how", LOCKS)
 @inlineCallbacks
 def test_a_locked_file(serve: Serve, tmp_path: Path, how: str) -> Steps:
-    """Another process writes to the SQLite file: for a moment, which nobody sees, and
-    for long, which writers are told while readers are served."""
+    """While another process holds the lock of the SQLite file for a second, uploads
+    wait and succeed; if the lock stays, writers get 503 and readers are served."""
     served = serve()
     path = tmp_path / "service" / "roomkeys.db"
     backups: list[Backup] = yield served.new_backups(USERS)
@@ -101,8 +101,9 @@ def test_a_locked_file(serve: Serve, tmp_path: Path, how: str) -> Steps:
 
 @inlineCallbacks
 def test_a_statement_timeout(postgres: PostgresServer, serve: Serve) -> Steps:
-    """PostgreSQL cancels what waits for another session's lock: for a moment, which
-    nobody sees, and for long, which that user is told while others are served."""
+    """An upload whose statements time out behind another session's lock is retried and
+    succeeds if the lock is short; if the lock stays, its user gets 503 and others are
+    served."""
     database = postgres.create_database()
     served = serve({**database, "options": "-c statement_timeout=300"})
     backups: list[Backup] = yield served.new_backups(2)
@@ -122,10 +123,10 @@ def test_a_statement_timeout(postgres: PostgresServer, serve: Serve) -> Steps:
 
 @inlineCallbacks
 def test_a_deadlock(postgres: PostgresServer, serve: Serve) -> Steps:
-    """Another session takes a key and its version in the opposite order; PostgreSQL
-    ends the upload, which is then tried again."""
+    """An upload that PostgreSQL ends to resolve a deadlock is retried and succeeds."""
     database = postgres.create_database()
-    # Sooner than our lock timeout, which ends the upload as well.
+    # Find the deadlock before the service's lock timeout (1 s), which would end the
+    # upload as well.
     served = serve({**database, "options": "-c deadlock_timeout=200"})
     backups: list[Backup] = yield served.new_backups(1)
     [backup] = backups
@@ -133,12 +134,13 @@ def test_a_deadlock(postgres: PostgresServer, serve: Serve) -> Steps:
     user_id = backup.client.user.user_id
     better = {room_id: {"0": key(verified=True)}}
     with uncommitted(database) as cursor:
-        # Whoever waits for so long looks for a deadlock: not this one.
+        # PostgreSQL ends the session whose deadlock_timeout expires first: that must be
+        # the service's session.
         cursor.execute("SET deadlock_timeout TO '1min'")
         cursor.execute("SELECT 1 FROM e2e_room_keys WHERE session_id = '0' FOR UPDATE")
         upload = backup.send("PUT", wrapped(better))
         yield wait_for_lock_wait(database)
-        # It blocks until the deadlock is found.
+        # Blocks until PostgreSQL has ended the upload's transaction.
         cursor.execute(LOCK_ROW, (user_id,))
         cursor.connection.commit()
         answer: Answer = yield upload
@@ -150,8 +152,8 @@ def test_a_deadlock(postgres: PostgresServer, serve: Serve) -> Steps:
 
 @inlineCallbacks
 def test_an_exhausted_pool(postgres: PostgresServer, serve: Serve) -> Steps:
-    """The only connection waits for another session's lock, but only until the lock
-    timeout: others are served between the tries."""
+    """If the pool's only connection waits for another session's lock, other users are
+    served between the retries, because each try ends at the lock timeout."""
     database = postgres.create_database()
     served = serve({**database, "cp_max": 1})
     backups: list[Backup] = yield served.new_backups(USERS)
@@ -170,8 +172,8 @@ def test_an_exhausted_pool(postgres: PostgresServer, serve: Serve) -> Steps:
 
 @inlineCallbacks
 def test_a_restarted_server(tmp_path: Path, serve: Serve) -> Steps:
-    """A request that comes alone after a restart doesn't meet the dead connections one
-    by one: the first that is found dead has all of them replaced."""
+    """After a restart of PostgreSQL, the first dead connection makes the service
+    replace all of them, so a single request needs just one retry."""
     with PostgresServer(tmp_path / "own") as server:
         served = serve(server.create_database())
         backups: list[Backup] = yield served.new_backups(USERS)
@@ -187,7 +189,8 @@ def test_a_restarted_server(tmp_path: Path, serve: Serve) -> Steps:
 
 @inlineCallbacks
 def test_no_connection_is_left(tmp_path: Path, serve: Serve) -> Steps:
-    """Others have all the connections that PostgreSQL allows, and ours are ended."""
+    """While other clients hold all connections that PostgreSQL allows, requests get
+    503; afterwards they succeed."""
     settings = {"max_connections": "12"}
     with (
         PostgresServer(tmp_path / "own", settings=settings) as server,
@@ -220,8 +223,8 @@ def test_no_connection_is_left(tmp_path: Path, serve: Serve) -> Steps:
 
 @inlineCallbacks
 def test_queued_writes_in_an_outage(tmp_path: Path, serve: Serve) -> Steps:
-    """One user's writes wait for each other, but not to find one by one that PostgreSQL
-    is away."""
+    """Queued writes of one user all fail with the write that finds PostgreSQL away,
+    within one timeout, instead of one after the other."""
     with PostgresServer(tmp_path / "own") as server:
         served = serve(server.create_database())
         [backup] = yield served.new_backups(1)
@@ -240,7 +243,8 @@ def test_queued_writes_in_an_outage(tmp_path: Path, serve: Serve) -> Steps:
 @pytest.mark.skipif(not can_make_networks(), reason="it takes root")
 @inlineCallbacks
 def test_a_network_partition(tmp_path: Path, serve: Serve) -> Steps:
-    """PostgreSQL's machine says nothing any more, so no connection is known to end."""
+    """While packets to PostgreSQL's machine vanish without an error, requests get 503
+    within PARTITION_TIMEOUT; afterwards they succeed."""
     sockets = make_directory("sockets-")
     settings = {"unix_socket_directories": str(sockets)}
     with ExitStack() as stack:

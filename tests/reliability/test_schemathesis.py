@@ -1,4 +1,4 @@
-"""The service as a process, against what ``docs/openapi.yaml`` says of it."""
+"""Answers of the service process match ``docs/openapi.yaml``."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ CHECKS = [
     response_headers_conformance,
     response_schema_conformance,
 ]
-#: How many requests each operation is tried with.
+#: Number of requests for each operation.
 EXAMPLES = 2_000 if SOAK else 40
 SETTINGS = settings(
     max_examples=EXAMPLES,
@@ -43,7 +43,7 @@ SETTINGS = settings(
     phases=(Phase.explicit, Phase.generate),
     suppress_health_check=list(HealthCheck),
 )
-#: That of the first user.
+#: Access token of the fake homeserver's first user.
 TOKEN = f"token_{0:020}"
 OPERATIONS = [
     found.ok()
@@ -54,7 +54,7 @@ OPERATIONS = [
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    """A service that knows one user."""
+    """A service with one user."""
     with (
         Homeserver() as homeserver,
         Service(tmp_path_factory.mktemp("service"), homeserver.url) as service,
@@ -70,7 +70,8 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
 def test_operation(
     operation: APIOperation[Any, Any, Any, Any], service: Service
 ) -> None:
-    """No crash, and every answer is as described."""
+    """Generated requests get no server error, and every answer matches the
+    description."""
     version = new_version(service.port, TOKEN)
 
     @given(operation.as_strategy())

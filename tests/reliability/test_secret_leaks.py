@@ -1,4 +1,4 @@
-"""What clients keep secret is told nowhere but to its owner."""
+"""Tokens, session_data and auth_data appear nowhere but in answers to their owner."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from ..servers.fake_homeserver import Homeserver
 from ..servers.service import Service
 from .sockets import Exchange, connect, exchange, new_version, request, upload
 
-#: Stands in every secret that is sent.
+#: A substring of every secret that the tests send.
 MARKER = "MaRkEr"
 SECRET = f"{MARKER}-secret"
 DATA = {"ciphertext": SECRET, SECRET: [SECRET]}
 
 
 def requests_with_secrets(version: str) -> Iterator[tuple[str, str, bytes]]:
-    """Requests with secrets in them, good and bad."""
+    """Yield valid and invalid requests (method, path, body) that contain secrets."""
     good = wrapped({"!a:h": {"s": key(data=DATA)}})
     right = json.dumps(good).encode()
     info = {"algorithm": ALGORITHM, "auth_data": DATA, "version": version}
@@ -65,7 +65,8 @@ def requests_with_secrets(version: str) -> Iterator[tuple[str, str, bytes]]:
 
 
 def check(got: Exchange) -> None:
-    """Errors tell no secret; the keys themselves are their owner's."""
+    """Check that errors contain no secret; downloads of keys may, as their owner
+    asks."""
     assert got.replies
     for reply in got.replies:
         if reply.status >= 400:
@@ -74,7 +75,7 @@ def check(got: Exchange) -> None:
 
 
 def send_secrets(port: int, token: str) -> int:
-    """Send secrets in all places where clients have them; how many requests."""
+    """Send secrets in every place of a request and return the number of requests."""
     number = 0
     version = new_version(port, token)
     for method, path, body in requests_with_secrets(version):
@@ -109,7 +110,7 @@ def send_secrets(port: int, token: str) -> int:
 
 
 def check_log(service: Service, token: str) -> None:
-    """None of its lines has a secret."""
+    """Check that no line of the log contains a secret or the token."""
     for line in service.log().splitlines():
         assert MARKER not in line and token not in line, line
 
@@ -117,7 +118,8 @@ def check_log(service: Service, token: str) -> None:
 @pytest.mark.parametrize("level", ["INFO", "DEBUG"])
 @pytest.mark.parametrize("log_format", ["text", "json"])
 def test_no_secret_leaks(log_format: str, level: str, tmp_path: Path) -> None:
-    """Not in the log, the metrics, the status, nor in an error, whoever is asked."""
+    """No secret appears in the log, the metrics, the status or an error, with each log
+    format and level."""
     settings = {
         "log": {"format": log_format, "level": level},
         "limits": {"max_session_data_bytes": 10_000},
@@ -139,7 +141,8 @@ def test_no_secret_leaks(log_format: str, level: str, tmp_path: Path) -> None:
 def test_a_failing_statement_leaks_no_secret(
     postgres: PostgresServer, tmp_path: Path
 ) -> None:
-    """PostgreSQL shows the row that it refuses, and psycopg2 the statement."""
+    """No secret appears in the log or an error when a statement fails, although
+    PostgreSQL's error contains the refused row and psycopg2's the statement."""
     database = postgres.create_database()
     with Homeserver() as homeserver:
         token = homeserver.new_user().access_token

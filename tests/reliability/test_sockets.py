@@ -1,4 +1,4 @@
-"""The service as a process, and clients that keep to no rule of HTTP's."""
+"""The service process withstands clients that break every rule of HTTP."""
 
 from __future__ import annotations
 
@@ -24,18 +24,20 @@ from . import SOAK
 from .attacks import ATTACKS, IDLE, Target, random_requests
 from .sockets import DEADLINE, exchange, new_version, request, upload
 
-#: How long a good client's request may take meanwhile, in seconds.
+#: Longest round (an upload and a download) of a well-behaved client during an attack,
+#: in seconds.
 MAX_ROUND_SECONDS = 3.0
-#: By how much the memory may grow between two rounds of all attacks, in bytes.
+#: Largest growth of memory from the first to the last round of all attacks, in bytes.
 GROWTH = 4 * 1024 * 1024
-#: By how much in one attack; the first large bodies take some for good.
+#: Largest growth of memory in one attack, in bytes; the first large bodies make the
+#: process grow for good.
 GROWTH_OF_ONE = 32 * 1024 * 1024
 ROUNDS = 3 if SOAK else 1
 
 
 @pytest.fixture(scope="module")
 def target(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
-    """A service on an SQLite file, whose log is looked at in the end."""
+    """A service on an SQLite file, whose log is checked at the end."""
     directory = tmp_path_factory.mktemp("service")
     with Homeserver() as homeserver:
         service = Service(
@@ -48,11 +50,13 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
                 "limits": {"max_user_versions": 1_000_000},
             },
         )
-        # The system makes clients wait a second where more connect at once.
+        # Backlog for all idle clients: the kernel delays connections beyond the backlog
+        # by a second.
         listener = f"tcp:{service.port}:interface={HOST}:backlog={IDLE}"
         service.environment = {
             "ROOMKEYS_LISTENERS": listener,
-            # What is large is given back at once: else the C library learns to keep it.
+            # Fixed threshold: blocks over 128 KiB return to the kernel when freed. By
+            # default, malloc raises the threshold and keeps such blocks.
             "MALLOC_MMAP_THRESHOLD_": "131072",
         }
         with service:
@@ -62,9 +66,10 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
 
 
 def check_log(service: Service) -> None:
-    """Nothing went wrong, nothing was told at length, and no token."""
+    """Check that the log has no traceback, error or token, and no line over MAX_LINE
+    bytes."""
     longest = number = 0
-    # It may have hundreds of megabytes.
+    # Read line by line: the log may have hundreds of megabytes.
     with (service.directory / "output.txt").open("rb") as log:
         for line in log:
             for word in (b"Traceback", b"Unhandled", b"ERROR", b"CRITICAL", b"token_"):
@@ -75,10 +80,13 @@ def check_log(service: Service) -> None:
 
 
 class GoodClient(threading.Thread):
-    """Uploads keys and reads them back all the while, one after the other.
+    """A thread that uploads a key and reads the key back, in a loop.
+
+    Used as a context manager; at the end, the client must have got every answer in
+    time.
 
     Attributes:
-        slowest: how long the slowest round took, in seconds.
+        slowest: duration of the slowest round, in seconds.
     """
 
     def __init__(self, port: int, token: str) -> None:
@@ -91,7 +99,7 @@ class GoodClient(threading.Thread):
         self._fault: BaseException | None = None
 
     def run(self) -> None:
-        """As `Thread.run`."""
+        """Run rounds until the context manager ends."""
         try:
             self._ask()
             while not self._end.wait(0.05):
@@ -122,7 +130,7 @@ class GoodClient(threading.Thread):
 
 @pytest.fixture(scope="module")
 def made() -> set[Callable[[Target], int]]:
-    """The attacks that the service has seen."""
+    """The attacks that were already run on the service."""
     return set()
 
 
@@ -132,7 +140,8 @@ def test_attack(
     target: Target,
     made: set[Callable[[Target], int]],
 ) -> None:
-    """A good client is served meanwhile, in time."""
+    """During an attack a well-behaved client is served in time, and afterwards the
+    memory is within its bound."""
     made.add(attack)
     before = use_of(target.service)
     most = attrs.evolve(before, bytes=before.bytes + GROWTH_OF_ONE)
@@ -148,7 +157,7 @@ def test_attack(
 
 @attrs.frozen
 class Use:
-    """What a process has of the system's."""
+    """Resources used by a process: open files, threads and bytes of memory."""
 
     files: int
     threads: int
@@ -156,7 +165,7 @@ class Use:
 
 
 def use_of(service: Service) -> Use:
-    """What the service has now."""
+    """Measure the resources that the service uses now."""
     process = Path(f"/proc/{service.pid}")
     return Use(
         len(os.listdir(process / "fd")),
@@ -166,7 +175,8 @@ def use_of(service: Service) -> Use:
 
 
 def settled(service: Service, most: Use) -> Use:
-    """What the service has once it has no more than that, or after the deadline."""
+    """Wait until the service uses at most these resources, or until DEADLINE; return
+    its use."""
     deadline = time.monotonic() + DEADLINE
     while time.monotonic() < deadline:
         use = use_of(service)
@@ -177,8 +187,8 @@ def settled(service: Service, most: Use) -> Use:
 
 
 def test_no_resource_leaks(target: Target, made: set[Callable[[Target], int]]) -> None:
-    """Memory, open files and threads are after the attacks what they were before, once
-    the service has seen each of them."""
+    """Repeated attacks leave memory, open files and threads at the level after the
+    first run of all attacks."""
     new_version(target.port, target.bystander)
     idle = use_of(target.service)
     cheap = [attack for attack in ATTACKS if attack is not random_requests]

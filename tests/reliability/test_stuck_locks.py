@@ -1,4 +1,4 @@
-"""Row locks that nobody releases: their users are refused, all others are served."""
+"""Row locks that are never released: their users get 503, and all others are served."""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ from .faults import Steps, connected, later
 
 #: Number of users whose rows are locked: as many as the pool has connections.
 USERS = 10
-#: For how long those users upload in a loop, in seconds: two rounds of their tries.
+#: Duration of those users' uploads in a loop, in seconds: two rounds of the service's
+#: retries.
 SECONDS = 6.0
 #: Longest answer to a user whose rows are free, in seconds: a few lock timeouts.
 SERVED_WITHIN = 4.0
@@ -50,7 +51,8 @@ def served(
     postgres: PostgresServer,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[tuple[HttpHost, Mapping[str, Any]]]:
-    """Each host, with ten connections to the database, and the database."""
+    """Each host (the service, a Synapse) with ten database connections, and its
+    database."""
     database = postgres.create_database()
     directory = tmp_path_factory.mktemp("stuck")
     server: Service | Synapse
@@ -72,14 +74,14 @@ def served(
 
 @contextmanager
 def locking(database: Mapping[str, Any], clients: list[Client]) -> Iterator[None]:
-    """A forgotten transaction of an operator's, which has locked users' versions."""
+    """Lock the versions of some users, as an operator's forgotten transaction does."""
     with closing(psycopg2.connect(**database)) as connection:
         connection.cursor().execute(LOCK, ([c.user.user_id for c in clients],))
         yield
 
 
 def put(client: Client, version: str, rooms: Any) -> Deferred[Answer]:
-    """Upload keys; the answer, which may be a refusal."""
+    """Upload keys; fire with the answer, whatever its status."""
     return client.host.request(
         "PUT",
         PREFIX + keys_path(version),
@@ -90,7 +92,7 @@ def put(client: Client, version: str, rooms: Any) -> Deferred[Answer]:
 
 @inlineCallbacks
 def upload_in_a_loop(client: Client, version: str, end: float) -> Steps:
-    """Upload until a time; each upload is refused for the moment."""
+    """Upload until a time of the monotonic clock; each answer must be a timely 503."""
     while time.monotonic() < end:
         start = time.monotonic()
         answer: Answer = yield put(client, version, ROOM)
@@ -100,7 +102,7 @@ def upload_in_a_loop(client: Client, version: str, end: float) -> Steps:
 
 @inlineCallbacks
 def unlocked_user(host: Host, end: float) -> Steps:
-    """Read and write until a time, in a backup that nobody has locked."""
+    """Read and write in an unlocked backup until a time; each answer must be prompt."""
     client, version = yield new_backup(host)
     number = 0
     slowest = 0.0
@@ -121,9 +123,9 @@ def unlocked_user(host: Host, end: float) -> Steps:
 
 @inlineCallbacks
 def test_other_users_are_served(served: tuple[HttpHost, Mapping[str, Any]]) -> Steps:
-    """As many users as there are connections wait for locks that nobody releases:
-    others read and write as ever, also when those users have given up, and the users
-    themselves go on as soon as their rows are free."""
+    """While as many users as there are connections wait for locks that are never
+    released, other users read and write in time, also after those users gave up. The
+    locked users succeed as soon as their rows are free."""
     host, database = served
     backups: list[tuple[Client, str]] = []
     for _ in range(USERS):
@@ -141,8 +143,8 @@ def test_other_users_are_served(served: tuple[HttpHost, Mapping[str, Any]]) -> S
 def test_queued_writes_behind_a_lock(
     served: tuple[HttpHost, Mapping[str, Any]],
 ) -> Steps:
-    """Writes of one user that waited while another write met a lock are refused with
-    it, not one after the other; the user's reads are served."""
+    """Writes of one user that queued while another write waited for a lock are refused
+    together with that write, not one after the other; the user's reads are served."""
     host, database = served
     client, version = yield new_backup(host)
     with locking(database, [client]):
@@ -157,7 +159,7 @@ def test_queued_writes_behind_a_lock(
 
 @inlineCallbacks
 def wait_for_session(database: Mapping[str, Any], condition: str) -> Steps:
-    """Wait until a session of the database is in a state."""
+    """Wait until a session of the database fulfils an SQL condition."""
     statement = (
         "SELECT 1 FROM pg_stat_activity WHERE datname = current_database()"
         f" AND pid <> pg_backend_pid() AND {condition}"
@@ -176,9 +178,9 @@ def wait_for_session(database: Mapping[str, Any], condition: str) -> Steps:
 def test_a_process_stopped_during_an_upload(
     postgres: PostgresServer, homeserver: Homeserver, tmp_path: Path
 ) -> Steps:
-    """PostgreSQL ends the transaction of a process that was stopped (SIGSTOP) with the
-    user's version locked. Until then another process answers that user 503 in time;
-    afterwards it serves them."""
+    """When a process is stopped (SIGSTOP) with a user's version locked, PostgreSQL ends
+    its transaction. Until then another process answers that user 503 in time;
+    afterwards it serves the user."""
     database = postgres.create_database()
     first = Service(tmp_path / "first", homeserver.url, database=database)
     second = Service(tmp_path / "second", homeserver.url, database=database)
@@ -188,7 +190,7 @@ def test_a_process_stopped_during_an_upload(
             for s in (first, second)
         ]
         client, version = yield new_backup(hosts[0])
-        # An upload of the same key waits for this row with its version locked.
+        # An upload of the same key locks its version and then waits for this row.
         other.cursor().execute(
             "INSERT INTO e2e_room_keys VALUES (%s, '!room', 's', %s, 0, 0, false, '1')",
             (client.user.user_id, version),
@@ -210,7 +212,7 @@ def test_a_process_stopped_during_an_upload(
         print(f"{statuses} in {time.monotonic() - begin:.1f} s")
         assert set(statuses[:-1]) == {503}
         first.send(signal.SIGCONT)
-        # Its time for tries was over when it went on.
+        # The stopped process resumes after its time for retries is over.
         answer = yield abandoned.addTimeout(REFUSED_WITHIN, reactor)
         refused(answer, 503, "M_UNKNOWN")
         answer = yield put(client, version, ROOM)
