@@ -1,9 +1,9 @@
 """A user who abuses the service on purpose. Arguments: PORT TOKEN VERSION SECONDS
 NAME...
 
-Each NAME is a key of BEHAVIOURS. The program prints a line at the start. At the end it
-prints a JSON object that counts the answers by behaviour and status. Its own CPU
-priority is the lowest, because a real abuser's client runs on another machine.
+Each NAME is a key of BEHAVIOURS. The program prints a line at the start and, at the
+end, a JSON object with the numbers of answers by behaviour and status. The process has
+the lowest CPU priority, because a real abuser's client runs on another machine.
 """
 
 from __future__ import annotations
@@ -28,25 +28,25 @@ from .sockets import request
 SLOW_READERS = 50
 UPLOADERS = 4
 READERS = 50
-#: Bytes that a slow reader reads in a second, and size of its receive buffer.
+#: Bytes read by a slow reader in a second, and size of the reader's receive buffer.
 SLOW_READ = 1024
 SLOW_BUFFER = 4096
-#: Largest body and largest key that the service accepts, in bytes.
+#: Largest body and largest key accepted by the service, in bytes.
 LARGEST = 10 * 1024 * 1024
 LARGEST_KEY = 64 * 1024
-#: Size of a body of real keys, in bytes: close to the largest one that gets no
-#: throttling pause for its longest step.
+#: Size of a body of real keys, in bytes: near the largest size without a throttling
+#: pause for a long step.
 UNTHROTTLED = 4 * 1024 * 1024
-#: Largest invalid body, in bytes, that the service parses a second time to explain the
-#: error.
+#: Largest invalid body, in bytes, for which the service parses a second time to explain
+#: the error.
 LARGEST_EXPLAINED = 256 * 1024
 #: Depth of nested lists: close to the parser's limit.
 NESTING = 900
 #: Bytes of data in the smallest keys: with smaller ones, a body of the largest size
 #: would exceed the limit of objects.
 SMALL_KEY = 110
-#: Placeholder of first_message_index in a body; each upload replaces the placeholder by
-#: a lower number, so that every key is better than the stored one.
+#: Placeholder of first_message_index in a body. Each upload replaces the placeholder by
+#: a lower number, which makes every key better than the stored key.
 INDEX = 2_000_000_000
 ROOM = "!room:h"
 SESSION = "000000"
@@ -124,7 +124,7 @@ async def reset(user: User) -> None:
 
 async def upload(user: User, name: str, bodies: Sequence[bytes]) -> None:
     """Upload the bodies in turn on UPLOADERS connections; each key beats the stored
-    one."""
+    key."""
     indexes = count(INDEX - 1, -1)
     turns = cycle(bodies)
     path = keys_path(user.version)
@@ -147,7 +147,7 @@ async def upload_keys(user: User) -> None:
 
 
 async def upload_rubbish(user: User) -> None:
-    """Upload bodies that are slow to parse and hold no valid key."""
+    """Upload bodies without a valid key whose parsing is slow."""
     lists = b"[" * 100 + b"]" * 100 + b","
     rooms = b",".join(b'"%d":{"sessions":{}}' % n for n in range(LARGEST // 27))
     unfinished = keys(b"0").rpartition(b",")[0]
@@ -163,8 +163,8 @@ async def upload_rubbish(user: User) -> None:
 
 
 def keys(session_data: bytes, size: int = LARGEST) -> bytes:
-    """Return an upload to one room that fills a size in bytes, the largest by
-    default."""
+    """Return an upload to one room, filled up to a size in bytes (the largest by
+    default)."""
     member = b'"%%06d":{"first_message_index":%d,"forwarded_count":0,' % INDEX
     member += b'"is_verified":false,"session_data":' + session_data + b"},"
     body = b'{"rooms":{"%b":{"sessions":{' % ROOM.encode()
@@ -173,12 +173,12 @@ def keys(session_data: bytes, size: int = LARGEST) -> bytes:
 
 
 def real_keys(size: int = LARGEST) -> bytes:
-    """Return an upload of that size with keys as large as real ones."""
+    """Return an upload of this size in bytes, with keys of real size."""
     return keys(b'{"ciphertext":"' + b"x" * 900 + b'"}', size)
 
 
 def nested_data() -> bytes:
-    """Return the session_data that takes the most CPU for its size."""
+    """Return the session_data with the highest CPU cost per byte."""
     nested = b"[" * NESTING + b"]" * NESTING
     return b"[" + b",".join([nested] * (LARGEST_KEY // len(nested) - 1)) + b"]"
 

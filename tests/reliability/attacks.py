@@ -43,7 +43,7 @@ IDLE = 1000
 #: Largest request, in bytes, that the server is expected to read as a whole before an
 #: error closes the connection.
 READ_AT_ONCE = 16_384
-#: Default of `max_body_bytes`: largest body that the service accepts, in bytes.
+#: Default of `max_body_bytes`: largest body accepted by the service, in bytes.
 LIMIT = 10 * 1024 * 1024
 UNFINISHED = 20
 
@@ -75,8 +75,8 @@ def check(port: int, parts: Sequence[bytes], statuses: Sequence[int]) -> None:
     """Send bytes and check that exactly these statuses come back, in this order.
 
     Every answer is checked with `check_reply`. If the server closes the connection
-    while a long request (over READ_AT_ONCE bytes) is still being sent, the last answer
-    may be lost.
+    while the client is still sending a long request (over READ_AT_ONCE bytes), the last
+    answer may be lost.
     """
     got = exchange(port, *parts, wanted=len(statuses))
     where = f"{parts[0][:300]!r}: want {statuses}, got {got.statuses}"
@@ -103,7 +103,7 @@ def check_reply(reply: Reply) -> None:
 
 
 def wrong_lengths(target: Target) -> int:
-    """Send a Content-Length that is too small, too large, negative, duplicate or no
+    """Send a wrong Content-Length: too small, too large, negative, duplicate or no
     number."""
     good = upload(target.new_version(), target.attacker, "x")
     length = next(line for line in good.split(b"\r\n") if b"Length" in line)
@@ -126,7 +126,7 @@ def wrong_lengths(target: Target) -> int:
         (b"%d\r\nTransfer-Encoding: chunked" % number, (400,)),
         (b"%d\r\nTransfer-Encoding: identity" % number, (200,)),
         (b"%d\r\nTransfer-Encoding: gzip, chunked" % number, (400,)),
-        # The 5 bytes after the body are parsed as the next request, which is invalid.
+        # The server parses the 5 bytes after the body as the next request: invalid.
         (b"%d" % (number - 5), (400,)),
         # The missing 5 bytes never arrive, and the service sends no answer.
         (b"%d" % (number + 5), ()),
@@ -184,7 +184,7 @@ def pipelines(target: Target) -> int:
 
 
 def heads(target: Target) -> int:
-    """Send request heads that are too long, of another HTTP version, or not HTTP."""
+    """Send invalid request heads: too long, of another HTTP version, or not HTTP."""
     version = target.new_version()
     path = f"{PREFIX}/keys?version={version}"
     get = request("GET", path, target.attacker)
@@ -316,8 +316,7 @@ def garbled(target: Target) -> int:
                     b": ",
                 )
             )
-        # End the headers and the body of a truncated request, so that the service
-        # answers.
+        # End the headers and the body of a truncated request, to get an answer.
         end = b"\r\n\r\n" + b"x" * 400 + b"\r\n\r\n"
         got = exchange(target.port, bytes(sent) + end, read_timeout=0.2)
         for reply in got.replies:
@@ -326,8 +325,8 @@ def garbled(target: Target) -> int:
 
 
 def slow_clients(target: Target) -> int:
-    """Keep IDLE connections open that send nothing or a part of a request; serve
-    another."""
+    """Keep IDLE connections open with a part of a request or none; serve another
+    client."""
     whole = upload(target.new_version(), target.attacker, "x", "Connection: close")
     clients = [connect(target.port) for _ in range(IDLE)]
     for number, client in enumerate(clients[: IDLE // 2]):
@@ -355,8 +354,8 @@ def large_bodies(target: Target) -> int:
 
 
 def unfinished_bodies(target: Target) -> int:
-    """Send UNFINISHED bodies without their ends; the service's memory must not hold
-    them."""
+    """Send UNFINISHED bodies without an end; the service must not hold the bodies in
+    memory."""
     head = f"PUT {PREFIX}/keys?version=1 HTTP/1.1\r\nHost: a\r\n".encode()
     sized = head + b"Content-Length: %d\r\n\r\n" % LIMIT + bytes(LIMIT - 1)
     chunk = b"10000\r\n" + bytes(65536) + b"\r\n"
@@ -370,7 +369,7 @@ def unfinished_bodies(target: Target) -> int:
 
 
 def hostile_values(target: Target) -> int:
-    """Send valid HTTP with JSON values and ids that are hard to parse."""
+    """Send valid HTTP with JSON values and ids on which parsers often fail."""
     keys, version = PREFIX + "/keys/", target.new_version()
     query = f"?version={version}"
     value = '"first_message_index":%s,"forwarded_count":0,"is_verified":true'

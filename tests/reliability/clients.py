@@ -1,4 +1,4 @@
-"""Clients of one shared backup that record their operations and answers."""
+"""Clients of a shared backup, with a record of their operations and answers."""
 
 from __future__ import annotations
 
@@ -54,12 +54,12 @@ from .model import Ids, Key
 ROOMS = ("!a:h", "!b:h", "!c:h")
 SESSIONS = ("1", "2", "3", "4")
 KEYS_IN_AN_UPLOAD = 6
-#: Longest delay before a connection is cut, in seconds: about the time of a request, so
-#: that some requests are answered before and some are under way.
+#: Longest delay before a connection is cut, in seconds: about the time of a request.
+#: Some requests are therefore answered before the cut and some are under way.
 MAX_CUT_DELAY = 0.03
 
-#: Exceptions of a request without an answer: nobody knows whether the server ran the
-#: operation.
+#: Exceptions of a request without an answer: the server may have run the operation or
+#: not.
 LOST = (
     CancelledError,
     ConnectError,
@@ -74,7 +74,7 @@ LOST = (
 
 @attrs.frozen
 class Connection:
-    """One user at one server.
+    """A user at one server.
 
     Each request opens a new TCP connection, because the HTTP client silently resends a
     request if a kept connection fails.
@@ -110,10 +110,10 @@ class Connection:
 
 @attrs.frozen
 class Recorder:
-    """A backup version and the operations that its clients performed.
+    """A backup version and the operations performed by the version's clients.
 
     Attributes:
-        events: all operations, in the order in which they ended.
+        events: all operations, in the order of their end.
     """
 
     version: str
@@ -136,8 +136,8 @@ class Recorder:
             *request_of(self.version, operation)
         )
         if cut is not None:
-            # Keep the original exception, which is in `LOST`, instead of a
-            # TimeoutError.
+            # Keep the original exception instead of a TimeoutError: LOST has the
+            # original.
             answered.addTimeout(cut, reactor, lambda failure, _: failure)
         try:
             answer = yield answered
@@ -227,7 +227,8 @@ def any_operation(random: Random, mark: str) -> Operation:
 
 
 def any_key(random: Random, mark: str) -> Key:
-    """Return a random valid key of one of 16 ranks, with `mark` as its data."""
+    """Return a random valid key, of 16 possible ranks, with `mark` as the key's
+    data."""
     verified = random.random() < 0.5
     return Key(verified, random.randrange(4), random.randrange(2), json.dumps(mark))
 

@@ -60,7 +60,7 @@ class Backup:
 
     @inlineCallbacks
     def upload(self) -> Steps:
-        """Upload new keys and check that the service acknowledges them."""
+        """Upload new keys; the service must acknowledge the upload."""
         rooms = new_keys()
         answer: Answer = yield self.send("PUT", wrapped(rooms))
         self.acknowledge(rooms)
@@ -74,7 +74,7 @@ class Backup:
 
     @inlineCallbacks
     def refuse(self, method: str = "PUT", within: float = WITHIN) -> Steps:
-        """Send a request and check that the answer is a 503 with Retry-After."""
+        """Send a request; the answer must be a 503 with Retry-After."""
         body = wrapped(new_keys()) if method == "PUT" else None
         answer: Answer = yield self.send(method, body, within)
         refused(answer, 503, "M_UNKNOWN")
@@ -107,14 +107,14 @@ class Backup:
 
 
 def new_keys() -> Rooms:
-    """Return keys in a room that no other call has returned."""
+    """Return keys of a new room, different for each call."""
     data = secrets.token_hex(DIGITS // 2)
     return {f"!{next(_numbers)}": {f"{n}": key(data=data) for n in range(KEYS)}}
 
 
 @attrs.frozen
 class Served:
-    """A running process of the service and a client host for its API."""
+    """A running process of the service, and a client host for the process's API."""
 
     service: Service
     host: HttpHost
@@ -165,7 +165,7 @@ def together(steps: list[Deferred[None]]) -> Deferred[Any]:
 
 
 def later(seconds: float, call: Callable[[], object]) -> Deferred[Any]:
-    """Return a Deferred that fires with the result of a call made after a delay."""
+    """Return a Deferred that fires with the result of a delayed call."""
     return deferLater(reactor, seconds, call)
 
 
@@ -173,7 +173,7 @@ def later(seconds: float, call: Callable[[], object]) -> Deferred[Any]:
 def serving(homeserver: Homeserver, directory: Path) -> Iterator[Serve]:
     """Yield a function that starts the service on a database (SQLite by default).
 
-    At the end, stop all started services and check that their logs have no traceback.
+    At the end, stop all started services and check their logs for tracebacks.
     """
     services: list[Service] = []
     with ExitStack() as stack:

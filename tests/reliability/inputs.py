@@ -8,9 +8,11 @@ from urllib.parse import quote
 
 from ..contract.base import ALGORITHM, PREFIX
 
-#: Probabilities that a part of an input is corrupted; each input draws one of these.
+#: Probabilities of corruption of a part of an input; each input draws a value from this
+#: list.
 CORRUPTION_RATES = (0.0, 0.0, 0.02, 0.1, 0.4)
-#: Fraction of the odd values that are large or deeply nested: parsing them is slow.
+#: Fraction of large or deeply nested values among the odd ones: parsing large values is
+#: slow.
 LARGE = 1 / 2000
 
 ROOMS = ("!a:h", "!b:h", "!31hneApxJ_1o-63DmFrpeqnkFfWppnzWso1JvH3ogLM")
@@ -38,7 +40,7 @@ TEXTS = (
     *('"\\u0000"', '"\\/\\b\\f\\n\\r\\t\\u007f"', f'"{"x" * 1000}"'),
     *('"<script>"', '"%s%n{0}"', '"\' OR 1=1 --"', '"\x7f\x80"'),
 )
-#: Bytes inserted into a body that are no JSON value.
+#: Bytes for insertion into a body, without a valid JSON value.
 RUBBISH = (
     *(b"\xff", b"\xc0\x80", b"\xed\xa0\x80", b"\xf4\x90\x80\x80", b"\0", b"\x1a"),
     *(b"}", b"]", b",", b":", b'"', b"//", b"/*", b"{}", b" x", b"\r\n", b"\xe2\x80"),
@@ -72,7 +74,7 @@ QUERIES = (
     ),
     *("version[]=1", "VERSION=1", "access_token=x", "user_id=%40b%3Ah", "version=%zz"),
 )
-#: Names of headers that Twisted, the service or the authentication reads.
+#: Names of headers read by Twisted, the service or the authentication.
 HEADERS = (
     *(b"X-Forwarded-For", b"X-Request-ID", b"Authorization", b"Cookie", b"Host"),
     *(b"Connection", b"Expect", b"Content-Type", b"User-Agent", b"Origin", b"Upgrade"),
@@ -137,7 +139,7 @@ class Inputs:
         return self._corrupt(self._members([("rooms", rooms)]))
 
     def version_info(self) -> bytes:
-        """Return the body of a request that creates or updates a version."""
+        """Return the body of a request to create or update a version."""
         algorithm = self._maybe_odd(f'"{ALGORITHM}"', self._value)
         members = [("algorithm", algorithm), ("auth_data", self.data())]
         if self._chance(0.2):
@@ -231,7 +233,7 @@ class Inputs:
                 self._maybe_odd(f"version={self.version()}", self._odd_query),
             )
         text = "&".join(parts)
-        # Quote characters that would end or break the request line.
+        # Quote characters by which the request line would end or break.
         text = "".join(c if "!" <= c < "\x7f" else quote(c) for c in text)
         return f"?{text}" if text or self._corrupts() else ""
 

@@ -1,20 +1,20 @@
-"""A linearizability checker for the recorded operations of one backup.
+"""A linearizability checker for the recorded operations of a backup.
 
-A history is linearizable if some order of the operations gives each the answer that its
-client received, and keeps the order of operations that did not overlap in time. The
-checker searches for such an order by depth-first search with backtracking. Two facts
-keep the search short:
+A history is linearizable if some order of the operations gives each operation the
+answer received by the client, and if the order puts an operation after all operations
+that ended before the start of this operation. The checker searches for such an order by
+depth-first search with backtracking. Two facts keep the search short:
 
-- An operation that changes nothing is appended as soon as its answer fits, because no
-  later operation depends on the position.
+- An operation without a change is appended as soon as the answer fits, because no later
+  operation depends on the position.
 - Each change increments the etag. The etag in an answer therefore fixes the position of
-  a change, except among changes with equal answers; and a branch is a dead end once the
+  a change, except among changes with equal answers. A branch is a dead end once the
   etag is higher than in an answer without a position.
 
 An operation whose answer was lost has no end time. The server may have run the
 operation at any time after the start, even after all others, or never. If the server
 may have run an operation twice, as in a transaction that was retried, the history has
-two operations, and the first one's answer is lost.
+two operations, and the first operation's answer is lost.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ class Upload:
 
 @attrs.frozen
 class Delete:
-    """``DELETE /keys`` for all keys, a room's or one; the answer is the tally."""
+    """``DELETE /keys`` for all keys, a room's or a session's; the answer is the
+    tally."""
 
     room_id: str | None = None
     session_id: str | None = None
@@ -71,9 +72,9 @@ class GetInfo:
 
 @attrs.frozen
 class Download:
-    """``GET /keys`` for all keys, a room's or one; the answer is the keys.
+    """``GET /keys`` for all keys, a room's or a session's; the answer is the keys.
 
-    The download must fit in one page, because a longer download isn't one snapshot.
+    The download must fit in one page, because a longer download isn't a snapshot.
     """
 
     room_id: str | None = None
@@ -88,7 +89,7 @@ Operation: TypeAlias = Upload | Delete | GetInfo | Download
 
 
 def tally(backup: Backup) -> Tally:
-    """Return the etag and count that the server reports for a backup."""
+    """Return the etag and count reported by the server for a backup."""
     return backup.etag, len(backup.keys)
 
 
@@ -109,7 +110,7 @@ class Event:
 
     @property
     def is_lost(self) -> bool:
-        """Whether no answer arrived, so that nobody knows if the operation happened."""
+        """Whether no answer arrived; the operation may have happened or not."""
         return self.end == math.inf
 
 
@@ -118,10 +119,10 @@ class _Prefix:
     """The beginning of a possible order, as a linked list.
 
     Attributes:
-        backup: the backup after these operations.
-        remaining: events that are not in the prefix yet.
+        backup: the backup after the operations of the prefix.
+        remaining: events after the prefix.
         event: last event of the prefix; None in the empty prefix.
-        before: the prefix without its last event; None for the empty prefix.
+        before: the prefix without the last event; None for the empty prefix.
     """
 
     backup: Backup
@@ -156,8 +157,7 @@ def linearize(events: Sequence[Event], backup: Backup | None = None) -> list[Eve
         backup: the backup at the beginning; empty by default.
 
     Returns:
-        The order. Lost events are left out if the answers can be explained without
-        them.
+        The order, without lost events that no answer needs.
 
     Raises:
         NotLinearizable: no such order exists.
@@ -218,9 +218,9 @@ def _is_dead_end(prefix: _Prefix) -> bool:
 
 
 def _explain(prefix: _Prefix) -> str:
-    """Return a message with the longest prefix and the answers that don't fit after
-    it."""
-    lines = [f"nothing fits after {len(prefix.order())} operations:"]
+    """Return a message with the longest prefix and the answers that don't fit
+    afterwards."""
+    lines = [f"no operation fits after {len(prefix.order())} operations:"]
     for event in sorted(prefix.candidates(), key=lambda event: event.start):
         if not event.is_lost:
             expected = event.operation.apply(prefix.backup)[1]

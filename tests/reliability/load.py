@@ -36,7 +36,7 @@ OPERATIONS_AFTER = 4
 #: Longest delay between the start of an operation and the fault, in seconds: about the
 #: time of an upload.
 FAULT_DELAY = 0.02
-#: Fraction of the operations that upload keys which no other client uploads.
+#: Fraction of uploads with new keys, different from the keys of all other clients.
 NEW_KEYS_FRACTION = 0.4
 NEW_KEYS = 6
 #: Timeout of a request, in seconds; then the answer counts as lost.
@@ -49,7 +49,7 @@ DEADLINE = 30.0
 
 @attrs.define
 class Load:
-    """Concurrent clients of one backup, and the fault that interrupts them.
+    """Concurrent clients of a backup, and the fault during their operations.
 
     Attributes:
         recorder: records all operations.
@@ -59,7 +59,7 @@ class Load:
         fault: fires after the fault.
         fault_times: begin and end of the fault, in monotonic seconds.
         new_keys_left: number of new keys that may still be uploaded. The limit keeps a
-            download on one page, because only a one-page download is a snapshot.
+            download on one page, because only a download of one page is a snapshot.
     """
 
     connection: Connection
@@ -154,11 +154,11 @@ class Load:
         """Check that the recorded operations are linearizable.
 
         Args:
-            may_repeat: whether the server may have run the writes that were under way
-                during the fault twice.
+            may_repeat: whether the server may have run the writes under way during the
+                fault twice.
 
         Raises:
-            NotLinearizable: they are not.
+            NotLinearizable: the history isn't linearizable.
         """
         twins = self.writes_during_fault() if may_repeat else []
         linearize(
@@ -166,7 +166,7 @@ class Load:
         )
 
     def writes_during_fault(self) -> list[Event]:
-        """Return the writes that were under way during the fault."""
+        """Return the writes under way during the fault."""
         start, end = self.fault_times
         return [
             event
@@ -211,16 +211,16 @@ def summary(loads: Sequence[Load]) -> str:
     """Return a line with the numbers of faults, operations and lost answers.
 
     Args:
-        loads: loads that each had one fault.
+        loads: loads with one fault each.
 
     Raises:
         AssertionError: no write was under way during any fault.
     """
-    met = sum(len(load.writes_during_fault()) for load in loads)
-    assert met
+    interrupted = sum(len(load.writes_during_fault()) for load in loads)
+    assert interrupted
     events = [event for load in loads for event in load.recorder.events]
     lost = sum(event.is_lost and is_write(event.operation) for event in events)
     return (
-        f"{len(loads)} faults in {len(events)} operations; {met} writes met one,"
-        f" {lost} had no answer"
+        f"{len(loads)} faults in {len(events)} operations; {interrupted} writes were"
+        f" under way at a fault, {lost} had no answer"
     )

@@ -1,4 +1,4 @@
-"""A network link to a server that a test can cut, so that packets vanish silently.
+"""A network link to a server, which a test can cut: packets then vanish silently.
 
 The link is a pair of virtual network devices in the Linux kernel; the far end has a
 network namespace of its own. There, this module runs as a program and forwards TCP
@@ -20,8 +20,8 @@ import attrs
 
 from ..servers.processes import Process
 
-#: Addresses of the range that RFC 2544 reserves for benchmarks of network devices, so
-#: that they are hardly in use on the machine.
+#: Addresses of the range reserved by RFC 2544 for benchmarks of network devices: hardly
+#: any machine uses this range.
 NEAR, FAR = "198.18.77.1", "198.18.77.2"
 PORT = 5432
 #: Longest start of the forwarding process, in seconds.
@@ -49,9 +49,9 @@ class Link:
 
 @contextmanager
 def new_link(path: Path, output: Path) -> Iterator[Link]:
-    """Create a link to a server on a unix socket, and remove it at the end.
+    """Create a link to a server on a unix socket, and remove the link at the end.
 
-    It needs root.
+    This needs root.
 
     Args:
         path: of the server's unix socket.
@@ -90,7 +90,7 @@ def can_make_networks() -> bool:
 
 
 def ip(*arguments: str) -> None:
-    """Run the ``ip`` command; raise an error if it fails."""
+    """Run the ``ip`` command; raise CalledProcessError on failure."""
     subprocess.run(["ip", *arguments], check=True, capture_output=True)
 
 

@@ -1,8 +1,8 @@
 """Well-behaved users with an open-loop load. Arguments: PORT VERSION:TOKEN...
 
-A user's requests are due at fixed times, and each response time counts from that due
-time. A request that waits for the previous one therefore counts with its whole wait.
-For each request the program prints a line: due time in seconds of the system's
+A user's requests are due at fixed times, and each response time counts from the due
+time. A request that waits for the previous request therefore counts with the whole
+wait. For each request the program prints a line: due time in seconds of the system's
 monotonic clock, response time in seconds, and status.
 """
 
@@ -30,7 +30,7 @@ Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 
 class Connection:
-    """A user's kept-alive connection, which is reopened after it was closed.
+    """A user's kept-alive connection, reopened after a failure.
 
     Attributes:
         body: body of the last answer.

@@ -1,7 +1,7 @@
 """A process that serves the plugin's own site. Arguments: DATABASE USERS.
 
-DATABASE is a JSON object with psycopg2's arguments. USERS is the number of users that
-the server knows; their tokens are the first ones that a new `StubAuth` issues.
+DATABASE is a JSON object with psycopg2's arguments. USERS is the number of known users;
+their tokens are the first tokens issued by a new `StubAuth`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""An HTTP client on plain sockets, which can send invalid requests too."""
+"""An HTTP client on plain sockets, for valid and invalid requests."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..servers.processes import HOST
 
 #: Default timeout of an answer, in seconds.
 DEADLINE = 20.0
-#: SO_LINGER value with which close() resets the connection.
+#: SO_LINGER value: close() resets the connection.
 _RESET = struct.pack("ii", 1, 0)
 
 
@@ -112,10 +112,9 @@ def exchange(
     """Send bytes unchanged and read answers until the connection ends.
 
     Args:
-        wanted: number of answers after which the client ends its side; answers that
-            still arrive are returned too.
-        read_timeout: seconds without an answer after which the client closes the
-            connection.
+        wanted: number of answers after which the client ends its side; later answers
+            are returned too.
+        read_timeout: seconds without an answer until the client closes the connection.
     """
     replies: list[Reply] = []
     with connect(port) as client, client.makefile("rb") as stream:
@@ -137,7 +136,7 @@ def exchange(
 
 
 def new_version(port: int, token: str) -> str:
-    """Create a backup version and return its number."""
+    """Create a backup version and return the version's number."""
     body = json.dumps({"algorithm": ALGORITHM, "auth_data": {}}).encode()
     sent = request("POST", PREFIX + "/version", token, body, "Connection: close")
     [reply] = exchange(port, sent).replies
@@ -147,7 +146,7 @@ def new_version(port: int, token: str) -> str:
 
 
 def upload(version: str, token: str, session_data: Any, *headers: str) -> bytes:
-    """Return a request that uploads one key."""
+    """Return a request to upload a key."""
     value = {
         "first_message_index": 0,
         "forwarded_count": 0,

@@ -48,15 +48,14 @@ SCHEMA_KILLS = 20 if SOAK else 8
 MIGRATION_KILLS = 20 if SOAK else 3
 #: Largest number of kills until the check must detect a lost commit.
 MAX_KILLS = 10
-#: Longest delay, in seconds, between the sign that a process is creating tables and its
-#: kill.
+#: Longest delay of a kill after the first sign of table creation, in seconds.
 MAX_KILL_DELAY = 0.001
 #: Timeout for that sign and for the end of a migration, in seconds.
 DEADLINE = 30.0
-#: Least fraction of the kills that must hit the operation under test; with fewer, the
-#: test would prove nothing.
+#: Least fraction of kills in the middle of the operation under test; with fewer, the
+#: test would be meaningless.
 MIN_FRACTION = 0.25
-#: The tables that the service creates.
+#: The tables created by the service.
 TABLES = (
     "e2e_room_keys",
     "e2e_room_keys_versions",
@@ -64,8 +63,8 @@ TABLES = (
     "roomkeys_numbers",
     "roomkeys_schema",
 )
-#: Program that runs the service without ``SET LOCAL synchronous_commit TO ON``, the
-#: setting by which a commit waits for the disk.
+#: Program: the service without ``SET LOCAL synchronous_commit TO ON``. With this
+#: setting, a commit waits for the disk.
 WITHOUT_SYNCHRONOUS_COMMIT = """
 import attrs
 from synapse_roomkeys.service.cli import main
@@ -179,7 +178,7 @@ def test_killed_synapse(postgres: PostgresServer, tmp_path: Path) -> Steps:
 
 
 def kill_postgres(server: PostgresServer) -> None:
-    """Kill PostgreSQL with all its processes, and restart the server."""
+    """Kill all processes of PostgreSQL, and restart the server."""
     server.kill()
     server.start()
 
@@ -235,8 +234,7 @@ def kills_until_detected(
     """
     for number in range(MAX_KILLS):
         load: Load = yield new_load(Connection(url, homeserver.new_user()), number)
-        # Write the tables and the version to disk, so that the kill can lose only
-        # uploads.
+        # Write the tables and the version to disk: the kill can then lose only uploads.
         with closing(psycopg2.connect(**database)) as connection:
             connection.autocommit = True
             connection.cursor().execute("CHECKPOINT")
@@ -246,11 +244,11 @@ def kills_until_detected(
             load.check(may_repeat=True)
         except NotLinearizable:
             return number + 1
-    raise AssertionError(f"{MAX_KILLS} kills have lost nothing")
+    raise AssertionError(f"{MAX_KILLS} kills without a detected loss")
 
 
 def place_of(database: Mapping[str, Any] | None, directory: Path) -> Place:
-    """Return the database that a service in a directory uses."""
+    """Return the database used by a service in a directory."""
     if database is None:
         path = str(directory / "roomkeys.db")
         return Place(DatabaseConfig("sqlite3", {"database": path}))
@@ -267,11 +265,10 @@ def until(condition: Callable[[], object]) -> None:
 
 @contextmanager
 def during_table_creation(place: Place, random: Random) -> Iterator[Callable[[], None]]:
-    """Prepare a database so that a process which creates the tables can be killed
-    meanwhile.
+    """Prepare a database for a kill of a process in the middle of creating the tables.
 
-    On PostgreSQL, an uncommitted table of the same name blocks that process at a random
-    table. SQLite has no such means; there, a short look at the write lock shows the
+    On PostgreSQL, an uncommitted table of the same name blocks the process at a random
+    table. SQLite has no such means; there, polling the write lock shows the right
     moment.
 
     Yields:

@@ -55,7 +55,7 @@ def test_promotion_of_a_synchronous_standby(
                 yield load.read_back()
                 load.check(may_repeat=True)
                 begin, end = load.fault_times
-                # Only writes sent after the promotion: an earlier one may have been
+                # Only writes sent after the promotion: earlier writes may have been
                 # answered before the fault.
                 later = [
                     event

@@ -60,14 +60,13 @@ def site(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[OwnSite]:
 
 @attrs.define
 class FailingRun:
-    """Replacement of a database's ``run`` that raises an error in the next
-    transactions.
+    """Replacement of a database's ``run`` in which the next transactions fail.
 
     Attributes:
         run: the original function.
         times: number of further transactions that fail.
-        when: at the begin of the transaction, at its end before the commit, or after
-            the commit, so that only the answer is lost.
+        when: moment of the error: at the begin of the transaction, at the end before
+            the commit, or after the commit (only the answer is lost).
     """
 
     run: Callable[..., Deferred[Any]]
@@ -97,7 +96,7 @@ class FailingRun:
 
 
 def failing(site: OwnSite, error: Exception, times: int, when: When) -> Any:
-    """Return a context manager in which the site's transactions fail."""
+    """Return a context manager; inside, the site's transactions fail."""
     run = FailingRun(site.database.run, error, times, when)
     return mock.patch.object(site.database, "run", run)
 
@@ -105,9 +104,9 @@ def failing(site: OwnSite, error: Exception, times: int, when: When) -> Any:
 @pytest.mark.parametrize("when", ["begin", "end", "committed"])
 @inlineCallbacks
 def test_a_failed_transaction_is_retried(site: OwnSite, when: When) -> Steps:
-    """A single failed transaction is retried: the client sees no error, and nothing is
+    """A single failed transaction is retried: the client sees no error, and no key is
     lost or counted twice, whether the transaction was rolled back or only the answer to
-    its commit was lost."""
+    the commit was lost."""
     for error in FAULTS[site.backend.name]:
         client = Client(site.host, site.host.new_user())
         version: str = yield client.create_version()

@@ -37,18 +37,18 @@ from .sockets import exchange, request
 #: Free bytes on a full disk: enough for a part of an upload, not for a whole one.
 BYTES_LEFT = 65536
 TMPFS_SIZE = "40m"
-#: Number of connections that the tests' HTTP client keeps open.
+#: Number of connections kept open by the tests' HTTP client.
 CONNECTIONS = 8
 
 
 @attrs.frozen
 class Disk:
-    """A small file system of its own."""
+    """A small file system, separate from the machine's."""
 
     directory: Path
 
     def fill(self) -> None:
-        """Fill the file system except for BYTES_LEFT bytes."""
+        """Fill the file system except for BYTES_LEFT bytes, with a ballast file."""
         with (self.directory / "ballast").open("ab", buffering=0) as ballast:
             with suppress(OSError):
                 while True:
@@ -56,13 +56,13 @@ class Disk:
             ballast.truncate(ballast.tell() - BYTES_LEFT)
 
     def free(self) -> None:
-        """Delete what `fill` has written."""
+        """Delete the ballast file."""
         (self.directory / "ballast").unlink()
 
 
 @contextmanager
 def mounted(size: str) -> Iterator[Disk]:
-    """Mount a file system in memory (tmpfs) and unmount it at the end; it needs
+    """Mount a file system in memory (tmpfs), and unmount the same at the end. Needs
     root."""
     directory = make_directory("disk-")
     how = ["mount", "-t", "tmpfs", "-o", f"size={size}", "roomkeys-tests"]
@@ -83,15 +83,15 @@ def can_mount() -> bool:
         return False
 
 
-needs_root = pytest.mark.skipif(not can_mount(), reason="it takes root")
+needs_root = pytest.mark.skipif(not can_mount(), reason="needs root")
 
 
 @inlineCallbacks
 def check_full_disk(
     served: Served, fill: Callable[[], None], free: Callable[[], None]
 ) -> Steps:
-    """Check that on a full disk uploads get 503, downloads are served and /ready is
-    503, and that after `free` uploads succeed and /ready is 200 again."""
+    """Check the rules of a full disk: uploads get 503, downloads are served and /ready
+    is 503. After `free`, uploads succeed and /ready is 200 again."""
     backups: list[Backup] = yield served.new_backups(3)
     fill()
     yield together([backup.refuse() for backup in backups])
@@ -124,8 +124,8 @@ def test_a_file_size_limit(serve: Serve, tmp_path: Path) -> Steps:
 
 @inlineCallbacks
 def test_a_count_that_cannot_be_cached(serve: Serve, tmp_path: Path) -> Steps:
-    """A version whose cached count has expired is answered with a fresh count of its
-    keys, even if SQLite can't write a byte to cache that count."""
+    """A version whose cached count has expired is answered with a fresh count of the
+    keys, even if SQLite can't write a byte to cache the fresh count."""
     served = serve()
     [backup] = yield served.new_backups(1)
     path = tmp_path / "service" / "roomkeys.db"
@@ -143,8 +143,7 @@ def test_a_count_that_cannot_be_cached(serve: Serve, tmp_path: Path) -> Steps:
 
 
 def refuse_chunks(port: int, backup: Backup) -> None:
-    """Send a chunked upload to its end and check that the answer is a 503 with
-    Retry-After."""
+    """Send a whole chunked upload; the answer must be a 503 with Retry-After."""
     target = PREFIX + keys_path(backup.version)
     chunk = b"10000\r\n" + bytes(65536) + b"\r\n"
     chunks = [
@@ -209,7 +208,7 @@ def test_a_full_temporary_directory(disk: Disk, serve: Serve) -> Steps:
 
 @pytest.fixture
 def own_postgres(tmp_path: Path) -> Iterator[PostgresServer]:
-    """A PostgreSQL server of the test's own, which the test may break."""
+    """A PostgreSQL server for a single test, without effect on others if broken."""
     with PostgresServer(tmp_path / "own", durable=True) as server:
         yield server
 
@@ -237,8 +236,8 @@ if SOAK:
     def test_a_full_disk_under_the_write_ahead_log(
         disk: Disk, own_postgres: PostgresServer, serve: Serve
     ) -> Steps:
-        """A PostgreSQL that crashed without room for its write-ahead log keeps all
-        acknowledged uploads; after a restart with free room uploads succeed."""
+        """After a crash for lack of room for the write-ahead log, PostgreSQL still has
+        all acknowledged uploads; after a restart with free room, uploads succeed."""
         database = own_postgres.create_database()
         own_postgres.move_wal(disk.directory)
         served = serve(database)
@@ -255,7 +254,7 @@ if SOAK:
         own_postgres.stop()
         disk.free()
         own_postgres.start()
-        # The upload during which the server crashed may be stored or not.
+        # The upload during the crash may be stored or not.
         if (yield last.client.tally(last.version))[1] > len(last.rooms) * KEYS:
             last.acknowledge(rooms)
         yield together([backup.check() for backup in backups])

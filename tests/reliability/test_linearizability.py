@@ -1,4 +1,4 @@
-"""Concurrent clients of two servers on one database see a linearizable history."""
+"""Concurrent clients of two servers on a shared database see a linearizable history."""
 
 from __future__ import annotations
 
@@ -40,20 +40,20 @@ _TIMEOUT = 30.0
 
 @attrs.frozen
 class Servers:
-    """Addresses of servers on one database, and users that all servers know."""
+    """Addresses of servers on a shared database, and users known to all servers."""
 
     urls: Sequence[str]
     users: Iterator[User]
 
 
 def users() -> Iterator[User]:
-    """Return the users that a server process knows, in the order of their creation."""
+    """Return the users known to a server process, in the order of their creation."""
     auth = StubAuth()
     return iter([auth.new_user() for _ in range(2 * HISTORIES)])
 
 
 def is_listening(process: Process) -> bool:
-    """Whether a server process has printed its address."""
+    """Whether a server process has printed an address."""
     return "http://" in process.output()
 
 
@@ -61,7 +61,7 @@ def is_listening(process: Process) -> bool:
 def processes(
     postgres: PostgresServer, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Servers]:
-    """Two server processes on one PostgreSQL database."""
+    """Two server processes on a shared PostgreSQL database."""
     directory = tmp_path_factory.mktemp("processes")
     database = json.dumps(postgres.create_database())
     arguments = ["-m", f"{__package__}.server", database, str(2 * HISTORIES)]
@@ -114,7 +114,7 @@ def test_every_history_is_linearizable(processes: Servers, cut: float) -> Steps:
 @pytest.mark.parametrize("fault", [*PLAIN, *RACES])
 @inlineCallbacks
 def test_a_planted_fault_is_detected(backend: Backend, fault: str) -> Steps:
-    """Two sites whose store has a planted fault produce a history that is not
+    """With a planted fault in their store, two sites produce a history that is not
     linearizable."""
     with {**PLAIN, **RACES}[fault]():
         one = OwnSite(backend)
@@ -147,4 +147,4 @@ def histories_until_detected(
             linearize(events)
         except NotLinearizable:
             return number + 1
-    raise AssertionError(f"{MAX_HISTORIES} histories have an order")
+    raise AssertionError(f"{MAX_HISTORIES} histories are linearizable")

@@ -44,7 +44,7 @@ Request = tuple[str, str, Any]
 
 SECONDS = float(os.environ.get("ROOMKEYS_SOAK_SECONDS", 3600 if SOAK else 10))
 SAMPLES = 120
-#: Number of clients that share a backup.
+#: Number of clients per backup.
 CLIENTS = 2
 USERS = 6
 #: Pause of a client between two requests, in seconds.
@@ -53,20 +53,20 @@ PAUSE = 0.01
 #: delay until then, in seconds.
 VANISH_FRACTION = 0.05
 MAX_VANISH_DELAY = 0.02
-#: Fraction of the steps that delete the version, and the fraction of these after which
-#: a new user replaces the old one.
+#: Fraction of the steps in which a client deletes the version, and fraction of these
+#: deletions after which a new user replaces the old user.
 RESET_FRACTION = 0.005
 LEAVE_FRACTION = 0.3
-#: Size of the service's token cache: the load uses more tokens before the comparison
-#: begins, so that the cache is full by then.
+#: Size of the service's token cache. The load uses more tokens before the comparison
+#: begins, to fill the cache.
 TOKENS = 10
-#: All rooms and sessions of a backup: the fixed set bounds its size.
+#: All rooms and sessions of a backup: the fixed set bounds the backup's size.
 ROOMS = ("!a:h", "!b:h", "!c:h")
 SESSIONS = range(500)
 MAX_KEYS = 100
 KEY_BYTES = 900
-#: Largest growth of memory, in bytes. In an hour-long run that is less than twenty
-#: bytes a request. In a short run the process still reaches its working size.
+#: Largest growth of memory, in bytes: less than twenty bytes a request in an hour-long
+#: run. In a short run the process still grows to a working size.
 GROWTH = (8 if SOAK else 32) * 1024 * 1024
 #: Tolerance for open files: the clients' connections may all be open at one sample and
 #: closed at another.
@@ -96,8 +96,8 @@ def use_of(pid: int, cursor: Any) -> Use:
     """Measure the resources that a server uses now.
 
     Args:
-        cursor: cursor of a connection to the server's database; that connection isn't
-            counted.
+        cursor: cursor of a connection to the server's database. The function doesn't
+            count this connection.
     """
     process = Path(f"/proc/{pid}")
     cursor.execute(
@@ -120,10 +120,10 @@ def median(uses: Sequence[Use]) -> Use:
 
 @attrs.define
 class Backup:
-    """A user's backup and the requests of the clients that share the backup.
+    """A user's backup and the requests of the clients sharing the backup.
 
     Attributes:
-        new_user: registers a user that the server has not seen.
+        new_user: registers a new user.
         answers: numbers of answers by method and status, and of other outcomes.
         connection: connection of the current user.
         version: number of the current version; empty while there is none.
@@ -154,7 +154,8 @@ class Backup:
 
     @inlineCallbacks
     def reset(self) -> Steps:
-        """Delete the version, then create a new one, for a new user if drawn."""
+        """Delete the version, then create a version for the same or a new user, at
+        random."""
         version, self.version = self.version, ""
         path = version_path(version)
         answer: Answer = yield self.connection.request("DELETE", path)
@@ -183,10 +184,10 @@ class Backup:
         version = self.version
         answered = self.connection.request(method, path, body)
         if self.random.random() < VANISH_FRACTION:
-            patience = self.random.random() * MAX_VANISH_DELAY
-            # Keep the original exception, which is in `LOST`, instead of a
-            # TimeoutError.
-            answered.addTimeout(patience, reactor, lambda failure, _: failure)
+            delay = self.random.random() * MAX_VANISH_DELAY
+            # Keep the original exception instead of a TimeoutError: LOST has the
+            # original.
+            answered.addTimeout(delay, reactor, lambda failure, _: failure)
             try:
                 yield answered
             except LOST:
@@ -228,8 +229,8 @@ class Backup:
         return "GET", version_path(version), None
 
     def any_key(self) -> dict[str, Any]:
-        """Return a key with a random rank, so better, worse or equal to the stored
-        one."""
+        """Return a key of random rank: better or worse than the stored key, or
+        equal."""
         return key(self.random.randrange(4), data="x" * KEY_BYTES)
 
 

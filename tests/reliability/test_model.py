@@ -36,7 +36,7 @@ SETTINGS = settings(
 def new_database(
     request: pytest.FixtureRequest,
 ) -> Iterator[Callable[[], ImmediateDatabase | BlockingPostgres]]:
-    """A function that returns a database for a state machine, which empties the
+    """A function that returns a database for a state machine; the machine empties the
     tables."""
     if request.param == "sqlite":
         yield ImmediateDatabase

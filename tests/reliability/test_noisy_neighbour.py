@@ -1,6 +1,6 @@
-"""One abusive user hardly slows down nine well-behaved users.
+"""An abusive user hardly slows down nine well-behaved users.
 
-The service, its database and all clients share the CPUs of one machine. The CPU time of
+The service, the database and all clients share the CPUs of one machine. The CPU time of
 the abusive client therefore delays the nine users as well.
 """
 
@@ -25,13 +25,12 @@ from .abusive_client import BEHAVIOURS, ROOM, SESSION, UNTHROTTLED, real_keys
 from .sockets import exchange, new_version, request
 
 USERS = 9
-#: Largest ratio of the nine users' 99th percentile with the abusive user to that
-#: without.
+#: Largest ratio of the nine users' 99th percentiles, with and without the abusive user.
 RATIO = 3.0
 #: Duration of each measurement, in seconds.
 SECONDS = 30 if SOAK else 4
-#: Pause before a measurement without the abusive user, in seconds, in which the service
-#: ends that user's requests.
+#: Pause before a measurement without the abusive user, in seconds. During the pause the
+#: service ends the requests of the previous abusive user.
 SETTLE_SECONDS = 10 if SOAK else 1
 #: Number of uploads that fill the abusive user's backup: more data than the kernel's
 #: socket buffers hold for slow readers.
@@ -120,7 +119,7 @@ class Deployment:
 def deployment(
     postgres: PostgresServer, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Deployment]:
-    """The service with nine well-behaved users that already send requests."""
+    """The service, under load by nine well-behaved users."""
     directory = tmp_path_factory.mktemp("deployment")
     database = postgres.create_database()
     with (
@@ -147,8 +146,7 @@ def run_module(module: str, output: Path, *arguments: str) -> Process:
 
 
 def fill_backup(port: int, token: str, version: str) -> None:
-    """Upload the abusive user's backup: many keys, and one that is downloaded by its
-    id."""
+    """Upload the abusive user's backup: many keys, and a key for downloads by id."""
     bodies = [
         real_keys(UNTHROTTLED).replace(ROOM.encode(), b"!room%d:h" % number)
         for number in range(ROOMS)
@@ -163,9 +161,9 @@ def fill_backup(port: int, token: str, version: str) -> None:
 
 @pytest.mark.parametrize("names", ATTACKS, ids="-".join)
 def test_an_abusive_user(deployment: Deployment, names: Sequence[str]) -> None:
-    """The nine users get no error beside an abusive user. In the soak, which needs a
-    machine of its own, their 99th percentile is at most RATIO times the one without
-    that user."""
+    """The nine users get no error beside an abusive user. In the soak, on an otherwise
+    idle machine, their 99th percentile is at most RATIO times the percentile without
+    the abusive user."""
     alone = deployment.measure_alone()
     beside = deployment.measure_beside(names)
     ratio = beside.quantile(0.99) / alone.quantile(0.99)

@@ -1,4 +1,4 @@
-"""Metrics, readiness and log lines that an operator sees of an outage."""
+"""Metrics, readiness and log lines by which an operator notices an outage."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ UNANSWERED = 'synapse_roomkeys_whoami_requests_total{outcome="failed"}'
 
 
 def metric(service: Service, series: str) -> float:
-    """Return the value of a metric, by its name and labels."""
+    """Return the value of a metric, by name and labels."""
     lines = fetch(service.metrics_url).decode().splitlines()
     (line,) = (line for line in lines if line.startswith(f"{series} "))
     return float(line.rpartition(" ")[2])
@@ -51,16 +51,16 @@ def wait_for_third_line(served: Served, subject: str) -> Steps:
 
 @pytest.fixture
 def own_postgres(tmp_path: Path) -> Iterator[PostgresServer]:
-    """A PostgreSQL server of the test's own, which the test may stop."""
+    """A PostgreSQL server for a single test, which the test may stop."""
     with PostgresServer(tmp_path / "own") as server:
         yield server
 
 
 @inlineCallbacks
 def test_a_database_outage(own_postgres: PostgresServer, serve: Serve) -> Steps:
-    """A database outage with failing uploads of ten users moves the metrics of its
-    cause, leaves the time of the last write unchanged, and takes three log lines that
-    name the address."""
+    """A database outage with failing uploads of ten users moves the metrics of the
+    outage's cause, leaves the time of the last write unchanged, and takes three log
+    lines with the address."""
     database = own_postgres.create_database()
     served = serve(database)
     service = served.service
@@ -104,14 +104,14 @@ class ProxiedHomeserver(Homeserver):
 
 @pytest.fixture
 def own_homeserver() -> Iterator[ProxiedHomeserver]:
-    """A homeserver of the test's own, which the test may cut off."""
+    """A homeserver for a single test, which the test may cut off."""
     with ProxiedHomeserver() as homeserver:
         yield homeserver
 
 
 @pytest.fixture
 def own_serve(own_homeserver: ProxiedHomeserver, tmp_path: Path) -> Iterator[Serve]:
-    """A function that starts the service beside that homeserver."""
+    """A function that starts the service with the homeserver behind a proxy."""
     with serving(own_homeserver, tmp_path / "service") as serve:
         yield serve
 
@@ -120,8 +120,9 @@ def own_serve(own_homeserver: ProxiedHomeserver, tmp_path: Path) -> Iterator[Ser
 def test_a_homeserver_outage(
     own_homeserver: ProxiedHomeserver, own_serve: Serve
 ) -> Steps:
-    """A homeserver outage with failing requests of ten users moves its own metric and
-    takes three log lines, which name the address; the first two have the status."""
+    """A homeserver outage with failing requests of ten users moves the homeserver's
+    metric and takes three log lines with the address; the first two lines have the
+    status."""
     served = own_serve()
     service = served.service
     clients = [Client(served.host, served.host.new_user()) for _ in range(USERS)]
@@ -142,7 +143,7 @@ def test_a_homeserver_outage(
 
 @inlineCallbacks
 def refuse(client: Client) -> Steps:
-    """Send a request and check that the answer is a 503."""
+    """Send a request; the answer must be a 503."""
     token = client.user.access_token
     path = f"{PREFIX}/version"
     answer: Answer = yield client.host.request("GET", path, token=token)

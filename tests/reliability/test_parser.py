@@ -1,5 +1,5 @@
-"""The parser and the servlets refuse invalid inputs properly and change no valid
-one."""
+"""The parser and the servlets refuse invalid inputs properly and store valid ones
+exactly."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ from .oracle import check_accepted, check_refusal, fields_of, kept, keys_of, rea
 PARSED, ANSWERED, UPLOADED = (
     (500_000, 300_000, 100_000) if SOAK else (20_000, 8_000, 2_000)
 )
-#: Number of inputs that atheris tries.
+#: Number of inputs tried by atheris.
 ATHERIS_RUNS = 2_000_000
 REPOSITORY = Path(__file__).parents[2]
 #: Number of requests after which the servlets get a new database, because random
 #: requests delete the versions.
 REQUESTS_PER_DATABASE = 50
-#: Least fraction of the inputs that must be accepted, and of those that must be
-#: refused; with fewer, the test would prove nothing.
+#: Least fraction of accepted inputs, and of refused inputs; with fewer, the test would
+#: be meaningless.
 MIN_FRACTION = 0.2
 SETTINGS = settings(
     max_examples=20_000 if SOAK else 400,
@@ -75,7 +75,7 @@ class LogLineChecker(logging.Handler):
 
 @pytest.fixture(autouse=True)
 def check_log_lines() -> Iterator[None]:
-    """Check every line that the plugin logs during a test."""
+    """Check every line logged by the plugin during a test."""
     logger = logging.getLogger("synapse_roomkeys")
     handler, level = LogLineChecker(), logger.level
     logger.addHandler(handler)
@@ -141,7 +141,7 @@ def test_the_parser(random: Random) -> None:
 
 
 def test_the_parser_in_bulk() -> None:
-    """The same holds for many more inputs, which a failure names by their seed."""
+    """The same holds for many more inputs; a failure names the input's seed."""
     start = Random().getrandbits(60) if SOAK else 0
     accepted = 0
     for seed in range(start, start + PARSED):
@@ -156,8 +156,7 @@ def test_the_parser_in_bulk() -> None:
 if SOAK:
 
     def test_the_parser_with_atheris(tmp_path: Path) -> None:
-        """The same holds for inputs that atheris derives from the code coverage
-        reached."""
+        """The same holds for inputs derived by atheris from the code coverage."""
         done = subprocess.run(
             [
                 sys.executable,
@@ -176,18 +175,19 @@ if SOAK:
 
 
 class Servlets:
-    """A server in memory, and two versions of one user."""
+    """A server in memory, and two versions of a user."""
 
     def __init__(self) -> None:
         self.host = MemoryHost()
-        # Without a timeout: the reactor doesn't run, so its timers would keep every
+        # Without a timeout: the reactor doesn't run, and timers would keep every
         # connection in memory.
         self.host.site.timeOut = None
         self.token = self.host.new_user().access_token
         self.versions = (self.new_version(), self.new_version())
 
     def new_version(self) -> str:
-        """Create a version, which becomes the current one, and return its number."""
+        """Create a version and return the number; the new version becomes the current
+        version."""
         body = json.dumps({"algorithm": ALGORITHM, "auth_data": {}}).encode()
         version: str = self.answer("POST", PREFIX + "/version", body).json["version"]
         return version
@@ -200,8 +200,8 @@ class Servlets:
 
 
 def check_answer(method: str, target: str, answer: Answer, token: str) -> None:
-    """Check that an answer is no server error, and that an error is JSON with errcode
-    and message and without the token."""
+    """Check an answer: no server error, and errors as JSON with errcode and message and
+    without the token."""
     where = f"{method} {target[:200]}: {answer}"
     assert answer.status < 500, where
     assert token.encode() not in answer.body, where
@@ -244,8 +244,8 @@ def test_the_servlets() -> None:
 
 
 def test_uploads_round_trip() -> None:
-    """An accepted upload is downloaded as the same JSON values; a refused upload stores
-    nothing."""
+    """An accepted upload is downloaded as the same JSON values; a refused upload leaves
+    the backup empty."""
     start = Random().getrandbits(60) if SOAK else 0
     accepted = 0
     for seed in range(start, start + UPLOADED):
@@ -269,7 +269,7 @@ def test_uploads_round_trip() -> None:
 
 @pytest.mark.parametrize("size", [65_536, 65_537, 10_485_760, 10_485_761])
 def test_large_bodies(size: int) -> None:
-    """A string of the largest allowed size is accepted, and a larger one gets 413."""
+    """A string of the largest allowed size is accepted; a larger string gets 413."""
     servlets = Servlets()
     before = b'{"first_message_index":0,"forwarded_count":0,"is_verified":true,'
     data = b'"' + b"x" * (size - 2) + b'"'

@@ -40,9 +40,9 @@ def is_ready(served: Served) -> bool:
 
 @inlineCallbacks
 def test_the_service(postgres: PostgresServer, serve: Serve) -> Steps:
-    """While PostgreSQL is read-only, writes and /ready get 503 and a version is shown
-    although its count can't be cached. Once new sessions are read-write, the service
-    replaces its connections by itself."""
+    """While PostgreSQL is read-only, writes and /ready get 503, and a version is shown
+    although the count can't be cached. Once new sessions are read-write, the service
+    replaces the connections without a restart."""
     database = postgres.create_database()
     served = serve(database)
     backups: list[Backup] = yield served.new_backups(2)

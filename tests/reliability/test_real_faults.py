@@ -33,10 +33,10 @@ from .faults import (
 )
 from .network_partition import FAR, PORT, can_make_networks, new_link
 
-#: Duration of a fault that ends before the service gives up its retries, in seconds.
+#: Duration of a short fault, in seconds: the service still retries at the end.
 SHORT_FAULT = 1.0
 #: Longest answer while packets to PostgreSQL vanish, in seconds: the time until the
-#: service gives up its connections, and one more try.
+#: service gives up the connections, plus another try.
 PARTITION_TIMEOUT = 20.0
 #: Number of users with requests during a fault.
 USERS = 6
@@ -46,7 +46,7 @@ LOCK_ROW = "SELECT 1 FROM e2e_room_keys_versions WHERE user_id = %s FOR UPDATE"
 
 @contextmanager
 def uncommitted(database: Mapping[str, Any]) -> Iterator[Any]:
-    """Yield a cursor of an independent transaction that is rolled back at the end."""
+    """Yield a cursor of an independent transaction, rolled back at the end."""
     with closing(psycopg2.connect(**database)) as connection:
         yield connection.cursor()
 
@@ -66,7 +66,7 @@ def wait_for_lock_wait(database: Mapping[str, Any]) -> Steps:
 
 @contextmanager
 def locked(path: Path, how: str) -> Iterator[Callable[[], object]]:
-    """Lock an SQLite file with another connection; yield a function that unlocks the
+    """Lock an SQLite file with another connection; yield a function to unlock the
     file."""
     with closing(sqlite3.connect(path, isolation_level=None)) as connection:
         connection.execute(f"BEGIN {how}")
@@ -123,10 +123,10 @@ def test_a_statement_timeout(postgres: PostgresServer, serve: Serve) -> Steps:
 
 @inlineCallbacks
 def test_a_deadlock(postgres: PostgresServer, serve: Serve) -> Steps:
-    """An upload that PostgreSQL ends to resolve a deadlock is retried and succeeds."""
+    """If PostgreSQL ends an upload to resolve a deadlock, the upload is retried and
+    succeeds."""
     database = postgres.create_database()
-    # Find the deadlock before the service's lock timeout (1 s), which would end the
-    # upload as well.
+    # Find the deadlock before the service's lock timeout (1 s) ends the upload as well.
     served = serve({**database, "options": "-c deadlock_timeout=200"})
     backups: list[Backup] = yield served.new_backups(1)
     [backup] = backups
@@ -134,8 +134,8 @@ def test_a_deadlock(postgres: PostgresServer, serve: Serve) -> Steps:
     user_id = backup.client.user.user_id
     better = {room_id: {"0": key(verified=True)}}
     with uncommitted(database) as cursor:
-        # PostgreSQL ends the session whose deadlock_timeout expires first: that must be
-        # the service's session.
+        # PostgreSQL ends the session whose deadlock_timeout expires first: the
+        # service's session.
         cursor.execute("SET deadlock_timeout TO '1min'")
         cursor.execute("SELECT 1 FROM e2e_room_keys WHERE session_id = '0' FOR UPDATE")
         upload = backup.send("PUT", wrapped(better))
@@ -173,7 +173,7 @@ def test_an_exhausted_pool(postgres: PostgresServer, serve: Serve) -> Steps:
 @inlineCallbacks
 def test_a_restarted_server(tmp_path: Path, serve: Serve) -> Steps:
     """After a restart of PostgreSQL, the first dead connection makes the service
-    replace all of them, so a single request needs just one retry."""
+    replace all connections: a single request needs just one retry."""
     with PostgresServer(tmp_path / "own") as server:
         served = serve(server.create_database())
         backups: list[Backup] = yield served.new_backups(USERS)
@@ -189,8 +189,8 @@ def test_a_restarted_server(tmp_path: Path, serve: Serve) -> Steps:
 
 @inlineCallbacks
 def test_no_connection_is_left(tmp_path: Path, serve: Serve) -> Steps:
-    """While other clients hold all connections that PostgreSQL allows, requests get
-    503; afterwards they succeed."""
+    """While other clients hold all connections allowed by PostgreSQL, requests get 503;
+    afterwards requests succeed."""
     settings = {"max_connections": "12"}
     with (
         PostgresServer(tmp_path / "own", settings=settings) as server,
@@ -223,8 +223,8 @@ def test_no_connection_is_left(tmp_path: Path, serve: Serve) -> Steps:
 
 @inlineCallbacks
 def test_queued_writes_in_an_outage(tmp_path: Path, serve: Serve) -> Steps:
-    """Queued writes of one user all fail with the write that finds PostgreSQL away,
-    within one timeout, instead of one after the other."""
+    """Queued writes of a user all fail with the first write that finds PostgreSQL away,
+    within 10 seconds, not after a retry timeout each."""
     with PostgresServer(tmp_path / "own") as server:
         served = serve(server.create_database())
         [backup] = yield served.new_backups(1)
@@ -240,11 +240,11 @@ def test_queued_writes_in_an_outage(tmp_path: Path, serve: Serve) -> Steps:
         served.service.stop()
 
 
-@pytest.mark.skipif(not can_make_networks(), reason="it takes root")
+@pytest.mark.skipif(not can_make_networks(), reason="needs root")
 @inlineCallbacks
 def test_a_network_partition(tmp_path: Path, serve: Serve) -> Steps:
     """While packets to PostgreSQL's machine vanish without an error, requests get 503
-    within PARTITION_TIMEOUT; afterwards they succeed."""
+    within PARTITION_TIMEOUT; afterwards requests succeed."""
     sockets = make_directory("sockets-")
     settings = {"unix_socket_directories": str(sockets)}
     with ExitStack() as stack:

@@ -16,7 +16,7 @@ from ..servers.fake_homeserver import Homeserver
 from ..servers.service import Service
 from .sockets import Exchange, connect, exchange, new_version, request, upload
 
-#: A substring of every secret that the tests send.
+#: A substring of every secret sent by the tests.
 MARKER = "MaRkEr"
 SECRET = f"{MARKER}-secret"
 DATA = {"ciphertext": SECRET, SECRET: [SECRET]}
@@ -110,7 +110,7 @@ def send_secrets(port: int, token: str) -> int:
 
 
 def check_log(service: Service, token: str) -> None:
-    """Check that no line of the log contains a secret or the token."""
+    """Check the log: no line contains a secret or the token."""
     for line in service.log().splitlines():
         assert MARKER not in line and token not in line, line
 

@@ -1,4 +1,4 @@
-"""The service process withstands clients that break every rule of HTTP."""
+"""The service process withstands clients that break the rules of HTTP."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ class GoodClient(threading.Thread):
 
 @pytest.fixture(scope="module")
 def made() -> set[Callable[[Target], int]]:
-    """The attacks that were already run on the service."""
+    """The attacks already run on the service."""
     return set()
 
 
@@ -165,7 +165,7 @@ class Use:
 
 
 def use_of(service: Service) -> Use:
-    """Measure the resources that the service uses now."""
+    """Measure the resources used by the service now."""
     process = Path(f"/proc/{service.pid}")
     return Use(
         len(os.listdir(process / "fd")),
@@ -175,8 +175,8 @@ def use_of(service: Service) -> Use:
 
 
 def settled(service: Service, most: Use) -> Use:
-    """Wait until the service uses at most these resources, or until DEADLINE; return
-    its use."""
+    """Wait until the service uses at most `most`, or until DEADLINE; return the last
+    measurement."""
     deadline = time.monotonic() + DEADLINE
     while time.monotonic() < deadline:
         use = use_of(service)
@@ -187,8 +187,8 @@ def settled(service: Service, most: Use) -> Use:
 
 
 def test_no_resource_leaks(target: Target, made: set[Callable[[Target], int]]) -> None:
-    """Repeated attacks leave memory, open files and threads at the level after the
-    first run of all attacks."""
+    """Once the service has seen every attack, repeated attacks leave open files and
+    threads at the idle level, and memory at the level after the first round."""
     new_version(target.port, target.bystander)
     idle = use_of(target.service)
     cheap = [attack for attack in ATTACKS if attack is not random_requests]

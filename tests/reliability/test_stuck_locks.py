@@ -1,4 +1,4 @@
-"""Row locks that are never released: their users get 503, and all others are served."""
+"""Row locks without end: the locked users get 503, and all others are served."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ from .faults import Steps, connected, later
 
 #: Number of users whose rows are locked: as many as the pool has connections.
 USERS = 10
-#: Duration of those users' uploads in a loop, in seconds: two rounds of the service's
-#: retries.
+#: Duration of the locked users' uploads in a loop, in seconds: two rounds of the
+#: service's retries.
 SECONDS = 6.0
 #: Longest answer to a user whose rows are free, in seconds: a few lock timeouts.
 SERVED_WITHIN = 4.0
@@ -51,7 +51,7 @@ def served(
     postgres: PostgresServer,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[tuple[HttpHost, Mapping[str, Any]]]:
-    """Each host (the service, a Synapse) with ten database connections, and its
+    """Each host (the service, a Synapse) with ten database connections, and the
     database."""
     database = postgres.create_database()
     directory = tmp_path_factory.mktemp("stuck")
@@ -81,7 +81,7 @@ def locking(database: Mapping[str, Any], clients: list[Client]) -> Iterator[None
 
 
 def put(client: Client, version: str, rooms: Any) -> Deferred[Answer]:
-    """Upload keys; fire with the answer, whatever its status."""
+    """Upload keys; fire with the answer, even if refused."""
     return client.host.request(
         "PUT",
         PREFIX + keys_path(version),
@@ -123,9 +123,9 @@ def unlocked_user(host: Host, end: float) -> Steps:
 
 @inlineCallbacks
 def test_other_users_are_served(served: tuple[HttpHost, Mapping[str, Any]]) -> Steps:
-    """While as many users as there are connections wait for locks that are never
-    released, other users read and write in time, also after those users gave up. The
-    locked users succeed as soon as their rows are free."""
+    """While as many users as there are connections wait for locks without end, other
+    users read and write in time, also after the locked users gave up. The locked users
+    succeed as soon as their rows are free."""
     host, database = served
     backups: list[tuple[Client, str]] = []
     for _ in range(USERS):
@@ -143,8 +143,9 @@ def test_other_users_are_served(served: tuple[HttpHost, Mapping[str, Any]]) -> S
 def test_queued_writes_behind_a_lock(
     served: tuple[HttpHost, Mapping[str, Any]],
 ) -> Steps:
-    """Writes of one user that queued while another write waited for a lock are refused
-    together with that write, not one after the other; the user's reads are served."""
+    """If a user's write waits for a lock and is refused, the user's queued writes are
+    refused at the same time, not after a lock timeout each; the user's reads are
+    served."""
     host, database = served
     client, version = yield new_backup(host)
     with locking(database, [client]):
@@ -179,8 +180,8 @@ def test_a_process_stopped_during_an_upload(
     postgres: PostgresServer, homeserver: Homeserver, tmp_path: Path
 ) -> Steps:
     """When a process is stopped (SIGSTOP) with a user's version locked, PostgreSQL ends
-    its transaction. Until then another process answers that user 503 in time;
-    afterwards it serves the user."""
+    the process's transaction. Until then another process answers the user 503 in time;
+    afterwards that process serves the user."""
     database = postgres.create_database()
     first = Service(tmp_path / "first", homeserver.url, database=database)
     second = Service(tmp_path / "second", homeserver.url, database=database)
@@ -190,7 +191,7 @@ def test_a_process_stopped_during_an_upload(
             for s in (first, second)
         ]
         client, version = yield new_backup(hosts[0])
-        # An upload of the same key locks its version and then waits for this row.
+        # An upload of the same key locks the version and then waits for this row.
         other.cursor().execute(
             "INSERT INTO e2e_room_keys VALUES (%s, '!room', 's', %s, 0, 0, false, '1')",
             (client.user.user_id, version),
@@ -212,7 +213,7 @@ def test_a_process_stopped_during_an_upload(
         print(f"{statuses} in {time.monotonic() - begin:.1f} s")
         assert set(statuses[:-1]) == {503}
         first.send(signal.SIGCONT)
-        # The stopped process resumes after its time for retries is over.
+        # The stopped process resumes after the time for retries is over.
         answer = yield abandoned.addTimeout(REFUSED_WITHIN, reactor)
         refused(answer, 503, "M_UNKNOWN")
         answer = yield put(client, version, ROOM)
