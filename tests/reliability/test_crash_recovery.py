@@ -419,8 +419,8 @@ def test_kill_during_migration(new_database: NewDatabase, tmp_path: Path) -> Non
 
 
 def test_an_interrupted_migration(new_database: NewDatabase, tmp_path: Path) -> None:
-    """Ctrl-C ends it with one line and an exit code of its own; no backup is there in
-    part, and the next run ends the work."""
+    """An interrupted migration (Ctrl-C) prints one line and exits with code 130, no
+    backup is copied in part, and the next run completes the work."""
     source = source_in(tmp_path)
     database = new_database()
     directory = tmp_path / "target"
