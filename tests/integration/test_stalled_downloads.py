@@ -30,7 +30,7 @@ from synapse_roomkeys.rest.streaming import WRITE_SIZE, PacedWriter
 from ..contract.base import PREFIX, keys_path
 from ..reliability.sockets import read_reply, request
 from ..servers import PostgresServer, Synapse
-from ..servers.homeserver import Homeserver
+from ..servers.fake_homeserver import Homeserver
 from ..servers.processes import HOST
 from ..servers.service import Service
 
