@@ -2,11 +2,13 @@
 
 import gc
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar
 
 from twisted.internet.defer import Deferred, inlineCallbacks
+
+from .inline import Inline
 
 T = TypeVar("T")
 
@@ -111,7 +113,7 @@ class Clock:
     @inlineCallbacks
     def for_each(
         self, call: Callable[[T], object], values: "Iterable[T]"
-    ) -> "Generator[Deferred[Any], Any, None]":
+    ) -> Inline[None]:
         """Call something with each value; others have their turn while it takes long.
 
         They have the reactor for as long afterwards, and for longer after a step that

@@ -3,8 +3,8 @@
 import math
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Generator
-from typing import Any, ParamSpec, TypeVar
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
 
 import attrs
 from twisted.internet.defer import Deferred, inlineCallbacks, succeed
@@ -12,6 +12,7 @@ from twisted.internet.defer import Deferred, inlineCallbacks, succeed
 from . import metrics
 from .clock import Clock, DelayedCall
 from .errors import LimitExceededError, OutageError, UnavailableError
+from .inline import Inline
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -56,7 +57,7 @@ class UserQueues:
         call: "Callable[P, Deferred[T]]",
         *args: P.args,
         **kwargs: P.kwargs,
-    ) -> "Generator[Deferred[Any], Any, T]":
+    ) -> Inline[T]:
         """Make the call when it is the user's turn, and fire with its result.
 
         Raises:

@@ -1,7 +1,7 @@
 """The operations of the API, with no HTTP and no SQL in them."""
 
 import logging
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any, TypeVar
 
@@ -16,6 +16,7 @@ from .errors import (
     unknown_version,
 )
 from .fairness import FairSemaphore, UserQueues
+from .inline import Inline
 from .pages import KeyPages
 from .storage import EndToEndRoomKeyStore, report_broken_row
 from .types import (
@@ -72,7 +73,7 @@ class E2eRoomKeysHandler:
     @inlineCallbacks
     def _write(
         self, user_id: str, call: "Callable[..., Deferred[T]]", *args: Any
-    ) -> "Generator[Deferred[Any], Any, T]":
+    ) -> Inline[T]:
         """Make a call that writes when it is the user's turn, and note its time."""
         result: T = yield self._writes.run(user_id, call, *args)
         metrics.last_write.set_to_current_time()
@@ -94,7 +95,7 @@ class E2eRoomKeysHandler:
     @inlineCallbacks
     def get_room_keys(
         self, user_id: str, version: str, room_id: str | None = None
-    ) -> "Generator[Deferred[Any], Any, KeyPages]":
+    ) -> Inline[KeyPages]:
         """The keys of a version or of a room, the first page at hand.
 
         Whoever has them closes them.
@@ -127,7 +128,7 @@ class E2eRoomKeysHandler:
         version: str,
         room_keys: Iterable[RoomKey],
         device_id: str | None = None,
-    ) -> "Generator[Deferred[Any], Any, UploadResult]":
+    ) -> Inline[UploadResult]:
         """Merge keys into the current version, all of them or none.
 
         Args:
@@ -151,7 +152,7 @@ class E2eRoomKeysHandler:
         version: str,
         room_keys: Iterable[RoomKey],
         device_id: str | None,
-    ) -> "Generator[Deferred[Any], Any, UploadResult]":
+    ) -> Inline[UploadResult]:
         keys: list[RoomKey] = []
         yield self._clock.for_each(keys.append, room_keys)
         result: UploadResult = yield self._store.upload_keys(
@@ -178,7 +179,7 @@ class E2eRoomKeysHandler:
         room_id: str | None = None,
         session_id: str | None = None,
         device_id: str | None = None,
-    ) -> "Generator[Deferred[Any], Any, BackupState]":
+    ) -> Inline[BackupState]:
         """Delete the keys of a version, of a room or of a session.
 
         Raises:
@@ -200,7 +201,7 @@ class E2eRoomKeysHandler:
     @inlineCallbacks
     def _delete_keys(
         self, user_id: str, version: int, room_id: str | None, session_id: str | None
-    ) -> "Generator[Deferred[Any], Any, tuple[BackupState, int]]":
+    ) -> Inline[tuple[BackupState, int]]:
         """Delete keys, in several transactions where one may not delete all; the state
         afterwards, and how many were deleted."""
         total = 0
@@ -219,7 +220,7 @@ class E2eRoomKeysHandler:
         user_id: str,
         version_info: wire.VersionInfo,
         device_id: str | None = None,
-    ) -> "Generator[Deferred[Any], Any, str]":
+    ) -> Inline[str]:
         """Make a version, the current one from now on, and fire with its number."""
         number: int = yield self._write(
             user_id,
@@ -234,7 +235,7 @@ class E2eRoomKeysHandler:
     @inlineCallbacks
     def get_version_info(
         self, user_id: str, version: str | None = None
-    ) -> "Generator[Deferred[Any], Any, BackupInfo]":
+    ) -> Inline[BackupInfo]:
         """A version, or the current one.
 
         Raises:
@@ -262,7 +263,7 @@ class E2eRoomKeysHandler:
     @inlineCallbacks
     def update_version(
         self, user_id: str, version: str, version_info: wire.VersionInfo
-    ) -> "Generator[Deferred[Any], Any, None]":
+    ) -> Inline[None]:
         """Change the ``auth_data`` of a version.
 
         Raises:
@@ -282,7 +283,7 @@ class E2eRoomKeysHandler:
     @inlineCallbacks
     def delete_version(
         self, user_id: str, version: str, device_id: str | None = None
-    ) -> "Generator[Deferred[Any], Any, None]":
+    ) -> Inline[None]:
         """Delete a version and its keys; one that was deleted before is no error.
 
         Raises:
@@ -294,7 +295,7 @@ class E2eRoomKeysHandler:
     @inlineCallbacks
     def _delete_version(
         self, user_id: str, version: int, device_id: str | None
-    ) -> "Generator[Deferred[Any], Any, None]":
+    ) -> Inline[None]:
         """Delete a version, then its keys, in several transactions where one may not
         delete all. A repeated call deletes the keys that an interrupted one left."""
         while True:

@@ -3,8 +3,8 @@ pause after each 429."""
 
 import logging
 import math
-from collections.abc import Generator, Mapping
-from typing import Any, NoReturn, cast
+from collections.abc import Mapping
+from typing import NoReturn, cast
 
 import attrs
 import msgspec
@@ -20,6 +20,7 @@ from twisted.web.iweb import IResponse
 
 from . import metrics
 from .clock import Clock
+from .inline import Inline
 
 logger = logging.getLogger(__name__)
 
@@ -285,7 +286,7 @@ class HomeserverClient:
     @inlineCallbacks
     def get(
         self, path: str, headers: Headers, params: Mapping[str, str], deadline: float
-    ) -> "Generator[Deferred[Any], Any, Response]":
+    ) -> Inline[Response]:
         """Send a GET request, repeat the request after each 429, and fire with the
         first other response.
 
@@ -317,7 +318,7 @@ class HomeserverClient:
     @inlineCallbacks
     def _exchange(
         self, path: str, headers: Headers, params: Mapping[str, str]
-    ) -> "Generator[Deferred[Any], Any, Response]":
+    ) -> Inline[Response]:
         # A new client each time: treq keeps cookies, and users must not share any.
         answer: IResponse = yield HTTPClient(self._agent).get(
             self._api + path,

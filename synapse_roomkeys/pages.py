@@ -2,15 +2,15 @@
 
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from itertools import accumulate, compress
-from typing import Any
 
 from twisted.internet.defer import Deferred, inlineCallbacks
 from twisted.python.failure import Failure
 
 from .clock import Clock
 from .fairness import FairSemaphore
+from .inline import Inline
 from .types import KeyPage, Position
 from .wire import are_json, is_json, session_id_of
 
@@ -101,7 +101,7 @@ class KeyPages:
         return not self.has_keys and self._page.last is None
 
     @inlineCallbacks
-    def advance(self) -> "Generator[Deferred[Any], Any, None]":
+    def advance(self) -> Inline[None]:
         """Have keys to `take`, or the empty page that ends a backup without any.
 
         Waits for a permit and for the database. Returns at once if keys of the page are
@@ -199,7 +199,7 @@ class KeyPages:
         self._permits.release(self._user_id)
 
     @inlineCallbacks
-    def close(self) -> "Generator[Deferred[Any], Any, None]":
+    def close(self) -> Inline[None]:
         """Release, and fire when no fetch is under way any more."""
         self.release()
         while self._is_fetching:

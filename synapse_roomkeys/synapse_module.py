@@ -9,7 +9,7 @@ built, so the module puts its own function there.
 import inspect
 import logging
 import time
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Iterable
 from importlib.metadata import version as version_of
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -31,6 +31,7 @@ from . import metrics
 from .clock import Clock
 from .config import ModuleConfig, OptionError, parse_module_config
 from .handler import E2eRoomKeysHandler
+from .inline import Inline
 from .outages import Outages
 from .rest import HttpServer, register_servlets
 from .storage import (
@@ -134,9 +135,7 @@ class SynapseAuth:
         self._auth = auth
 
     @inlineCallbacks
-    def get_user_by_req(
-        self, request: Request
-    ) -> "Generator[Deferred[Any], Any, Requester]":
+    def get_user_by_req(self, request: Request) -> Inline[Requester]:
         """Who sends a request; fails with Synapse's own errors, guests refused."""
         requester = yield ensureDeferred(
             self._auth.get_user_by_req(request, allow_guest=False)

@@ -8,10 +8,10 @@ masquerades as a user ("Identity assertion" in the application service API).
 import hashlib
 import re
 from collections import OrderedDict
-from collections.abc import Generator, Mapping
+from collections.abc import Mapping
 from functools import lru_cache
 from ipaddress import ip_address
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import attrs
 import msgspec
@@ -31,6 +31,7 @@ from .homeserver import (
     ThrottledError,
     UnusableResponseError,
 )
+from .inline import Inline
 from .outages import Cause, Outages
 from .types import Requester
 
@@ -190,9 +191,7 @@ class WhoamiAuth:
         self._questions: dict[bytes, _Question] = {}
 
     @inlineCallbacks
-    def get_user_by_req(
-        self, request: Request
-    ) -> "Generator[Deferred[Any], Any, Requester]":
+    def get_user_by_req(self, request: Request) -> Inline[Requester]:
         """As `synapse_roomkeys.rest.Auth.get_user_by_req`.
 
         Raises:
@@ -212,7 +211,7 @@ class WhoamiAuth:
         raise answer.error()
 
     @inlineCallbacks
-    def check(self) -> "Generator[Deferred[Any], Any, None]":
+    def check(self) -> Inline[None]:
         """Check that the homeserver answers. A 429 is an answer, too.
 
         Raises:
@@ -231,7 +230,7 @@ class WhoamiAuth:
         self.outages.note_success()
 
     @inlineCallbacks
-    def check_versions(self, deadline: float) -> "Generator[Deferred[Any], Any, None]":
+    def check_versions(self, deadline: float) -> Inline[None]:
         """Ask the homeserver for its versions, which takes no token.
 
         Args:
@@ -248,7 +247,7 @@ class WhoamiAuth:
             raise UnusableResponseError(_describe(response, "/versions"))
 
     @inlineCallbacks
-    def check_whoami(self, deadline: float) -> "Generator[Deferred[Any], Any, None]":
+    def check_whoami(self, deadline: float) -> Inline[None]:
         """Ask whose a made-up token is. The specification has 401 ``M_UNKNOWN_TOKEN``.
 
         Args:
@@ -291,9 +290,7 @@ class WhoamiAuth:
             self._answers.popitem(last=False)
 
     @inlineCallbacks
-    def _ask_once(
-        self, key: bytes, claim: _Claim
-    ) -> "Generator[Deferred[Any], Any, _Answer]":
+    def _ask_once(self, key: bytes, claim: _Claim) -> Inline[_Answer]:
         """Send a request, or wait for the answer to an equal request under way."""
         question = self._questions.get(key)
         if question is not None:
@@ -312,9 +309,7 @@ class WhoamiAuth:
         return question.answer
 
     @inlineCallbacks
-    def _ask(
-        self, key: bytes, claim: _Claim
-    ) -> "Generator[Deferred[Any], Any, _Answer]":
+    def _ask(self, key: bytes, claim: _Claim) -> Inline[_Answer]:
         """Send a request, retry while the homeserver is away, and remember the
         answer."""
         deadline = self._reactor.seconds() + self._options.retry_seconds

@@ -3,7 +3,7 @@
 import logging
 import re
 import time
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 from urllib.parse import unquote, unquote_to_bytes
 
@@ -21,6 +21,7 @@ from ..errors import (
     RoomKeysError,
     UnrecognizedError,
 )
+from ..inline import Inline
 
 logger = logging.getLogger(__name__)
 
@@ -230,9 +231,7 @@ def _answering(method: Callable[..., Any]) -> Callable[..., "Deferred[None]"]:
     `RoomKeysError` that it raises. Any other error is the host's to answer."""
 
     @inlineCallbacks
-    def callback(
-        request: Request, **groups: str | None
-    ) -> "Generator[Deferred[Any], Any, None]":
+    def callback(request: Request, **groups: str | None) -> Inline[None]:
         try:
             _check_path(request)
             answer: Answer = yield method(request, **groups)

@@ -4,7 +4,7 @@ What each endpoint takes and answers is written in the Matrix client-server API,
 "Server-side key backups". Every request is authenticated first; guests are refused.
 """
 
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 from twisted.internet.defer import Deferred, inlineCallbacks
@@ -18,6 +18,7 @@ from ..errors import (
     no_room_keys,
 )
 from ..handler import E2eRoomKeysHandler
+from ..inline import Inline
 from ..pages import KeyPages
 from ..types import (
     BackupInfo,
@@ -47,7 +48,7 @@ from .resource import (
 )
 from .streaming import PacedWriter, stream_pages
 
-Answering = Generator[Deferred[Any], Any, Answer]
+Answering = Inline[Answer]
 
 
 class Auth(Protocol):

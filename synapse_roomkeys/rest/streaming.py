@@ -5,7 +5,7 @@ import logging
 import socket
 import sys
 import termios
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any
 
@@ -18,6 +18,7 @@ from zope.interface import implementer
 from .. import metrics
 from ..clock import Clock, DelayedCall
 from ..errors import RoomKeysError
+from ..inline import Inline
 from ..pages import CONTENDED_HOLD_SECONDS, HOLD_SECONDS, KeyPages
 from ..wire import BackupEncoder
 
@@ -251,7 +252,7 @@ class PacedWriter:
 @inlineCallbacks
 def stream_pages(
     writer: PacedWriter, pages: KeyPages, encoder: BackupEncoder
-) -> "Generator[Deferred[Any], Any, None]":
+) -> Inline[None]:
     """Write the keys of a download, a few at a time, or break the connection.
 
     A download that waits for a slow client holds no page: the writer's `on_idle` has

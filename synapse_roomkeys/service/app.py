@@ -6,7 +6,6 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Generator
 from typing import Any
 
 import attrs
@@ -27,6 +26,7 @@ from ..describe import error_line
 from ..errors import UnavailableError
 from ..handler import E2eRoomKeysHandler
 from ..homeserver import MAX_CONNECTIONS
+from ..inline import Inline
 from ..outages import Outages
 from ..rest import JsonResource, register_servlets
 from ..storage import (
@@ -206,7 +206,7 @@ class Service:
         )
 
     @inlineCallbacks
-    def _start(self) -> "Generator[Deferred[Any], Any, None]":
+    def _start(self) -> Inline[None]:
         """Bring the tables up to date and listen, or end."""
         try:
             if self._room_for_connections() < 1:
@@ -235,7 +235,7 @@ class Service:
         yield self._homeserver.ask()
 
     @inlineCallbacks
-    def _upgrade(self) -> "Generator[Deferred[Any], Any, None]":
+    def _upgrade(self) -> Inline[None]:
         try:
             yield self._retrying.run("upgrade", upgrade_tables, self._engine, True)
             problem = yield self._retrying.run("check", check_tables, self._engine)
@@ -248,9 +248,7 @@ class Service:
         return self._database.run("roomkeys_estimate", estimate_keys, self._engine)
 
     @inlineCallbacks
-    def _listen(
-        self, option: str, endpoint: str, site: ServiceSite
-    ) -> "Generator[Deferred[Any], Any, None]":
+    def _listen(self, option: str, endpoint: str, site: ServiceSite) -> Inline[None]:
         try:
             described = serverFromString(self._reactor, endpoint)
             self._ports.append((yield described.listen(site)))
@@ -268,7 +266,7 @@ class Service:
         self._reactor.callFromThread(self._stop)
 
     @inlineCallbacks
-    def _stop(self) -> "Generator[Deferred[Any], Any, None]":
+    def _stop(self) -> Inline[None]:
         """Finish the requests under way, or drop them, and end.
 
         Those who ask for the status or the metrics are answered until then.

@@ -1,7 +1,7 @@
 """The command ``check``: tests everything that the service needs to start."""
 
 import os
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from twisted.web.iweb import IAgentEndpointFactory
 from zope.interface import implementer
 
 from ..clock import Clock
+from ..inline import Inline
 from ..storage import SchemaError, brief, database_address, rehearse_start
 from ..whoami import WhoamiAuth, error_text
 from .app import database_of, end_process
@@ -64,7 +65,7 @@ class Check:
         return self._code
 
     @inlineCallbacks
-    def _run(self) -> "Generator[Deferred[Any], Any, None]":
+    def _run(self) -> Inline[None]:
         config = self._config
         _print("configuration", "ok", "all options are known")
         for endpoint in (*config.listeners, *config.metrics_listeners):
@@ -77,7 +78,7 @@ class Check:
     @inlineCallbacks
     def _report(
         self, name: str, test: "Callable[..., Deferred[str]]", *args: Any
-    ) -> "Generator[Deferred[Any], Any, None]":
+    ) -> Inline[None]:
         try:
             found: str = yield test(*args).addTimeout(SECONDS, self._reactor)
         except Problem as error:
@@ -90,7 +91,7 @@ class Check:
             _print(name, "ok", found)
 
     @inlineCallbacks
-    def _try_listener(self, endpoint: str) -> "Generator[Deferred[Any], Any, str]":
+    def _try_listener(self, endpoint: str) -> Inline[str]:
         """Open a listener and close it; fire with a sentence for the operator.
 
         Raises:
@@ -112,7 +113,7 @@ class Check:
         return "it can be opened"
 
     @inlineCallbacks
-    def _is_served(self, endpoint: str) -> "Generator[Deferred[Any], Any, bool]":
+    def _is_served(self, endpoint: str) -> Inline[bool]:
         """Fire with whether a key backup service answers ``/health`` at an endpoint."""
         agent = Agent.usingEndpointFactory(
             self._reactor, _Always(self._client_endpoint(endpoint))
@@ -135,7 +136,7 @@ class Check:
         return HostnameEndpoint(self._reactor, _EVERYWHERE.get(host, host), port)
 
     @inlineCallbacks
-    def _try_database(self) -> "Generator[Deferred[Any], Any, str]":
+    def _try_database(self) -> Inline[str]:
         """Rehearse the service's start on the database; fire with a sentence for the
         operator. An SQLite file isn't created, because it would belong to the user who
         runs the command.
@@ -158,7 +159,7 @@ class Check:
         return found
 
     @inlineCallbacks
-    def _try_homeserver(self) -> "Generator[Deferred[Any], Any, str]":
+    def _try_homeserver(self) -> Inline[str]:
         """Ask the homeserver for its versions, and whose a made-up token is; fire with
         a sentence for the operator.
 

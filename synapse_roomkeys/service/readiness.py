@@ -2,12 +2,12 @@
 
 import math
 import time
-from collections.abc import Callable, Generator
-from typing import Any
+from collections.abc import Callable
 
-from twisted.internet.defer import Deferred, inlineCallbacks
+from twisted.internet.defer import inlineCallbacks
 
 from ..errors import UnavailableError
+from ..inline import Inline
 from ..outages import Cause, Outages
 from ..storage import (
     CONNECTIONS,
@@ -61,7 +61,7 @@ class DatabaseReadiness:
         self._tested = -math.inf
 
     @inlineCallbacks
-    def check(self) -> "Generator[Deferred[Any], Any, None]":
+    def check(self) -> Inline[None]:
         """Fire with None when the database serves requests.
 
         The full test runs once in `TEST_SECONDS`, and each time after a failure.

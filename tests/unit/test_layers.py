@@ -18,6 +18,7 @@ PACKAGE = Path(synapse_roomkeys.__file__).parent
 ORDER = [
     "version",
     "describe",
+    "inline",
     "errors",
     "types",
     "metrics",
