@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable
 from importlib.metadata import version as version_of
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
-import attrs
 from synapse import rest
 from synapse.module_api import (
     ModuleApi,
@@ -33,7 +32,7 @@ from .config import ModuleConfig, OptionError, parse_module_config
 from .handler import E2eRoomKeysHandler
 from .inline import Inline
 from .outages import Outages
-from .rest import HttpServer, register_servlets
+from .rest import HomeServer, HttpServer, register_servlets
 from .storage import (
     SQLITE,
     EndToEndRoomKeyStore,
@@ -46,7 +45,7 @@ from .storage import (
     postgres,
     upgrade_tables,
 )
-from .types import Limits, Requester
+from .types import Requester
 from .version import __version__
 
 logger = logging.getLogger(__name__)
@@ -111,12 +110,12 @@ class RoomKeysModule:
 
     def register_servlets(self, hs: Any, http_server: HttpServer) -> None:
         """What Synapse calls, for each of its client listeners, to mount the API."""
-        host = SynapseHost(
+        host = HomeServer(
             self._clock,
             self._config.limits,
             self._config.stalled_download_seconds,
-            self._handler,
             SynapseAuth(hs.get_auth()),
+            self._handler,
         )
         register_servlets(host, http_server)
 
@@ -141,25 +140,6 @@ class SynapseAuth:
             self._auth.get_user_by_req(request, allow_guest=False)
         )
         return Requester(requester.user.to_string(), requester.device_id)
-
-
-@attrs.frozen
-class SynapseHost:
-    """A Synapse, as the servlets see it."""
-
-    clock: Clock
-    limits: Limits
-    stalled_download_seconds: float
-    handler: E2eRoomKeysHandler
-    auth: SynapseAuth
-
-    def get_auth(self) -> SynapseAuth:
-        """Synapse's authentication."""
-        return self.auth
-
-    def get_e2e_room_keys_handler(self) -> E2eRoomKeysHandler:
-        """The plugin's handler, one for all listeners of the process."""
-        return self.handler
 
 
 class ModuleApiDatabase:

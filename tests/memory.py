@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Mapping
 from itertools import count
 from typing import Any, TypeVar, cast
 
-import attrs
 from twisted.internet.defer import Deferred, execute, fail, succeed
 from twisted.internet.interfaces import IPushProducer
 from twisted.internet.task import Clock as FakeTime
@@ -19,7 +18,7 @@ from twisted.web.server import Site
 from synapse_roomkeys import E2eRoomKeysHandler, register_servlets
 from synapse_roomkeys.clock import Clock
 from synapse_roomkeys.errors import RoomKeysError
-from synapse_roomkeys.rest import JsonResource
+from synapse_roomkeys.rest import HomeServer, JsonResource
 from synapse_roomkeys.storage import SQLITE, EndToEndRoomKeyStore, upgrade_tables
 from synapse_roomkeys.types import Limits, Requester
 
@@ -142,26 +141,7 @@ class StubAuth:
         return succeed(Requester(self._users[token], "DEVICE"))
 
 
-@attrs.frozen
-class StubHomeServer:
-    """A host for the servlets, put together from its parts."""
-
-    handler: E2eRoomKeysHandler
-    clock: Clock
-    auth: StubAuth = attrs.field(factory=StubAuth)
-    limits: Limits = attrs.field(factory=Limits)
-    stalled_download_seconds: float = 300
-
-    def get_auth(self) -> StubAuth:
-        """Who knows the users."""
-        return self.auth
-
-    def get_e2e_room_keys_handler(self) -> E2eRoomKeysHandler:
-        """The operations."""
-        return self.handler
-
-
-def own_site(hs: StubHomeServer) -> Site:
+def own_site(hs: HomeServer) -> Site:
     """A site of the plugin's own, as any Twisted server may have one."""
     resource = JsonResource()
     register_servlets(hs, resource)
@@ -185,16 +165,17 @@ class MemoryHost:
             self.database, SQLITE.dialect, self.reactor.seconds, limits
         )
         self.handler = E2eRoomKeysHandler(self.store, clock, limits)
-        self.hs = StubHomeServer(self.handler, clock, limits=limits)
+        self.auth = StubAuth()
+        self.hs = HomeServer(clock, limits, 300, self.auth, self.handler)
         self.site = own_site(self.hs)
 
     def new_user(self) -> User:
         """As `Host.new_user`."""
-        return self.hs.auth.new_user()
+        return self.auth.new_user()
 
     def new_guest(self) -> User:
         """As `Host.new_guest`."""
-        return self.hs.auth.new_user(guest=True)
+        return self.auth.new_user(guest=True)
 
     def request(
         self,

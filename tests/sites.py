@@ -15,6 +15,7 @@ from twisted.internet.interfaces import IListeningPort
 from synapse_roomkeys import E2eRoomKeysHandler
 from synapse_roomkeys.clock import Clock, Reactor
 from synapse_roomkeys.outages import Outages
+from synapse_roomkeys.rest import HomeServer
 from synapse_roomkeys.storage import (
     SQLITE,
     EndToEndRoomKeyStore,
@@ -29,7 +30,7 @@ from synapse_roomkeys.storage import (
 from synapse_roomkeys.types import Limits
 
 from .client import HttpHost
-from .memory import StubAuth, StubHomeServer, own_site
+from .memory import StubAuth, own_site
 
 
 @attrs.frozen
@@ -81,11 +82,9 @@ class OwnSite:
             limits,
         )
         self.handler = E2eRoomKeysHandler(self.store, clock, limits)
-        self.hs = StubHomeServer(
-            self.handler,
-            clock,
-            auth=auth or StubAuth(),
-            stalled_download_seconds=stalled_download_seconds,
+        self.auth = auth or StubAuth()
+        self.hs = HomeServer(
+            clock, limits, stalled_download_seconds, self.auth, self.handler
         )
         self._port: IListeningPort | None = None
 
@@ -97,8 +96,8 @@ class OwnSite:
         self._port = listen(0, own_site(self.hs), interface="127.0.0.1")
         self.host = HttpHost(
             f"http://127.0.0.1:{self.port}",
-            self.hs.auth.new_user,
-            lambda: self.hs.auth.new_user(guest=True),
+            self.auth.new_user,
+            lambda: self.auth.new_user(guest=True),
         )
         return self.host
 

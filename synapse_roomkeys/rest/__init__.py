@@ -1,9 +1,8 @@
 """The endpoints over HTTP, for any server that servlets can be registered with."""
 
+from .host import Auth, HomeServer
 from .resource import HttpServer, JsonResource, RestServlet
 from .room_keys import (
-    Auth,
-    HomeServer,
     RoomKeysNewVersionServlet,
     RoomKeysServlet,
     RoomKeysVersionServlet,

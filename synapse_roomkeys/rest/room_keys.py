@@ -5,19 +5,17 @@ What each endpoint takes and answers is written in the Matrix client-server API,
 """
 
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any
 
 from twisted.internet.defer import Deferred, inlineCallbacks
 from twisted.web.http import Request
 
-from ..clock import Clock
 from ..errors import (
     MissingParamError,
     NotJsonError,
     NoVersionToDeleteError,
     no_room_keys,
 )
-from ..handler import E2eRoomKeysHandler
 from ..inline import Inline
 from ..pages import KeyPages
 from ..types import (
@@ -37,6 +35,7 @@ from ..wire import (
     parse_upload,
     parse_version_info,
 )
+from .host import HomeServer
 from .resource import (
     Answer,
     HttpServer,
@@ -49,39 +48,6 @@ from .resource import (
 from .streaming import PacedWriter, stream_pages
 
 Answering = Inline[Answer]
-
-
-class Auth(Protocol):
-    """The host's authentication."""
-
-    def get_user_by_req(self, request: Request) -> "Deferred[Requester]":
-        """Who sends a request.
-
-        The Deferred fails with the error that the host answers a request with which
-        has no valid token, or is a guest's.
-        """
-
-
-class HomeServer(Protocol):
-    """What the servlets need of the server that they live in."""
-
-    @property
-    def clock(self) -> Clock:
-        """The host's time."""
-
-    @property
-    def limits(self) -> Limits:
-        """What is refused for its size."""
-
-    @property
-    def stalled_download_seconds(self) -> float:
-        """For how long a client may read nothing before its download is dropped."""
-
-    def get_auth(self) -> Auth:
-        """The host's authentication."""
-
-    def get_e2e_room_keys_handler(self) -> E2eRoomKeysHandler:
-        """The operations that the servlets call."""
 
 
 class UserServlet(RestServlet):

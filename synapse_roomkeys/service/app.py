@@ -8,7 +8,6 @@ import sys
 import time
 from typing import Any
 
-import attrs
 from twisted.internet.defer import (
     Deferred,
     DeferredList,
@@ -28,7 +27,7 @@ from ..handler import E2eRoomKeysHandler
 from ..homeserver import MAX_CONNECTIONS
 from ..inline import Inline
 from ..outages import Outages
-from ..rest import JsonResource, register_servlets
+from ..rest import HomeServer, JsonResource, register_servlets
 from ..storage import (
     SQLITE,
     EndToEndRoomKeyStore,
@@ -44,7 +43,6 @@ from ..storage import (
     sqlite_database,
     upgrade_tables,
 )
-from ..types import Limits
 from ..version import __version__
 from ..whoami import WhoamiAuth
 from .config import DatabaseConfig, ServiceConfig
@@ -85,25 +83,6 @@ def database_of(config: DatabaseConfig) -> tuple[PoolDatabase, Engine]:
         return postgres_database(config.args), postgres()
     except ImportError as error:
         raise OptionError("database.name", str(error)) from None
-
-
-@attrs.frozen
-class Host:
-    """What the servlets need, as `synapse_roomkeys.rest.HomeServer` has it."""
-
-    clock: Clock
-    limits: Limits
-    stalled_download_seconds: float
-    auth: WhoamiAuth
-    handler: E2eRoomKeysHandler
-
-    def get_auth(self) -> WhoamiAuth:
-        """The authentication."""
-        return self.auth
-
-    def get_e2e_room_keys_handler(self) -> E2eRoomKeysHandler:
-        """The operations."""
-        return self.handler
 
 
 class Service:
@@ -173,7 +152,7 @@ class Service:
             time.time,
             config.limits,
         )
-        host = Host(
+        hs = HomeServer(
             self._clock,
             config.limits,
             config.stalled_download_seconds,
@@ -181,7 +160,7 @@ class Service:
             E2eRoomKeysHandler(store, self._clock, config.limits),
         )
         resource = JsonResource()
-        register_servlets(host, resource)
+        register_servlets(hs, resource)
         return resource
 
     def _room_for_connections(self) -> int:

@@ -25,7 +25,7 @@ def sites(backend: Backend) -> Iterator[tuple[OwnSite, OwnSite]]:
     """Two servers on one database, as two processes would be, that know the same
     users."""
     one = OwnSite(backend)
-    two = OwnSite(backend, one.hs.auth)
+    two = OwnSite(backend, one.auth)
     both = gatherResults([one.start(), two.start()])
     blockon(both)
     yield one, two

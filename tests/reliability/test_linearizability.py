@@ -118,7 +118,7 @@ def test_a_planted_fault_is_detected(backend: Backend, fault: str) -> Steps:
     linearizable."""
     with {**PLAIN, **RACES}[fault]():
         one = OwnSite(backend)
-        two = OwnSite(backend, one.hs.auth)
+        two = OwnSite(backend, one.auth)
         yield gatherResults([one.start(), two.start()])
         try:
             tries: int = yield histories_until_detected([one, two])

@@ -37,6 +37,7 @@ ORDER = [
     "storage.store",
     "storage",
     "handler",
+    "rest.host",
     "rest.resource",
     "rest.streaming",
     "rest.room_keys",
