@@ -6,6 +6,13 @@ The statuses and error codes are those of the Matrix client-server API,
 
 from typing import Any
 
+#: ``Retry-After`` in seconds while other requests have to end first: the user's own, or
+#: those of a process that stops or has as many connections as it may.
+BUSY_RETRY_AFTER = 5
+#: ``Retry-After`` in seconds during an outage: of the database, of the homeserver, or
+#: of the directory for temporary files.
+OUTAGE_RETRY_AFTER = 10
+
 
 class RoomKeysError(Exception):
     """A fault that has an answer of its own: a status, an errcode and a message.

@@ -11,14 +11,11 @@ from twisted.internet.defer import Deferred, inlineCallbacks, succeed
 
 from . import metrics
 from .clock import Clock, DelayedCall
-from .errors import LimitExceededError, OutageError, UnavailableError
+from .errors import BUSY_RETRY_AFTER, LimitExceededError, OutageError, UnavailableError
 from .inline import Inline
 
 T = TypeVar("T")
 P = ParamSpec("P")
-
-#: What a client that was refused is told to wait, in seconds.
-RETRY_AFTER = 5
 
 
 @attrs.define
@@ -77,11 +74,11 @@ class UserQueues:
                 yield self._clock.wait(turn)
         else:
             msg = "Too many requests of this user are waiting"
-            raise LimitExceededError(msg, RETRY_AFTER)
+            raise LimitExceededError(msg, BUSY_RETRY_AFTER)
         began = time.monotonic()
         try:
             if came < queue.outage:
-                raise UnavailableError(RETRY_AFTER)
+                raise UnavailableError(BUSY_RETRY_AFTER)
             result: T = yield call(*args, **kwargs)
             return result
         except OutageError:
@@ -143,7 +140,7 @@ class Lane:
 
     def _give_up(self, entry: tuple[Deferred[None], DelayedCall]) -> None:
         self._waiting.remove(entry)
-        entry[0].errback(UnavailableError(RETRY_AFTER))
+        entry[0].errback(UnavailableError(BUSY_RETRY_AFTER))
 
 
 class FairSemaphore:
@@ -194,7 +191,7 @@ class FairSemaphore:
         queue = self._waiting.setdefault(user_id, deque())
         if len(queue) >= self._max_waiting:
             msg = "Too many downloads of this user are waiting"
-            raise LimitExceededError(msg, RETRY_AFTER)
+            raise LimitExceededError(msg, BUSY_RETRY_AFTER)
         turn: Deferred[None] = Deferred()
         queue.append(turn)
         metrics.waiting_requests.inc()

@@ -23,7 +23,13 @@ from twisted.web.http_headers import Headers
 from . import metrics
 from .clock import Clock
 from .describe import error_line
-from .errors import LimitExceededError, RoomKeysError, TokenError, UnavailableError
+from .errors import (
+    OUTAGE_RETRY_AFTER,
+    LimitExceededError,
+    RoomKeysError,
+    TokenError,
+    UnavailableError,
+)
 from .homeserver import (
     HomeserverClient,
     HomeserverOptions,
@@ -51,8 +57,6 @@ FIRST_DELAY = 0.1
 #: Seconds for which a check waits for the end of a pause: less than the 5 seconds in
 #: which ``/ready`` answers.
 CHECK_SECONDS = 2
-#: ``Retry-After`` of a 503 in seconds, after all tries have failed.
-RETRY_AFTER = 10
 #: Query parameters by which an application service masquerades as a user.
 MASKS = ("user_id", "device_id")
 #: Limit of ``User-Agent`` in bytes. A browser sends about 150 bytes.
@@ -119,7 +123,7 @@ class _Away:
 
     def error(self) -> RoomKeysError:
         """A new error."""
-        return UnavailableError(RETRY_AFTER)
+        return UnavailableError(OUTAGE_RETRY_AFTER)
 
 
 _Failure = _Refusal | _Throttled | _Away
@@ -226,7 +230,7 @@ class WhoamiAuth:
             return
         except Exception as error:
             self.outages.note_failure(AWAY, f"{error_text(error)} (to /versions)")
-            raise UnavailableError(RETRY_AFTER) from None
+            raise UnavailableError(OUTAGE_RETRY_AFTER) from None
         self.outages.note_success()
 
     @inlineCallbacks

@@ -12,10 +12,10 @@ from twisted.internet.interfaces import IAddress
 from twisted.python.failure import Failure
 from twisted.web.server import Request
 
-from ..errors import RoomKeysError, TooLargeError, UnavailableError
+from ..errors import OUTAGE_RETRY_AFTER, RoomKeysError, TooLargeError, UnavailableError
 from ..rest.resource import note_refusal, notes_of, respond_defect, respond_error
+from .forwarded import UNIX, choose_request_id, client_address, is_trusted
 from .logs import request_id
-from .peers import UNIX, choose_request_id, client_address, is_trusted
 
 logger = logging.getLogger(__name__)
 access_logger = logging.getLogger("synapse_roomkeys.access")
@@ -28,8 +28,6 @@ MAX_PATH = 1000
 #: Bodies of a known length below this number of bytes stay in memory, all others go to
 #: a temporary file. Twisted has the same bound. A client's 100 keys have some 90 KB.
 MEMORY_BYTES = 100_000
-#: Retry-After of a request whose body has no room, in seconds.
-RETRY_AFTER = 10
 
 
 class BodyRefusedError(Exception):
@@ -193,4 +191,4 @@ class ServiceRequest(Request):
             " are answered 503 until there is some",
             *(tempfile.tempdir or "any directory", error.strerror, MEMORY_BYTES),
         )
-        return BodyRefusedError(UnavailableError(RETRY_AFTER))
+        return BodyRefusedError(UnavailableError(OUTAGE_RETRY_AFTER))

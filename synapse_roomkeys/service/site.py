@@ -12,7 +12,7 @@ from twisted.web.resource import Resource
 from twisted.web.server import Site
 
 from .. import metrics
-from ..errors import RoomKeysError, TooLargeError, UnavailableError
+from ..errors import BUSY_RETRY_AFTER, RoomKeysError, TooLargeError, UnavailableError
 from .checks import Network
 from .logs import RareLine
 from .request import BodyRefusedError, ServiceRequest
@@ -34,9 +34,6 @@ LINGER_SECONDS = 5
 #: For how long idle connections are kept after the end has begun, in seconds: a request
 #: that is on its way is answered 503 instead of being lost.
 LAST_CALL_SECONDS = 1
-#: Retry-After of requests that come while the process ends, or over its bound of
-#: connections, in seconds.
-RETRY_AFTER = 5
 #: Time for a connection over the bound to send its one request, in seconds. A health
 #: check sends it at once.
 SPARE_SECONDS = 5
@@ -108,7 +105,7 @@ class Channel(HTTPChannel):
         """As `HTTPChannel.allHeadersReceived`."""
         self._expect(BODY_SECONDS)
         if self.site.draining or self.is_spare:
-            self._refuse(UnavailableError(RETRY_AFTER))
+            self._refuse(UnavailableError(BUSY_RETRY_AFTER))
         elif self.length is not None and self.length > self.site.max_body_bytes:
             self._refuse(TooLargeError(self.site.too_large))
         try:

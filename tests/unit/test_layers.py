@@ -59,7 +59,7 @@ ORDER = [
     "service.migration",
     "service.logs",
     "service.files",
-    "service.peers",
+    "service.forwarded",
     "service.request",
     "service.site",
     "service.status",

@@ -8,7 +8,7 @@ from twisted.internet.address import IPv4Address, IPv6Address, UNIXAddress
 from twisted.internet.interfaces import IAddress
 from twisted.trial.unittest import SynchronousTestCase
 
-from synapse_roomkeys.service.peers import (
+from synapse_roomkeys.service.forwarded import (
     choose_request_id,
     client_address,
     is_trusted,
