@@ -1,4 +1,4 @@
-"""HTTP requests to the homeserver, with bounds of number, time and size, and with a
+"""HTTP requests to the homeserver, with limits of number, time and size, and with a
 pause after each 429."""
 
 import logging
@@ -112,9 +112,9 @@ class RequestQueue:
     """Admits requests to the homeserver in order, `MAX_CONNECTIONS` at once. After a
     429 all requests pause for the time in the 429, and are then admitted singly.
 
-    The interval between two requests doubles with each 429 and shrinks with each other
-    response: the rate settles a little below the homeserver's limit. Without a 429 the
-    interval is 0.
+    The interval between two requests doubles after each 429 and shrinks after each
+    other response: the rate settles a little below the homeserver's limit. Before the
+    first 429 the interval is 0.
     """
 
     def __init__(self, reactor: IReactorTime, timeout: float) -> None:
@@ -183,7 +183,8 @@ class RequestQueue:
             logger.warning(
                 "The homeserver answers 429: all requests to it pause for %.3f s, and"
                 " are then sent %.3f s apart. Exempt this service from its rate limit.",
-                *(seconds, self._interval),
+                seconds,
+                self._interval,
             )
         end = now + min(max(seconds, self._interval), MAX_PAUSE)
         self._paused_until = max(self._paused_until, end)

@@ -5,12 +5,7 @@ The query may have a ``user_id`` and a ``device_id`` by which an application ser
 masquerades as a user ("Identity assertion" in the application service API).
 """
 
-import hashlib
-import re
 from collections import OrderedDict
-from collections.abc import Mapping
-from functools import lru_cache
-from ipaddress import ip_address
 from typing import Annotated, Literal
 
 import attrs
@@ -21,6 +16,7 @@ from twisted.web.http import Request
 from twisted.web.http_headers import Headers
 
 from . import metrics
+from .claims import Claim, claim_of
 from .clock import Clock
 from .describe import error_line
 from .errors import (
@@ -41,10 +37,13 @@ from .inline import Inline
 from .outages import Cause, Outages
 from .types import Requester
 
+#: Cause of a request that got no usable answer.
 AWAY = Cause(
-    "away", "See that it runs, and that homeserver.url is where its client API is"
+    "away",
+    "Check that the homeserver runs, and that homeserver.url is the address of its"
+    " client API",
 )
-# A rate needs a series that begins at 0.
+# Prometheus computes a rate only for a series that begins at 0.
 for _outcome in ("answered", "refused", "failed", "cached"):
     metrics.whoami_requests.labels(_outcome)
 
@@ -54,22 +53,13 @@ _NOBODYS_TOKEN = "synapse_roomkeys_check"
 WHOAMI = "/v3/account/whoami"
 #: Seconds between the first two tries while the homeserver is away; doubled each time.
 FIRST_DELAY = 0.1
-#: Seconds for which a check waits for the end of a pause: less than the 5 seconds in
-#: which ``/ready`` answers.
+#: Seconds for which a check waits for the end of a pause: less than the timeout of
+#: ``/ready``, 5 seconds.
 CHECK_SECONDS = 2
-#: Query parameters by which an application service masquerades as a user.
-MASKS = ("user_id", "device_id")
-#: Limit of ``User-Agent`` in bytes. A browser sends about 150 bytes.
-MAX_USER_AGENT_BYTES = 500
-
 #: Statuses of a refusal. Its body is a Matrix error.
 _REFUSALS = (400, 401, 403, 404)
-#: Errcodes at which a client turns its backup off, with any status.
+#: Errcodes that make a client turn its backup off, whatever the status.
 _FATAL_ERRCODES = ("M_NOT_FOUND", "M_WRONG_ROOM_KEYS_VERSION")
-#: Visible ASCII, a superset of RFC 6750: a token is sent on in a header.
-_TOKEN = re.compile("[!-~]+")
-_BEARER = re.compile("Bearer +([!-~]+)", re.IGNORECASE)
-_CONTROLS = bytes([*range(32), 127])
 
 
 class _WhoamiBody(msgspec.Struct):
@@ -130,39 +120,6 @@ _Failure = _Refusal | _Throttled | _Away
 _Answer = Requester | _Failure
 
 
-@attrs.frozen
-class _Claim:
-    """The parts of a client's request that are sent to the homeserver.
-
-    Attributes:
-        masks: values of the query parameters in `MASKS`.
-        client_host: IP address of the client, or None if unknown.
-        user_agent: value of the client's ``User-Agent``, or None.
-    """
-
-    token: str
-    masks: Mapping[str, str]
-    client_host: str | None
-    user_agent: bytes | None
-
-    def key(self) -> bytes:
-        """Hash by which the answer is remembered. It includes the address: the
-        homeserver must see each address from which a token is used."""
-        parts = (self.token, sorted(self.masks.items()), self.client_host)
-        return hashlib.sha256(repr(parts).encode()).digest()
-
-    def headers(self) -> Headers:
-        """Headers of the request to the homeserver."""
-        headers = Headers({"Authorization": [f"Bearer {self.token}"]})
-        if self.client_host is not None:
-            headers.addRawHeader("X-Forwarded-For", self.client_host)
-            # Without this header Synapse logs a warning for each request.
-            headers.addRawHeader("X-Forwarded-Proto", "https")
-        if self.user_agent is not None:
-            headers.addRawHeader(b"User-Agent", self.user_agent)
-        return headers
-
-
 @attrs.define
 class _Question:
     """A request to the homeserver, and the clients' requests that share the answer."""
@@ -203,7 +160,7 @@ class WhoamiAuth:
             LimitExceededError: the homeserver throttles.
             UnavailableError: the homeserver is away.
         """
-        claim = _claim_of(request)
+        claim = claim_of(request)
         key = claim.key()
         answer = self._remembered(key)
         if answer is None:
@@ -252,7 +209,8 @@ class WhoamiAuth:
 
     @inlineCallbacks
     def check_whoami(self, deadline: float) -> Inline[None]:
-        """Ask whose a made-up token is. The specification has 401 ``M_UNKNOWN_TOKEN``.
+        """Ask for the user of an invented token. The specified answer is 401
+        ``M_UNKNOWN_TOKEN``.
 
         Args:
             deadline: time of the reactor until which a 429 is waited for.
@@ -262,12 +220,12 @@ class WhoamiAuth:
             ThrottledError: the homeserver throttles.
             Exception: no connection.
         """
-        claim = _Claim(_NOBODYS_TOKEN, {}, None, None)
+        claim = Claim(_NOBODYS_TOKEN, {}, None, None)
         sent = self._homeserver.get(WHOAMI, claim.headers(), {}, deadline)
         response: Response = yield self._clock.wait(sent)
         answer = _read_answer(response, self._options)
         if not isinstance(answer, _Refusal):
-            raise UnusableResponseError("a made-up token is known")
+            raise UnusableResponseError("the homeserver accepts an invented token")
         if (answer.code, answer.errcode) != (401, "M_UNKNOWN_TOKEN"):
             raise UnusableResponseError(f"status {answer.code}, {answer.errcode}")
 
@@ -287,15 +245,19 @@ class WhoamiAuth:
         return answer if 0 <= self._reactor.seconds() - asked < seconds else None
 
     def _remember(self, key: bytes, asked: float, answer: _Answer) -> None:
-        """Remember an answer, and drop the oldest over ``cache_entries``."""
+        """Remember an answer. Over ``cache_entries``, drop the oldest answer."""
         self._answers[key] = asked, answer
         self._answers.move_to_end(key)
         if len(self._answers) > self._options.cache_entries:
             self._answers.popitem(last=False)
 
     @inlineCallbacks
-    def _ask_once(self, key: bytes, claim: _Claim) -> Inline[_Answer]:
-        """Send a request, or wait for the answer to an equal request under way."""
+    def _ask_once(self, key: bytes, claim: Claim) -> Inline[_Answer]:
+        """Send a request, or wait for the answer to an equal request under way.
+
+        Args:
+            key: hash of the claim.
+        """
         question = self._questions.get(key)
         if question is not None:
             metrics.series(metrics.whoami_requests, "cached").inc()
@@ -313,7 +275,7 @@ class WhoamiAuth:
         return question.answer
 
     @inlineCallbacks
-    def _ask(self, key: bytes, claim: _Claim) -> Inline[_Answer]:
+    def _ask(self, key: bytes, claim: Claim) -> Inline[_Answer]:
         """Send a request, retry while the homeserver is away, and remember the
         answer."""
         deadline = self._reactor.seconds() + self._options.retry_seconds
@@ -348,89 +310,18 @@ class WhoamiAuth:
 
 
 def error_text(error: Exception) -> str:
-    """Describe a failed request to the homeserver in one line. It holds no header of
-    the request."""
+    """Describe a failed request to the homeserver in one line, without headers of the
+    request."""
     text = error_line(error).rstrip(".")
     if isinstance(error, UnusableResponseError):
         return text
     return f"{type(error).__name__}: {text}"
 
 
-def _claim_of(request: Request) -> _Claim:
-    """Read the claim of a client's request.
-
-    Raises:
-        TokenError: the request has no access token, or two.
-    """
-    token = _access_token(request)
-    values = {name: _parameters(request, name) for name in MASKS}
-    masks = {name: found[0] for name, found in values.items() if found}
-    return _Claim(token, masks, _client_host(request), _user_agent(request))
-
-
-def _access_token(request: Request) -> str:
-    """Read the access token of the ``Authorization`` header or of the query.
-
-    A request with two tokens is refused, as in Synapse: a proxy may have checked the
-    other token.
-
-    Raises:
-        TokenError: the request has no token, or two.
-    """
-    headers = request.requestHeaders.getRawHeaders(b"Authorization") or []
-    parameters = _parameters(request, "access_token")
-    if len(headers) > 1:
-        raise _missing_token("Too many Authorization headers")
-    if headers and parameters:
-        raise _missing_token("Both an Authorization header and access_token")
-    if len(parameters) > 1:
-        raise _missing_token("Too many access_token parameters")
-    if headers:
-        bearer = _BEARER.fullmatch(headers[0].decode("latin-1"))
-        if bearer is None:
-            raise _missing_token("Invalid Authorization header")
-        return bearer[1]
-    if not parameters or not _TOKEN.fullmatch(parameters[0]):
-        raise _missing_token("Missing access token")
-    return parameters[0]
-
-
-def _missing_token(msg: str) -> TokenError:
-    return TokenError(401, "M_MISSING_TOKEN", msg)
-
-
-def _parameters(request: Request, name: str) -> list[str]:
-    """All values of a query parameter."""
-    values = (request.args or {}).get(name.encode(), [])
-    return [value.decode("utf-8", "replace") for value in values]
-
-
-def _client_host(request: Request) -> str | None:
-    """The client's IP address. A mapped address (``::ffff:192.0.2.1``) is returned as
-    IPv4."""
-    host = getattr(request.getClientAddress(), "host", None)
-    # The zone of a link-local address is a name on this machine.
-    return None if host is None else _plain_address(host.partition("%")[0])
-
-
-@lru_cache(maxsize=1024)
-def _plain_address(host: str) -> str:
-    """An IP address as it is passed on; a mapped one as IPv4."""
-    address = ip_address(host)
-    return str(getattr(address, "ipv4_mapped", None) or address)
-
-
-def _user_agent(request: Request) -> bytes | None:
-    """The client's last ``User-Agent``, as in Synapse, without control characters and
-    cut at `MAX_USER_AGENT_BYTES`."""
-    values = request.requestHeaders.getRawHeaders(b"User-Agent") or [b""]
-    return values[-1].translate(None, _CONTROLS)[:MAX_USER_AGENT_BYTES] or None
-
-
 def _read_answer(
     response: Response, options: HomeserverOptions
 ) -> Requester | _Refusal:
-    """Read the user of the token, or the refusal.
+    """Read the user of the token, or the refusal, from a response to whoami.
 
     Raises:
         UnusableResponseError: the response has neither.
@@ -454,7 +345,7 @@ def _read_user(user: _WhoamiBody, options: HomeserverOptions) -> Requester | _Re
 
 
 def _read_refusal(code: int, error: _ErrorBody) -> _Refusal:
-    """Pass a refusal on. Replace an errcode at which a client turns its backup off."""
+    """Pass a refusal on. Replace an errcode that makes a client turn its backup off."""
     msg = "The homeserver refuses the access token"
     if error.errcode in _FATAL_ERRCODES:
         msg = "The homeserver knows no such user or device"
@@ -462,12 +353,12 @@ def _read_refusal(code: int, error: _ErrorBody) -> _Refusal:
     return _Refusal(code, error.errcode, msg, error.soft_logout)
 
 
-def _is_lasting(answer: Requester | _Refusal, claim: _Claim) -> bool:
+def _is_lasting(answer: Requester | _Refusal, claim: Claim) -> bool:
     """Whether an answer may be remembered (docs/service.rst has a table).
 
-    An unknown token stays unknown: tokens are never issued twice. All other refusals
-    end by an action (register or unlock the user, create the device), and the same
-    request is repeated right after the action.
+    An unknown token stays unknown, because tokens are never issued twice. Other
+    refusals end by an action (registering or unlocking the user, creating the device),
+    and the client repeats the request right after the action.
     """
     if isinstance(answer, Requester):
         return True

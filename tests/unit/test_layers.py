@@ -43,6 +43,7 @@ ORDER = [
     "rest.room_keys",
     "rest",
     "homeserver",
+    "claims",
     "whoami",
     "synapse_module",
     "service",

@@ -24,6 +24,7 @@ from twisted.web.resource import Resource
 from twisted.web.server import NOT_DONE_YET, Site
 from zope.interface import implementer
 
+from synapse_roomkeys.claims import MAX_USER_AGENT_BYTES
 from synapse_roomkeys.clock import Clock
 from synapse_roomkeys.errors import LimitExceededError, TokenError, UnavailableError
 from synapse_roomkeys.homeserver import (
@@ -32,7 +33,7 @@ from synapse_roomkeys.homeserver import (
     HomeserverOptions,
 )
 from synapse_roomkeys.types import Requester
-from synapse_roomkeys.whoami import MAX_USER_AGENT_BYTES, WhoamiAuth
+from synapse_roomkeys.whoami import WhoamiAuth
 
 from ..homeserver import (
     FAULTS,
