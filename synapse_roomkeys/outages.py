@@ -1,4 +1,4 @@
-"""Outages in the log: lines for the beginning, reminders and the end of each."""
+"""Log lines about outages: the beginning, reminders and the end of each outage."""
 
 import logging
 import math
@@ -9,8 +9,7 @@ import attrs
 
 logger = logging.getLogger(__name__)
 
-#: Seconds between two log lines about one outage. A night of two lines a minute is some
-#: thousand lines.
+#: Seconds between two log lines about the same outage: some thousand lines in a night.
 REMINDER_SECONDS = 30.0
 
 
@@ -19,11 +18,11 @@ class Cause:
     """A kind of fault of a server that the plugin depends on.
 
     Attributes:
-        name: its label in metrics and log lines.
+        name: label of the cause in metrics and log lines.
         advice: a sentence for the operator: the first thing to try.
-        settle_seconds: an outage is over when a request succeeds so long after the last
-            failure. Requests of other users succeed during a lock, and reads succeed
-            while a disk is full: without a pause the log would alternate between
+        settle_seconds: minimum time between the last failure and the success that ends
+            an outage. Requests of other users succeed during a lock, and reads succeed
+            while a disk is full: without this time the log would alternate between
             failure and recovery.
     """
 
@@ -41,8 +40,8 @@ class _Outage:
         failed: time of the last failed try.
         recovered: time of the first success after the last failure, or None.
         logged: time of the last log line about the outage.
-        retries: failed tries since the beginning that were followed by another.
-        refused: requests that were given up since the beginning.
+        retries: number of failed tries that were followed by a retry.
+        refused: number of requests that were given up.
     """
 
     began: float
@@ -56,7 +55,7 @@ class _Outage:
 class Outages:
     """The outages of one server, at most one for each cause at a time.
 
-    It is used from the reactor's thread alone.
+    Not thread-safe: call the methods from the reactor's thread only.
     """
 
     def __init__(
@@ -73,32 +72,31 @@ class Outages:
         #: Time of the last failure by each cause.
         self._last: dict[Cause, float] = {}
 
-    def note_failure(self, cause: Cause, what: str) -> None:
-        """Count a failed try that is followed by another. Log the first of an outage,
-        and one in `REMINDER_SECONDS`.
+    def note_failure(self, cause: Cause, description: str) -> None:
+        """Count a failed try that is followed by a retry. Log the first failure of an
+        outage, and a reminder every `REMINDER_SECONDS`.
 
         Args:
-            what: the request and the error on one line, without a secret.
+            cause: the kind of the failure.
+            description: the request and the error on one line, without a secret.
         """
         now = self._last[cause] = self._seconds()
         outage = self._open.get(cause)
         if outage is None:
             outage = self._open[cause] = _Outage(now, now, now)
-            logger.warning(
-                "%s fails (%s), trying again: %s. %s",
-                *(self._subject, cause.name, what.rstrip("."), cause.advice),
-            )
+            self._log_begin(logging.WARNING, "trying again", cause, description)
         outage.retries += 1
         outage.failed = now
         outage.recovered = None
-        self._remind(cause, outage, what)
+        self._remind(cause, outage, description)
 
-    def note_refusal(self, cause: Cause, what: str) -> None:
-        """Count a request that was given up after its last try. Log the first of an
-        outage.
+    def note_refusal(self, cause: Cause, description: str) -> None:
+        """Count a request that was given up after its last try. Log the first such
+        request of an outage, and a reminder every `REMINDER_SECONDS`.
 
         Args:
-            what: as for `note_failure`.
+            cause: the kind of the failure.
+            description: as for `note_failure`.
         """
         now = self._last[cause] = self._seconds()
         outage = self._open.setdefault(cause, _Outage(now, now, now))
@@ -107,16 +105,13 @@ class Outages:
         outage.recovered = None
         if outage.refused == 1:
             outage.logged = now
-            logger.error(
-                "%s fails (%s), giving up: %s. %s",
-                *(self._subject, cause.name, what.rstrip("."), cause.advice),
-            )
+            self._log_begin(logging.ERROR, "giving up", cause, description)
         else:
-            self._remind(cause, outage, what)
+            self._remind(cause, outage, description)
 
     def note_success(self) -> None:
-        """Note that a request succeeded. Log the end of each outage whose last failure
-        is long enough ago."""
+        """Note that a request succeeded. End each outage whose last failure is
+        ``settle_seconds`` ago, and log the end."""
         if not self._open:
             return
         now = self._seconds()
@@ -127,23 +122,45 @@ class Outages:
                 del self._open[cause]
                 logger.warning(
                     "%s is back (%s) after %.1f s: %d retries, %d requests given up",
-                    *(self._subject, cause.name, outage.recovered - outage.began),
-                    *(outage.retries, outage.refused),
+                    self._subject,
+                    cause.name,
+                    outage.recovered - outage.began,
+                    outage.retries,
+                    outage.refused,
                 )
 
-    def has_met(self, causes: Collection[Cause], seconds: float) -> bool:
-        """Tell whether a try or request failed by one of the causes within a number of
-        seconds, in an outage that is over or not."""
+    def has_failure(self, causes: Collection[Cause], seconds: float) -> bool:
+        """Whether a try failed by one of the causes within the last seconds, also in an
+        outage that has ended."""
         since = self._seconds() - seconds
         return any(self._last.get(cause, -math.inf) >= since for cause in causes)
 
-    def _remind(self, cause: Cause, outage: _Outage, what: str) -> None:
+    def _log_begin(
+        self, level: int, consequence: str, cause: Cause, description: str
+    ) -> None:
+        """Log the first failure, or the first refusal, of an outage."""
+        logger.log(
+            level,
+            "%s fails (%s), %s: %s. %s",
+            self._subject,
+            cause.name,
+            consequence,
+            description.rstrip("."),
+            cause.advice,
+        )
+
+    def _remind(self, cause: Cause, outage: _Outage, description: str) -> None:
+        """Log an outage if the last line about it is `REMINDER_SECONDS` old."""
         if outage.failed - outage.logged < REMINDER_SECONDS:
             return
         outage.logged = outage.failed
         logger.warning(
             "%s still fails (%s) after %.0f s: %d retries, %d requests given up; the"
             " last: %s",
-            *(self._subject, cause.name, outage.failed - outage.began),
-            *(outage.retries, outage.refused, what.rstrip(".")),
+            self._subject,
+            cause.name,
+            outage.failed - outage.began,
+            outage.retries,
+            outage.refused,
+            description.rstrip("."),
         )

@@ -1,1 +1,1 @@
-"""The host of its own: a service beside any homeserver, behind its reverse proxy."""
+"""The service: a process beside any homeserver, behind the same reverse proxy."""

@@ -1,4 +1,4 @@
-"""The service put together: how it starts, and how it stops."""
+"""The parts of the service, and its start and stop."""
 
 import gc
 import logging
@@ -48,34 +48,35 @@ from ..whoami import WhoamiAuth
 from .config import DatabaseConfig, ServiceConfig
 from .files import raise_file_limit, room_for_connections
 from .readiness import DatabaseReadiness
-from .site import ServiceSite
+from .site import ConnectionLimits, ServiceSite
 from .status import MetricsResource, Probe, ReadyResource, Root
 
 logger = logging.getLogger(__name__)
 
-#: Seconds between two looks for transactions that are still under way at the end.
-_LOOK_SECONDS = 0.05
-#: The bound of connections to the metrics_listeners, and their spare ones. Monitoring
-#: has a few.
-_METRICS_CONNECTIONS = _METRICS_SPARES = 16
-#: The spare connections of the listeners. Half of them exceed the backlog of 50 that a
-#: listener of Twisted's has by default.
+#: Seconds between two checks for transactions under way during a stop.
+_POLL_SECONDS = 0.05
+#: Limits of the connections to the ``metrics_listeners``. A monitoring system opens a
+#: few connections.
+_METRICS_CONNECTIONS = ConnectionLimits(regular=16, spare=16)
+#: Number of spare connections of the listeners. Half of the number is above 50, the
+#: default backlog of a listener in Twisted.
 _SPARES = 128
-#: After how long a thread that works in Python makes room for another, in seconds.
-#: By Python's own 0.005 the reactor waits that long each time it comes back from the
-#: system, some six times a request, while a thread packs a large upload.
+#: Python's switch interval in seconds: the time after which a thread that runs Python
+#: code yields to another. With the default of 0.005 s, the reactor would wait so long
+#: after each system call, some six times a request, while a database thread packs a
+#: large upload.
 _SWITCH_SECONDS = 0.0005
 
 
 class StartError(Exception):
-    """The service can't start; the message is for the operator."""
+    """The service can't start. The text has the cause for the operator."""
 
 
 def database_of(config: DatabaseConfig) -> tuple[PoolDatabase, Engine]:
-    """The database that an operator named.
+    """Create the connection pool of the configured database, without connecting.
 
     Raises:
-        OptionError: its driver isn't installed.
+        OptionError: the database's driver isn't installed.
     """
     if config.name == "sqlite3":
         return sqlite_database(config.args["database"]), SQLITE
@@ -86,10 +87,10 @@ def database_of(config: DatabaseConfig) -> tuple[PoolDatabase, Engine]:
 
 
 class Service:
-    """The service, from its start to its end.
+    """The service: a process that serves ``/room_keys`` until a signal stops it.
 
     Attributes:
-        exit_code: what the process is to end with.
+        exit_code: exit status of the process.
     """
 
     def __init__(self, config: ServiceConfig, reactor: Any) -> None:
@@ -115,14 +116,12 @@ class Service:
         self._files = raise_file_limit()
         connections = self._room_for_connections()
         served = Root(ready, self._make_resource())
-        self._site = self._make_site(served, connections, _SPARES)
+        self._site = self._make_site(served, ConnectionLimits(connections, _SPARES))
         metrics.max_connections.set(connections)
         metrics.connections.set_function(lambda: len(self._site.channels))
         root = Root(ready, JsonResource())
         root.putChild(b"metrics", MetricsResource(self._count_keys))
-        self._metrics_site = self._make_site(
-            root, _METRICS_CONNECTIONS, _METRICS_SPARES
-        )
+        self._metrics_site = self._make_site(root, _METRICS_CONNECTIONS)
         self._ports: list[IListeningPort] = []
         self._stopping = False
         metrics.note_build(__version__, self._engine.name)
@@ -131,13 +130,14 @@ class Service:
         pool.labels("waiting").set_function(lambda: self._database.waiting)
 
     def run(self) -> int:
-        """Serve until a signal comes; returns what the process is to end with."""
+        """Serve until a signal comes; return the exit status of the process."""
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            # Under nohup a terminal that closes ends nothing.
+            # Under nohup SIGHUP is ignored: a closed terminal must not end the service.
             if signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, self._handle_signal)
         sys.setswitchinterval(_SWITCH_SECONDS)
-        # What is here now is here to stay: a full collection needn't look at it again.
+        # Objects from before the start live until the end: exempt them from the garbage
+        # collection.
         gc.collect()
         gc.freeze()
         self._reactor.callWhenRunning(self._start)
@@ -164,29 +164,27 @@ class Service:
         return resource
 
     def _room_for_connections(self) -> int:
-        """How many connections clients may have, by the limit of open files."""
-        monitoring = _METRICS_CONNECTIONS + _METRICS_SPARES
+        """The number of clients' connections that the limit of open files allows."""
+        monitoring = _METRICS_CONNECTIONS.regular + _METRICS_CONNECTIONS.spare
         return room_for_connections(
             self._files,
             database_connections=self._database.size,
             other_connections=MAX_CONNECTIONS + monitoring + _SPARES,
         )
 
-    def _make_site(
-        self, root: Root, max_connections: int, spare_connections: int
-    ) -> ServiceSite:
+    def _make_site(self, root: Root, connections: ConnectionLimits) -> ServiceSite:
         return ServiceSite(
             root,
             self._reactor,
             self._config.limits.max_body_bytes,
             self._config.trusted_proxies,
-            max_connections,
-            spare_connections,
+            connections,
         )
 
     @inlineCallbacks
     def _start(self) -> Inline[None]:
-        """Bring the tables up to date and listen, or end."""
+        """Upgrade the tables and listen. If either fails, log the cause and end the
+        process with status 1."""
         try:
             if self._room_for_connections() < 1:
                 raise StartError(
@@ -208,13 +206,19 @@ class Service:
             return
         logger.info(
             "synapse_roomkeys %s listens on %s, for the users of %s",
-            *(__version__, ", ".join(self._config.listeners)),
+            __version__,
+            ", ".join(self._config.listeners),
             self._config.homeserver.url,
         )
         yield self._homeserver.ask()
 
     @inlineCallbacks
     def _upgrade(self) -> Inline[None]:
+        """Upgrade and check the tables, with retries.
+
+        Raises:
+            StartError: the tables can't be used, or the database is unavailable.
+        """
         try:
             yield self._retrying.run("upgrade", upgrade_tables, self._engine, True)
             problem = yield self._retrying.run("check", check_tables, self._engine)
@@ -224,21 +228,30 @@ class Service:
             raise StartError(f"database: {self._address}: {problem}")
 
     def _count_keys(self) -> "Deferred[int]":
+        """Fire with an estimate of the number of keys in all backups."""
         return self._database.run("roomkeys_estimate", estimate_keys, self._engine)
 
     @inlineCallbacks
     def _listen(self, option: str, endpoint: str, site: ServiceSite) -> Inline[None]:
+        """Listen on an endpoint.
+
+        Args:
+            option: name of the option that has the endpoint, for the error.
+
+        Raises:
+            StartError: the endpoint can't be opened.
+        """
         try:
             described = serverFromString(self._reactor, endpoint)
             self._ports.append((yield described.listen(site)))
         except (LookupError, AttributeError, TypeError):
-            msg = f"{option}: {endpoint}: systemd has passed no such socket"
+            msg = f"{option}: {endpoint}: systemd passed no such socket"
             raise StartError(msg) from None
         except (CannotListenError, OSError, ValueError) as error:
             raise StartError(f"{option}: {endpoint}: {error}") from None
 
     def _handle_signal(self, number: int, frame: object) -> None:
-        """Begin to stop; a second signal ends the process on the spot."""
+        """Begin to stop. A second signal ends the process without waiting."""
         if self._stopping:
             os._exit(1)
         self._stopping = True
@@ -246,9 +259,10 @@ class Service:
 
     @inlineCallbacks
     def _stop(self) -> Inline[None]:
-        """Finish the requests under way, or drop them, and end.
+        """Stop listening, finish requests for ``shutdown_seconds``, drop all others,
+        and end the process.
 
-        Those who ask for the status or the metrics are answered until then.
+        The ``metrics_listeners`` answer until the end.
         """
         seconds = self._config.shutdown_seconds
         end = self._reactor.seconds() + seconds
@@ -261,27 +275,33 @@ class Service:
         if late.active():
             late.cancel()
         while self._database.in_use and self._reactor.seconds() < end:
-            yield self._clock.sleep(_LOOK_SECONDS)
+            yield self._clock.sleep(_POLL_SECONDS)
         logger.info("Stopped")
         self._end(0)
 
     def _drop(self) -> None:
+        """Drop the connections that are still open."""
         left = len(self._site.channels)
-        logger.warning("Dropping %d connections that take too long", left)
+        logger.warning(
+            "Dropping %d connections that are open after shutdown_seconds", left
+        )
         self._site.abort()
 
     def _end(self, code: int) -> None:
+        """End the process with an exit status."""
         self.exit_code = code
         end_process(self._reactor, self._database, code)
 
 
 def end_process(reactor: Any, database: PoolDatabase, code: int) -> None:
-    """Stop the reactor, or end the process at once where that would take for ever."""
+    """Stop the reactor. If transactions are under way, end the process instead.
+
+    The reactor would wait for the threads of the transactions without a limit, because
+    a thread can't be ended. The database rolls the transactions back.
+    """
     if not database.in_use:
         reactor.stop()
         return
-    # Nobody can end their threads, and the reactor would wait for them. The database
-    # rolls back.
     logger.warning("Leaving %d transactions unfinished", database.in_use)
     logging.shutdown()
     os._exit(code)

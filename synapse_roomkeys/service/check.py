@@ -1,4 +1,4 @@
-"""The command ``check``: tests everything that the service needs to start."""
+"""The command ``check``: a test of everything that the service needs to start."""
 
 import os
 from collections.abc import Callable
@@ -30,11 +30,11 @@ from .config import ServiceConfig
 #: Timeout of each part in seconds. The timeouts of the homeserver (10 s) and of libpq
 #: (5 s for each host) are shorter by default, and their messages say more.
 SECONDS = 15
-#: Timeout in seconds of /health at an address that is in use: a service answers it
-#: without any work.
+#: Timeout in seconds of ``/health`` at an address in use. A service answers ``/health``
+#: without a query.
 HEALTH_SECONDS = 2
-#: Addresses that stand for all addresses of a machine, and the loopback addresses at
-#: which the machine itself reaches such listeners.
+#: Addresses that mean all addresses of a machine, and the loopback address at which
+#: the machine itself reaches such a listener.
 _EVERYWHERE = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}
 #: Start of the body of ``/health``.
 _HEALTHY = b'{"status":"ok"'
@@ -79,6 +79,11 @@ class Check:
     def _report(
         self, name: str, test: "Callable[..., Deferred[str]]", *args: Any
     ) -> Inline[None]:
+        """Run a test, print its line, and note a failure for the exit status.
+
+        Args:
+            test: fires with a sentence for the operator, or fails with `Problem`.
+        """
         try:
             found: str = yield test(*args).addTimeout(SECONDS, self._reactor)
         except Problem as error:
@@ -98,19 +103,20 @@ class Check:
             Problem: opening failed, and no key backup service answers at the address.
         """
         if endpoint.startswith("systemd:"):
-            return "not tried: systemd opens it when it starts the service"
+            return "not tested: systemd opens the socket when it starts the service"
         listening = serverFromString(self._reactor, endpoint)
         try:
             port = yield listening.listen(Factory.forProtocol(Protocol))
         except (CannotListenError, OSError) as error:
             if (yield self._is_served(endpoint)):
-                return "in use, by a service that runs already and answers /health"
+                return "in use by a running service, which answers /health"
             raise Problem(
-                f"{_clause(error)}. If another program has it, choose another; else"
-                " see that the address is this machine's, or that the directory exists"
+                f"{_clause(error)}. If another program uses the address, choose"
+                " another one. Else check that the address belongs to this machine, or"
+                " that the directory exists"
             ) from None
         yield port.stopListening()
-        return "it can be opened"
+        return "the listener can be opened"
 
     @inlineCallbacks
     def _is_served(self, endpoint: str) -> Inline[bool]:
@@ -122,7 +128,7 @@ class Check:
             asked = agent.request(b"GET", b"http://service/health")
             asked.addCallback(readBody).addTimeout(HEALTH_SECONDS, self._reactor)
             body: bytes = yield asked
-        # Another program may send any bytes, or none.
+        # Another program may send any bytes, or no response.
         except Exception:
             return False
         return body.startswith(_HEALTHY)
@@ -138,11 +144,11 @@ class Check:
     @inlineCallbacks
     def _try_database(self) -> Inline[str]:
         """Rehearse the service's start on the database; fire with a sentence for the
-        operator. An SQLite file isn't created, because it would belong to the user who
-        runs the command.
+        operator. An SQLite file isn't created, because the file would belong to the
+        user who runs the command.
 
         Raises:
-            Problem: the service couldn't start on it or write to it.
+            Problem: the service couldn't start on the database or write to it.
         """
         if self._config.database.name == "sqlite3":
             path = Path(self._config.database.args["database"])
@@ -152,7 +158,7 @@ class Check:
             found: str = yield self._database.run("check", rehearse_start, self._engine)
         except SchemaError as error:
             raise Problem(str(error)) from None
-        # Connecting fails in more ways than can be named here.
+        # The drivers have no common base class for the errors of connections.
         except Exception as error:
             advice = self._engine.find_cause(error).advice
             raise Problem(f"{brief(error)}. {advice}") from None
@@ -160,36 +166,36 @@ class Check:
 
     @inlineCallbacks
     def _try_homeserver(self) -> Inline[str]:
-        """Ask the homeserver for its versions, and whose a made-up token is; fire with
-        a sentence for the operator.
+        """Ask the homeserver for its versions, and for the user of an invented token;
+        fire with a sentence for the operator.
 
         Raises:
-            Problem: one of the answers isn't as specified.
+            Problem: a response isn't as specified.
         """
         try:
             yield self._auth.check_versions(self._reactor.seconds())
-        # Connecting fails in more ways than can be named here.
+        # Twisted has no common base class for the errors of connections.
         except Exception as error:
             raise Problem(
-                f"/versions: {error_text(error)}. See that it runs, and that"
-                " homeserver.url is where its client API is, without /_matrix"
+                f"/versions: {error_text(error)}. Check that the homeserver"
+                " runs, and that homeserver.url is the address of its client API,"
+                " without /_matrix"
             ) from None
         try:
             yield self._auth.check_whoami(self._reactor.seconds())
         except Exception as error:
             raise Problem(
-                "/account/whoami, asked with a token that was made up:"
-                f" {error_text(error)}. It should be 401 M_UNKNOWN_TOKEN. See that"
-                " homeserver.url is the homeserver's own address, or a proxy that"
-                " passes whoami on"
+                f"/account/whoami with an invented token: {error_text(error)}. The"
+                " answer should be 401 M_UNKNOWN_TOKEN. Check that homeserver.url is"
+                " the homeserver's own address, or a proxy that passes whoami on"
             ) from None
-        return "it answers, and refuses a token that was made up"
+        return "the homeserver answers, and refuses an invented token"
 
 
 @implementer(IAgentEndpointFactory)
 @attrs.frozen
 class _Always:
-    """Endpoint factory that ignores the URI and connects to one endpoint."""
+    """Endpoint factory that returns the same endpoint for each URI."""
 
     endpoint: IStreamClientEndpoint
 
@@ -206,17 +212,19 @@ def _describe_new_file(path: Path) -> str:
     """
     directory = path.absolute().parent
     if not directory.is_dir():
-        raise Problem(f"there is no directory {directory}. Make it, or name another")
+        raise Problem(
+            f"the directory {directory} doesn't exist. Create it, or name another one"
+        )
     if not os.access(directory, os.W_OK | os.X_OK):
         raise Problem(
             f"this user can't write to {directory}. Run the command as the"
             " service's user, or change the directory's owner"
         )
-    return "the file isn't there yet; the service makes it at its start"
+    return "the file doesn't exist yet; the service creates it at its start"
 
 
 def _clause(error: Exception) -> str:
-    """The text of an exception, to be followed by a full stop."""
+    """The text of an exception without a full stop at the end."""
     return str(error).rstrip(".")
 
 

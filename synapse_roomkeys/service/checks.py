@@ -1,7 +1,8 @@
-"""What the values of the service's options may be.
+"""Checks of the values of the service's options.
 
-Each function takes the name of an option and its value as YAML has it, returns the
-value as the service uses it, and raises `OptionError`, which names the option.
+A check takes the name of an option and its value from YAML, and returns the value in
+the type that the service uses. If the value is wrong, the check raises `OptionError`,
+which names the option.
 """
 
 import re
@@ -15,12 +16,13 @@ from ..config import OptionError, positive_integer
 
 Network = IPv4Network | IPv6Network
 
-#: Without a user or a query, and with a path where the homeserver is below one.
+#: HTTP address with an optional port and path, and without a user or a query.
 _ADDRESS = re.compile(r"https?://([\w.-]+|\[[0-9a-fA-F:.]+\])(:\d+)?(/[^\s?#@]*)?")
 
-#: A colon between two parameters of an endpoint; one in a parameter is escaped.
+#: Colon between two parameters of an endpoint. A backslash escapes a colon within a
+#: parameter.
 _SEPARATOR = re.compile(r"(?<!\\):")
-#: The names of an endpoint's parameters that may stand there without a name, in order.
+#: Names of the positional parameters of each kind of endpoint, in order.
 _POSITIONS = {
     "tcp": ("port", "interface", "backlog"),
     "unix": ("address", "mode", "backlog", "lockfile"),
@@ -28,7 +30,7 @@ _POSITIONS = {
 
 
 def one_of(*choices: str) -> Callable[[str, Any], str]:
-    """A check that a value is one of some words."""
+    """Return a check for an option with a set of choices."""
 
     def check(option: str, value: Any) -> str:
         if value not in choices:
@@ -39,21 +41,21 @@ def one_of(*choices: str) -> Callable[[str, Any], str]:
 
 
 def address(option: str, value: Any) -> str:
-    """The address of a homeserver; a slash at its end goes."""
+    """Address of a homeserver. Slashes at the end are removed."""
     if isinstance(value, str) and _ADDRESS.fullmatch(value):
         return value.rstrip("/")
     raise OptionError(option, "must be an address such as https://matrix.example.org")
 
 
 def boolean(option: str, value: Any) -> bool:
-    """True or false."""
+    """Boolean of YAML."""
     if type(value) is not bool:
         raise OptionError(option, "must be true or false")
     return value
 
 
 def networks(option: str, value: Any) -> tuple[Network, ...]:
-    """Networks of IP addresses; an address alone is a network of one."""
+    """Networks of IP addresses. A single address is a network of one address."""
     try:
         return tuple(ip_network(text) for text in _strings(option, value))
     except ValueError as error:
@@ -61,12 +63,14 @@ def networks(option: str, value: Any) -> tuple[Network, ...]:
 
 
 def endpoints(option: str, value: Any) -> tuple[str, ...]:
-    """Twisted's descriptions of endpoints. Systemd's sockets are looked up at start."""
+    """Descriptions of endpoints in Twisted's syntax: ``tcp:``, ``unix:`` or
+    ``systemd:``. The sockets of systemd are found when the service starts."""
     found = _strings(option, value)
     for endpoint in found:
         kind, _, place = endpoint.partition(":")
         if kind not in ("tcp", "unix", "systemd") or not place:
-            raise OptionError(option, f"{endpoint!r} isn't of tcp:, unix: or systemd:")
+            msg = f"{endpoint!r} must begin with tcp:, unix: or systemd:"
+            raise OptionError(option, msg)
         try:
             if kind != "systemd":
                 serverFromString(None, endpoint)
@@ -94,21 +98,22 @@ def _check_port(port: int) -> None:
 
 
 def some_endpoints(option: str, value: Any) -> tuple[str, ...]:
-    """As `endpoints`, one at least."""
+    """As `endpoints`, with one endpoint at least."""
     found = endpoints(option, value)
     if not found:
-        raise OptionError(option, "must have one at least")
+        raise OptionError(option, "must have at least one endpoint")
     return found
 
 
 def count(option: str, value: Any) -> int:
-    """A positive integer, which may be a string of digits, as in the environment."""
+    """Positive integer. A string of digits is accepted, as the environment has it."""
     is_text = isinstance(value, str) and value.isdecimal()
     return positive_integer(option, int(value) if is_text else value)
 
 
 def scalar(option: str, value: Any) -> str | int:
-    """A string or an integer. Errors don't tell the value, which may be secret."""
+    """String or integer. The error leaves the value out, because the value may be a
+    secret."""
     if type(value) not in (str, int):
         raise OptionError(option, "must be a string or an integer")
     return value  # type: ignore[no-any-return]

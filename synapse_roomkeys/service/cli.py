@@ -21,9 +21,9 @@ from .migration import (
     synapse_database,
 )
 
-#: What the process ends with when the configuration is wrong, as argparse has it.
+#: Exit status for a wrong configuration, as argparse uses it for wrong arguments.
 _USAGE = 2
-#: Exit code after Ctrl-C, as shells have it: 128 and the number of SIGINT.
+#: Exit status after Ctrl-C, as in a shell: 128 plus the number of SIGINT.
 _INTERRUPTED = 130
 
 _MIGRATE = """\
@@ -45,10 +45,10 @@ or configuration, 3 a database can't be reached, 130 interrupted by Ctrl-C
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns what the process is to end with.
+    """Run a command; return the exit status of the process.
 
     Args:
-        arguments: those of the command line, unless given.
+        arguments: arguments of the command; without them, those of the process.
     """
     options = _parser().parse_args(arguments)
     try:
@@ -74,10 +74,15 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         default=[],
         metavar="FILE",
-        help="YAML; of several, later ones win; the environment wins over all",
+        help="YAML file; of several files the later one wins, and the environment wins"
+        " over files",
     )
     service = argparse.ArgumentParser(add_help=False, parents=[files])
-    service.add_argument("--homeserver", metavar="URL", help="wins over all")
+    service.add_argument(
+        "--homeserver",
+        metavar="URL",
+        help="address of the homeserver; wins over files and the environment",
+    )
 
     serve = commands.add_parser("serve", parents=[service], help="serve /room_keys")
     serve.set_defaults(run=_serve)
@@ -85,12 +90,12 @@ def _parser() -> argparse.ArgumentParser:
     check = commands.add_parser(
         "check",
         parents=[service],
-        help="tell whether the service could start: configuration, listeners,"
+        help="test whether the service could start: configuration, listeners,"
         " database and homeserver",
     )
     check.set_defaults(run=_check)
 
-    config = commands.add_parser("config", help="show the configuration there can be")
+    config = commands.add_parser("config", help="print a configuration")
     config.add_argument("--example", action="store_true", required=True)
     config.set_defaults(run=_config)
 
@@ -150,7 +155,7 @@ def _serve(options: argparse.Namespace) -> int:
 
 def _check(options: argparse.Namespace) -> int:
     config = load_config(options.config, os.environ, options.homeserver)
-    # The lines that are printed have all of it.
+    # The printed lines have the facts of the log: don't print them twice.
     set_up_logs("text", "CRITICAL")
     from twisted.internet import reactor
 
@@ -195,7 +200,8 @@ def _synapse(path: Path) -> DatabaseConfig:
     """Read the database of a Synapse's configuration.
 
     Raises:
-        OptionError: it names the file.
+        OptionError: the file can't be read, or has no usable database. The error names
+            the file.
     """
     try:
         return synapse_database(read_yaml(path))

@@ -1,8 +1,9 @@
-"""The configuration of the service: YAML files, and the environment over them.
+"""The configuration of the service, from YAML files and the environment.
 
-An option has one name, the keys of its place in YAML with dots between, such as
-``homeserver.url``. Its variable is ``ROOMKEYS_HOMESERVER_URL``; with ``_FILE`` after
-it, the variable holds the path of a file whose content is the value.
+The environment wins over the files. The name of an option consists of the keys of its
+place in YAML with dots between them, such as ``homeserver.url``. The option's variable
+in the environment is ``ROOMKEYS_HOMESERVER_URL``. A variable with ``_FILE`` at the end,
+such as ``ROOMKEYS_HOMESERVER_URL_FILE``, has the path of a file with the value.
 """
 
 import re
@@ -30,15 +31,15 @@ from .checks import (
     some_endpoints,
 )
 
-#: What the names of all variables start with.
+#: Start of the names of all variables.
 PREFIX = "ROOMKEYS_"
-#: What Kubernetes sets in each container when there is a Service whose name starts with
-#: "roomkeys"; nobody means an option by it.
+#: Ends of the variables that Kubernetes sets in each container if a Service's name
+#: starts with "roomkeys". These variables are no options and are ignored.
 _KUBERNETES = re.compile(r"_SERVICE_(HOST|PORT\w*)$|_PORT(_\d+_[A-Z]+(_[A-Z]+)?)?$")
 _ARGS = "database.args."
 _ARGUMENT = re.compile(re.escape(_ARGS) + "[a-z_]+")
-#: Options of Synapse's ``database`` section and of its connection pool that the service
-#: ignores. Any value is accepted, so that an operator can copy the section.
+#: Options of Synapse's section ``database`` and of Synapse's connection pool. The
+#: service ignores them with any value, so that an operator can copy the section.
 _SYNAPSES = frozenset(
     [
         "database.allow_unsafe_locale",
@@ -59,13 +60,14 @@ _POOL = (_ARGS + "cp_min", _ARGS + "cp_max")
 
 @attrs.frozen
 class DatabaseConfig:
-    """The ``database:`` of a configuration, written as Synapse's is.
+    """The section ``database:`` of a configuration, in Synapse's syntax.
 
     Attributes:
         name: ``sqlite3`` or ``psycopg2``.
-        args: for SQLite ``database``, the path of the file; for PostgreSQL those of
-            ``psycopg2.connect``, and ``cp_min`` and ``cp_max``, the least and the
-            greatest number of connections in adbapi's pool. They hold a password.
+        args: for SQLite, ``database`` with the path of the file. For PostgreSQL, the
+            arguments of ``psycopg2.connect``, and ``cp_min`` and ``cp_max``, the
+            minimum and maximum number of connections in adbapi's pool. The arguments
+            may have a password, and are left out of ``repr``.
     """
 
     name: str = "sqlite3"
@@ -76,18 +78,22 @@ class DatabaseConfig:
 
 @attrs.frozen
 class ServiceConfig:
-    """All that an operator may set.
+    """All options of the service.
 
     Attributes:
-        listeners: Twisted's descriptions of endpoints to serve on.
-        metrics_listeners: those that serve nothing but the metrics and the status.
-        trusted_proxies: the peers whose X-Forwarded-For and X-Request-ID are believed.
-            Whoever connects to a unix socket is one of them.
+        homeserver: the homeserver whose users have their backups here.
+        database: the service's database.
+        listeners: endpoints for clients, in Twisted's syntax.
+        metrics_listeners: endpoints that serve only metrics and status.
+        trusted_proxies: networks of the proxies whose X-Forwarded-For and X-Request-ID
+            are believed. Peers of a unix socket are always believed.
         log_format: ``text`` or ``json``.
-        log_level: the least level that is logged.
-        shutdown_seconds: how long requests under way may take after a signal to stop.
-        stalled_download_seconds: for how long a client may read nothing before its
+        log_level: the lowest level that is logged.
+        shutdown_seconds: time in which requests under way may end after a signal to
+            stop.
+        stalled_download_seconds: time for which a client may read nothing before its
             download is dropped.
+        limits: sizes and numbers above which a request is refused.
     """
 
     homeserver: HomeserverOptions
@@ -104,7 +110,7 @@ class ServiceConfig:
 
 _Check = Callable[[str, Any], Any]
 _numbers = [f.name for f in attrs.fields(HomeserverOptions) if f.type is int]
-#: The options, but those in ``database.args``, and what checks each of them.
+#: The check of each option. The options in ``database.args`` are checked apart.
 OPTIONS: Mapping[str, _Check] = {
     "homeserver.url": address,
     "homeserver.has_guests": boolean,
@@ -123,7 +129,7 @@ _SECTIONS = {name.rpartition(".")[0] for name in OPTIONS} | {"database.args"}
 
 
 def example() -> str:
-    """A configuration in YAML, with each option and its default."""
+    """Return a configuration in YAML, with each option and its default."""
     return (resources.files(__package__) / "example.yaml").read_text()
 
 
@@ -133,12 +139,13 @@ def load_config(
     """Read the configuration.
 
     Args:
-        paths: YAML files; a later one wins over an earlier one, option by option.
+        paths: YAML files. An option in a later file wins over the same option in an
+            earlier one.
         environ: the environment, which wins over the files.
-        homeserver: an address that wins over both.
+        homeserver: an address of the homeserver, which wins over files and environment.
 
     Raises:
-        OptionError: something is unknown, missing or wrong, or a file can't be read.
+        OptionError: an option is unknown, missing or wrong, or a file can't be read.
     """
     values = _read(paths, environ)
     if homeserver is not None:
@@ -159,11 +166,13 @@ def load_config(
 
 
 def load_database(paths: Sequence[Path], environ: Mapping[str, str]) -> DatabaseConfig:
-    """Read the database alone, which must be named: the default is a file in the
-    working directory, and a command run elsewhere would make another one.
+    """Read the options of the database alone, for commands that need no others.
+
+    The database must be configured: its default is a file in the working directory, and
+    a command in another directory would create a second file.
 
     Raises:
-        OptionError: as `load_config`, or no database is named.
+        OptionError: as `load_config`, or no database is configured.
     """
     values = _read(paths, environ)
     is_named = any(name.startswith(_ARGS) for name in values)
@@ -177,11 +186,11 @@ def load_database(paths: Sequence[Path], environ: Mapping[str, str]) -> Database
 
 
 def read_yaml(path: Path) -> Any:
-    """The content of a file; one without any is an empty mapping.
+    """Return the content of a YAML file. An empty file is an empty mapping.
 
     Raises:
-        OptionError: it can't be read. It tells the line and no text, which may be a
-            secret.
+        OptionError: the file can't be read. The error has the number of the line and
+            leaves out its text, because the text may be a secret.
     """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -196,7 +205,7 @@ def read_yaml(path: Path) -> Any:
 
 
 def _read(paths: Sequence[Path], environ: Mapping[str, str]) -> dict[str, Any]:
-    """The values that are set, by the names of their options."""
+    """Read and check the values of files and environment, by the names of options."""
     values: dict[str, Any] = {}
     for path in paths:
         try:
@@ -211,6 +220,7 @@ def _read(paths: Sequence[Path], environ: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _section(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """Return the values whose names start with a prefix, by the rest of the names."""
     return {
         name.removeprefix(prefix): value
         for name, value in values.items()
@@ -224,7 +234,7 @@ def _database(values: Mapping[str, Any]) -> DatabaseConfig:
     if name == "psycopg2":
         check_arguments(args)
         return DatabaseConfig(name, args)
-    # SQLite has one connection here, whatever the pool's size in Synapse.
+    # The size of Synapse's pool is ignored: the service has one connection to SQLite.
     args = {n: value for n, value in args.items() if _ARGS + n not in _POOL}
     for argument in args:
         if argument != "database":
@@ -254,15 +264,16 @@ def check_arguments(args: Mapping[str, Any]) -> None:
 
 
 def _check(name: str) -> _Check:
-    """What checks an option.
+    """Return the check of an option.
 
     Raises:
-        OptionError: there is no such option.
+        OptionError: the option is unknown.
     """
     if name.startswith(_ARGS) and not _ARGUMENT.fullmatch(name):
         # Don't show the name: after a comma in an unquoted password, YAML's flow
         # mappings take the rest of the password for a name.
-        raise OptionError("database.args", "has a name that no option has")
+        msg = "has a key with other characters than a-z and _"
+        raise OptionError("database.args", msg)
     if name in _SYNAPSES:
         return lambda option, value: value
     if name in _POOL:
@@ -277,7 +288,11 @@ def _check(name: str) -> _Check:
 
 
 def _flat(content: Any, section: str) -> Iterator[tuple[str, Any]]:
-    """The values in nested mappings, by the names of their options."""
+    """Yield the values in nested mappings, by the names of their options.
+
+    Raises:
+        OptionError: a section isn't a mapping.
+    """
     if not isinstance(content, Mapping):
         raise OptionError(section or "content", "must be a mapping")
     for key, value in content.items():
@@ -291,7 +306,11 @@ def _flat(content: Any, section: str) -> Iterator[tuple[str, Any]]:
 def _variable(
     variable: str, text: str, environ: Mapping[str, str]
 ) -> Mapping[str, Any]:
-    """The option that a variable of the environment sets, and its value."""
+    """Return the option that a variable of the environment sets, and its value.
+
+    Raises:
+        OptionError: no option has the variable, or the value or its file is wrong.
+    """
     stem = variable.removesuffix("_FILE")
     name = _option_of(stem)
     if name is None:
@@ -315,6 +334,7 @@ def _variable(
 
 
 def _option_of(variable: str) -> str | None:
+    """Return the option that a variable is for, or None if there is none."""
     args = PREFIX + "DATABASE_ARGS_"
     if variable.startswith(args):
         return _ARGS + variable.removeprefix(args).lower()
@@ -325,7 +345,7 @@ def _option_of(variable: str) -> str | None:
 
 
 def _decoded(name: str, text: str) -> Any:
-    """A variable's text, as what YAML would have there."""
+    """Convert the text of a variable to the type that YAML would have."""
     if name in ("listeners", "metrics_listeners", "trusted_proxies"):
         return [part.strip() for part in text.split(",") if part.strip()]
     if OPTIONS.get(name) is boolean:

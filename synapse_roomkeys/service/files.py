@@ -1,4 +1,4 @@
-"""The limit of open files, and how many connections it has room for."""
+"""The limit of open files, and the number of connections that the limit allows."""
 
 import logging
 import resource
@@ -27,7 +27,9 @@ def raise_file_limit() -> int:
     except (OSError, ValueError) as error:
         logger.warning(
             "The limit of open files stays at %d and isn't raised to %d: %s",
-            *(soft, hard, error),
+            soft,
+            hard,
+            error,
         )
         return soft
     return hard
@@ -36,7 +38,8 @@ def raise_file_limit() -> int:
 def room_for_connections(
     files: int, *, database_connections: int, other_connections: int
 ) -> int:
-    """The number of clients that may be connected, each with a file for its body.
+    """Return the number of clients that may be connected: two files for each, one for
+    the connection and one for the body of a request.
 
     Args:
         files: the limit of open files.

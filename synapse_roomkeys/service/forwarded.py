@@ -1,4 +1,4 @@
-"""Who sends a request, where there are reverse proxies in between."""
+"""Client address and request id of a request that reverse proxies have forwarded."""
 
 import re
 import secrets
@@ -11,18 +11,19 @@ from twisted.internet.interfaces import IAddress
 from .checks import Network
 
 _SANE_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
-#: What stands in the place of an address where a unix socket has none.
+#: Text in place of the address of a peer that connects by a unix socket.
 UNIX = "unix"
 
 _Address = IPv4Address | IPv6Address
 
 
 def is_trusted(peer: IAddress, trusted: Iterable[Network]) -> bool:
-    """Whether the headers that tell of a request's origin are believed.
+    """Whether X-Forwarded-For and X-Request-ID of a peer are believed.
 
     Args:
-        peer: the other end of the connection. Only proxies connect to a unix socket.
-        trusted: the proxies.
+        peer: the other end of the connection. Peers of a unix socket are believed,
+            because only proxies connect to one.
+        trusted: networks of the proxies.
     """
     host = getattr(peer, "host", None)
     return host is None or _is_in(_parse(host), trusted)
@@ -31,12 +32,20 @@ def is_trusted(peer: IAddress, trusted: Iterable[Network]) -> bool:
 def client_address(
     peer: IAddress, forwarded: Sequence[bytes], trusted: Iterable[Network]
 ) -> str:
-    """The address of a request's client: the last one that isn't a trusted proxy's.
+    """Return the address of a request's client: the last address that isn't a trusted
+    proxy's.
+
+    Each proxy appends the address of its peer to X-Forwarded-For. Addresses before the
+    last untrusted address are unverified claims of the client, and are ignored.
 
     Args:
-        forwarded: the values of X-Forwarded-For, of any bytes. Each proxy adds the
-            address of its peer at the end, so what comes before a stranger's is the
-            stranger's claim.
+        peer: the other end of the connection.
+        forwarded: values of X-Forwarded-For, of any bytes. An entry that isn't an
+            address ends the search.
+        trusted: networks of the proxies.
+
+    Returns:
+        The address without a zone, or `UNIX`.
     """
     found = str(getattr(peer, "host", UNIX)).partition("%")[0]
     if not is_trusted(peer, trusted):
@@ -53,10 +62,11 @@ def client_address(
 
 
 def choose_request_id(sent: bytes | None) -> str:
-    """The id that a proxy has given to a request, or a new one if it is none.
+    """Return the request id of a proxy, or a new random id if the proxy's is missing or
+    has other characters than letters, digits, ".", "_" and "-", or more than 64.
 
     Args:
-        sent: the X-Request-ID of a trusted proxy, of any bytes.
+        sent: X-Request-ID of a trusted proxy, of any bytes, or None.
     """
     if sent is not None and _SANE_ID.fullmatch(sent):
         return sent.decode("ascii")
@@ -64,8 +74,8 @@ def choose_request_id(sent: bytes | None) -> str:
 
 
 def _parse(text: str) -> _Address:
-    """Parse an address. The zone of a link-local one ("fe80::1%eth0") is left out: it
-    names an interface of one machine, and may be any text.
+    """Parse an address without its zone. The zone of a link-local address
+    ("fe80::1%eth0") names an interface of one machine, and may be any text.
 
     Raises:
         ValueError: the text isn't an address.
@@ -75,12 +85,14 @@ def _parse(text: str) -> _Address:
 
 @lru_cache(maxsize=1024)
 def _parse_without_zone(text: str) -> _Address:
-    """Parse an address; the cache spares 2 microseconds for each of a request's."""
+    """Parse an address. The cache saves 2 microseconds for each of a request's
+    addresses."""
     return ip_address(text)
 
 
 def _is_in(address: _Address, trusted: Iterable[Network]) -> bool:
-    """Whether one of the networks has an address; a socket that takes IPv6 as well
-    tells those of IPv4 as a part of IPv6's."""
+    """Whether an address is in one of the networks. A mapped address
+    (``::ffff:192.0.2.1``), as a socket for IPv4 and IPv6 reports, is compared as
+    IPv4."""
     address = getattr(address, "ipv4_mapped", None) or address
     return any(address in network for network in trusted)

@@ -1,6 +1,6 @@
 """One handler for all logs: text or JSON lines on stderr, with the request's id.
 
-No line has an access token, whoever wrote it: they are cut out here once more.
+Access tokens are removed from each line here, also from lines of other libraries.
 """
 
 import json
@@ -19,38 +19,38 @@ from twisted.logger import STDLibLogObserver, globalLogBeginner
 
 from ..describe import error_line
 
-#: The id of the request that is being answered. `inlineCallbacks` keeps it over waits.
+#: Id of the current request. `inlineCallbacks` restores the variable after each wait.
 request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
 
-#: The longest line in bytes, but for tracebacks.
+#: Limit of a line in bytes, without its traceback.
 MAX_LINE = 2048
-#: The longest traceback in characters, of which the end is kept.
+#: Limit of a traceback in characters. The end of a longer traceback is logged.
 MAX_TRACEBACK = 16384
-#: The longest text of a field in JSON, in bytes: user ids have up to 255. Five such
-#: texts, of an access line, leave room for a message.
+#: Limit of a text field in JSON, in bytes: user ids have up to 255 bytes. The five text
+#: fields of an access line leave room for a message.
 MAX_FIELD = 255
-#: Room for a line's time, level, logger and request id, in bytes; also the least room
-#: that a message has.
+#: Bytes reserved for a line's time, level, logger and request id, and also the minimum
+#: that a message may use.
 _ROOM = 256
-#: The least time between two lines of a `RareLine`, in seconds: an attack that goes on
-#: for a day logs 1,440.
+#: Minimum of seconds between two lines of a `RareLine`: an attack of one day logs 1,440
+#: lines.
 RARE_SECONDS = 60
 _TOKEN = re.compile(r"(access_token=|Bearer )[^\s&\"']+")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
 def set_up_logs(log_format: str, level: str) -> None:
-    """Have everything logged to stderr, Twisted's own log and warnings as well.
+    """Send all logs to stderr, with Twisted's own log and Python's warnings.
 
     Args:
         log_format: ``text`` or ``json``.
-        level: the least level that is logged.
+        level: the lowest level that is logged.
     """
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter() if log_format == "json" else TextFormatter())
     logging.basicConfig(handlers=[handler], level=level, force=True)
     logging.captureWarnings(True)
-    # Twisted tells of every connection that it opens or drops.
+    # At INFO Twisted logs each connection that is opened or closed.
     logging.getLogger("twisted").setLevel(max(logging.WARNING, logging.root.level))
     globalLogBeginner.beginLoggingTo([STDLibLogObserver()], redirectStandardIO=False)
 
@@ -58,7 +58,7 @@ def set_up_logs(log_format: str, level: str) -> None:
 class RareLine:
     """A warning that is logged at most once a minute, however often its cause occurs.
 
-    The next line says how often it was left out.
+    If warnings were left out, the next line has their number.
     """
 
     def __init__(
@@ -69,8 +69,8 @@ class RareLine:
     ) -> None:
         """
         Args:
-            now: the time in seconds.
-            seconds: the least time between two lines.
+            now: returns the time in seconds.
+            seconds: minimum time between two lines.
         """
         self._logger = logger
         self._now = now
@@ -79,7 +79,7 @@ class RareLine:
         self._left_out = 0
 
     def warn(self, message: str, *args: object) -> None:
-        """Log a line, unless the last one is too recent."""
+        """Log a line, or count a line left out if the last line is too recent."""
         now = self._now()
         if now < self._next:
             self._left_out += 1
@@ -93,7 +93,8 @@ class RareLine:
 
 
 class TextFormatter(logging.Formatter):
-    """Lines of time, level, logger, request id and message; tracebacks after them."""
+    """Formatter of lines with time, level, logger, request id and message. A traceback
+    is on the lines after the message."""
 
     def format(self, record: logging.LogRecord) -> str:
         """As `logging.Formatter.format`."""
@@ -103,9 +104,10 @@ class TextFormatter(logging.Formatter):
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object a line: time, level, logger, message, request_id, exception.
+    """Formatter of JSON objects, one a line: time, level, logger, message, request_id,
+    exception.
 
-    A record's ``fields`` (``extra={"fields": {...}}``) are members as well.
+    The ``fields`` of a record (``extra={"fields": {...}}``) are members, too.
     """
 
     def format(self, record: logging.LogRecord) -> str:
@@ -127,35 +129,35 @@ class JsonFormatter(logging.Formatter):
 
 
 def _time(record: logging.LogRecord) -> str:
-    """When it was logged, in UTC, as ISO 8601 has it."""
+    """Return the time of a record in UTC, in the format of ISO 8601."""
     time = datetime.fromtimestamp(record.created, timezone.utc)
     return time.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def _message(record: logging.LogRecord, taken: int = 0) -> str:
-    """The message on one line, of printable ASCII, cut to what a line has room for.
+    """Return the message as one line of printable ASCII, cut at the limit of a line.
 
     Args:
-        taken: how many bytes of the line are taken by fields.
+        taken: number of bytes that fields use of the line.
     """
     return _cut(_clean(record.getMessage()), max(MAX_LINE - _ROOM - taken, _ROOM))
 
 
 def _clean(text: str) -> str:
-    """A text without line ends and access tokens, in printable ASCII."""
+    """Escape a text to printable ASCII on one line, and remove access tokens."""
     text = _TOKEN.sub(r"\1<redacted>", text)
     text = _CONTROL.sub(lambda match: repr(match[0])[1:-1], text)
     return text.encode("ascii", "backslashreplace").decode()
 
 
 def _cut(text: str, room: int) -> str:
-    """The beginning of a text that takes at most so many bytes in JSON, and "..." after
-    it where something is missing.
+    """Cut a text to a number of bytes in JSON. Append "..." to a text that was cut.
 
     Args:
         text: printable ASCII.
+        room: limit of the bytes, without the "...".
     """
-    # JSON doubles quotes and backslashes.
+    # In JSON quotes and backslashes need two bytes each.
     if len(text) + text.count('"') + text.count("\\") <= room:
         return text
     sizes = accumulate(2 if char in '"\\' else 1 for char in text[:room])
@@ -163,9 +165,9 @@ def _cut(text: str, room: int) -> str:
 
 
 def _exception(record: logging.LogRecord) -> list[str]:
-    """The lines of a traceback, if there is one.
+    """Return the lines of a record's traceback, or no lines.
 
-    Of each exception's own text it has the line that holds no secret (`error_line`).
+    The text of each exception is replaced by its line without secrets (`error_line`).
     """
     error = record.exc_info[1] if record.exc_info else None
     lines = "".join(_chain(error)).rstrip("\n") if error else ""
@@ -173,7 +175,7 @@ def _exception(record: logging.LogRecord) -> list[str]:
 
 
 def _chain(error: BaseException) -> Iterator[str]:
-    """The traceback of an exception after that of the one that led to it."""
+    """Yield the tracebacks of an exception and its causes, the first cause first."""
     before = error.__cause__ or (
         None if error.__suppress_context__ else error.__context__
     )

@@ -1,4 +1,4 @@
-"""Readiness of the database, for load balancers that ask every second."""
+"""Readiness of the database, for load balancers that send a request every second."""
 
 import math
 import time
@@ -21,12 +21,12 @@ from ..storage import (
     probe_tables,
 )
 
-#: Seconds between two full tests. A full test took 9 ms on a PostgreSQL that waits for
-#: its disk (the median of 200, on a busy machine): 0.1 % of the time.
+#: Seconds between two full tests. A full test took 9 ms (median of 200 tests on a busy
+#: machine) on a PostgreSQL that waits for its disk: 0.1 % of the time.
 TEST_SECONDS = 10.0
 #: Seconds for which the database isn't ready after a request's write failed because the
-#: disk is full or the database read-only. The test's own write is small and may find
-#: room where an upload finds none. Retries of a request are at most 1.6 s apart.
+#: disk is full or the database read-only. The test's own write is small, and may
+#: succeed where an upload fails. Retries of a request are at most 1.6 s apart.
 HOLD_SECONDS = 5.0
 #: Seconds since the last full test after which a lock that stops the next one counts as
 #: a failure. Another process may hold the lock of an SQLite file for some seconds, and
@@ -50,7 +50,7 @@ class DatabaseReadiness:
     ) -> None:
         """
         Args:
-            outages: log of the database's outages, which requests use as well.
+            outages: log of the database's outages, shared with requests.
             seconds: a clock that is never set back.
         """
         self._database = database
@@ -62,23 +62,23 @@ class DatabaseReadiness:
 
     @inlineCallbacks
     def check(self) -> Inline[None]:
-        """Fire with None when the database serves requests.
+        """Fire with None if the database serves requests.
 
         The full test runs once in `TEST_SECONDS`, and each time after a failure.
         Between two full tests one round trip shows that the database answers.
 
         Raises:
-            Unready: it doesn't.
+            Unready: the database doesn't serve requests.
         """
         now = self._seconds()
-        refused = self._outages.has_met(WRITE_CAUSES, HOLD_SECONDS)
+        refused = self._outages.has_failure(WRITE_CAUSES, HOLD_SECONDS)
         try:
             if now - self._tested < TEST_SECONDS:
                 yield self._database.check()
             else:
                 yield self._database.run("roomkeys_probe", probe_tables, self._engine)
                 self._tested = now
-        # Connecting fails in more ways than can be named here.
+        # The drivers have no common base class for the errors of connections.
         except Exception as error:
             cause = self._find_cause(error)
             if cause is LOCK and now - self._tested < LOCK_SECONDS:

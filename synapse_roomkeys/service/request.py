@@ -1,4 +1,4 @@
-"""Requests that have an id, a client and a line in the access log."""
+"""Requests of the service: bodies in files, request ids, and the access log."""
 
 import logging
 import tempfile
@@ -20,21 +20,23 @@ from .logs import request_id
 logger = logging.getLogger(__name__)
 access_logger = logging.getLogger("synapse_roomkeys.access")
 
-#: Paths that monitoring asks for every few seconds. Their access lines are at DEBUG,
-#: and they are answered also while the service stops or has too many connections.
+#: Paths that monitoring requests every few seconds. Their access lines are at DEBUG.
+#: Requests for these paths are answered also while the service stops or has too many
+#: connections.
 STATUS_PATHS = (b"/health", b"/ready", b"/metrics")
-#: Characters of a path that are logged: a session's has about 150.
+#: Limit of a path in the log, in characters. A session's path has about 150.
 MAX_PATH = 1000
-#: Bodies of a known length below this number of bytes stay in memory, all others go to
-#: a temporary file. Twisted has the same bound. A client's 100 keys have some 90 KB.
+#: Limit in bytes of a body in memory. Longer bodies and bodies of unknown length are
+#: written to a temporary file. Twisted has the same limit. A client uploads 100 keys at
+#: once, some 90 KB.
 MEMORY_BYTES = 100_000
 
 
 class BodyRefusedError(Exception):
-    """Reading of a body stops here.
+    """The body of a request isn't read further.
 
     Attributes:
-        answer: the error to answer the request with.
+        answer: the error that the request is answered with.
     """
 
     def __init__(self, answer: RoomKeysError) -> None:
@@ -43,11 +45,12 @@ class BodyRefusedError(Exception):
 
 
 class ServiceRequest(Request):
-    """A request, from when its first line has come.
+    """A request whose first line was received.
 
     Attributes:
-        error: what it is answered, whatever it asks for, if anything.
-        request_id: names it in the log.
+        error: an error that the request is answered with, whatever its path and method,
+            or None. Requests for `STATUS_PATHS` are answered without this error.
+        request_id: id of the request in log lines and in the response's X-Request-ID.
     """
 
     site: Any
@@ -65,13 +68,13 @@ class ServiceRequest(Request):
         """As `twisted.web.http.Request.gotLength`.
 
         Raises:
-            BodyRefusedError: a temporary file can't be made.
+            BodyRefusedError: a temporary file can't be created.
         """
         self.content = BytesIO()
         if length is None or length >= MEMORY_BYTES:
             try:
-                # An unbuffered file has nothing to write when it is closed, so close
-                # can't fail on a full disk.
+                # Closing an unbuffered file writes nothing, and can't fail on a full
+                # disk.
                 self.content = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115
             except OSError as error:
                 raise self._no_room(error) from None
@@ -89,7 +92,7 @@ class ServiceRequest(Request):
         content: Any = self.content
         rest = memoryview(data)
         try:
-            # Unbuffered writes may be short, as on a disk that is almost full.
+            # An unbuffered write may be short, such as on a disk that is almost full.
             while rest:
                 rest = rest[content.write(rest) :]
         except OSError as error:
@@ -99,12 +102,13 @@ class ServiceRequest(Request):
 
     def requestReceived(self, command: bytes, path: bytes, version: bytes) -> None:
         """As `twisted.web.http.Request.requestReceived`."""
-        # It would take a form apart, for which we have no use and others may have.
+        # With this header Twisted would parse a form. No endpoint takes forms, and an
+        # attacker could use the parser.
         self.requestHeaders.removeHeader(b"Content-Type")
         super().requestReceived(command, path, version)  # type: ignore[no-untyped-call]
 
     def process(self) -> None:
-        """As `twisted.web.http.Request.process`, in a context that knows its id."""
+        """As `twisted.web.http.Request.process`, in a context with the request's id."""
         channel = self.channel
         proxies = channel.site.trusted_proxies
         forwarded = self.requestHeaders.getRawHeaders(b"X-Forwarded-For") or []
@@ -117,9 +121,9 @@ class ServiceRequest(Request):
         copy_context().run(self._process)
 
     def getClientAddress(self) -> IAddress:
-        """As `twisted.web.http.Request.getClientAddress`: the client's address, which
-        isn't a trusted proxy's. Its port isn't known. Through a unix socket without
-        X-Forwarded-For, it is that of the socket."""
+        """As `twisted.web.http.Request.getClientAddress`: the address that
+        `client_address` finds, with port 0 because the port is unknown. Without an
+        address, return the address of the unix socket."""
         if self._client == UNIX:
             peer: IAddress = self.client
             return peer
@@ -136,7 +140,8 @@ class ServiceRequest(Request):
         return reason
 
     def write(self, data: bytes) -> None:
-        """As `twisted.web.server.Request.write`; a connection's last answer says so."""
+        """As `twisted.web.server.Request.write`, with ``Connection: close`` in the last
+        response of a connection."""
         if not self.startedWriting and not self.channel.persistent:
             self.responseHeaders.setRawHeaders("Connection", ["close"])
         super().write(data)  # type: ignore[no-untyped-call]
@@ -148,7 +153,7 @@ class ServiceRequest(Request):
             self.log(is_broken_off=True)
 
     def log(self, is_broken_off: bool = False) -> None:
-        """Log what became of the request, but its query, which may hold a token."""
+        """Write the access line, without the query, which may have a token."""
         path = self.path.decode("latin-1")
         notes = notes_of(self)
         fields = {
@@ -164,7 +169,7 @@ class ServiceRequest(Request):
         if is_broken_off:
             fields["broken_off"] = True
             details.append(" (broken off)")
-        # It may be the connection's end that is at work, not the request's code.
+        # The caller may be the end of the connection, outside of the request's context.
         token = request_id.set(self.request_id)
         access_logger.log(
             logging.DEBUG if self.path in STATUS_PATHS else logging.INFO,
@@ -184,11 +189,13 @@ class ServiceRequest(Request):
             super().process()  # type: ignore[no-untyped-call]
 
     def _no_room(self, error: OSError) -> BodyRefusedError:
-        """Log that a body has no room, at most once a minute; returns the refusal."""
+        """Log at most once a minute that a body can't be stored. Return the refusal."""
         channel = self.channel
         channel.site.no_room.warn(
             "No room for the body of an upload in %s: %s. Uploads of %d bytes or more"
-            " are answered 503 until there is some",
-            *(tempfile.tempdir or "any directory", error.strerror, MEMORY_BYTES),
+            " are answered 503 until the directory has room",
+            tempfile.tempdir or "any directory",
+            error.strerror,
+            MEMORY_BYTES,
         )
         return BodyRefusedError(UnavailableError(OUTAGE_RETRY_AFTER))

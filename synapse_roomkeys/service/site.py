@@ -1,9 +1,10 @@
-"""The HTTP server: limits of size, time and number, and an orderly end."""
+"""The HTTP server: limits of size, time and number, and a graceful stop."""
 
 import logging
 from collections.abc import Sequence
 from typing import Any, cast
 
+import attrs
 from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IAddress, IDelayedCall, IReactorTime
 from twisted.python.failure import Failure
@@ -19,40 +20,45 @@ from .request import BodyRefusedError, ServiceRequest
 
 logger = logging.getLogger(__name__)
 
-#: How long a connection may be silent, in seconds: more than the 60 for which proxies
-#: keep one by default, so that it is the proxy that closes it, between two requests.
+#: Idle timeout of a connection in seconds. Proxies close an idle connection after 60
+#: seconds by default. The longer timeout lets the proxy close first: otherwise a proxy
+#: could send a request on a connection that the service closes at that moment.
 IDLE_SECONDS = 90
-#: How long a request's headers may take. They are at most 16 KiB: a slower client does
-#: it on purpose.
+#: Timeout of a request's headers in seconds. Headers have at most 16 KiB, so a slower
+#: client is slow on purpose.
 HEADERS_SECONDS = 60
-#: How long a request's body may take. A real upload of some 100 KiB takes a minute on
-#: the slowest of mobile networks (2 KiB/s); one at the limit of 10 MiB, at 35 KiB/s.
+#: Timeout of a request's body in seconds. A real upload of some 100 KiB takes a minute
+#: on the slowest mobile networks (2 KiB/s). An upload at the limit of 10 MiB needs
+#: 35 KiB/s.
 BODY_SECONDS = 300
-#: For how long the rest of a refused body is read and thrown away, in seconds. Closing
-#: at once would reset the connection, and the client might never see its 413.
+#: Seconds for which the rest of a refused body is read and discarded. An immediate
+#: close would reset the connection, and the client could lose the 413.
 LINGER_SECONDS = 5
-#: For how long idle connections are kept after the end has begun, in seconds: a request
-#: that is on its way is answered 503 instead of being lost.
+#: Seconds for which idle connections stay open during a stop: a request that was
+#: already sent is answered 503 and isn't lost.
 LAST_CALL_SECONDS = 1
-#: Time for a connection over the bound to send its one request, in seconds. A health
-#: check sends it at once.
+#: Seconds in which a spare connection must send its request. A health check sends the
+#: request immediately.
 SPARE_SECONDS = 5
 
 
 class Channel(HTTPChannel):
-    """A connection.
+    """A connection of a client, with timeouts for each phase of a request.
 
     Attributes:
-        site: what it came to.
-        is_spare: whether it is over the site's bound. It gets one request, which is
-            refused unless it is for the status.
+        site: the site whose limits hold for the connection.
+        is_spare: whether the connection is over the site's limit. A spare connection is
+            closed after one request, which is refused unless its path is one of
+            `STATUS_PATHS`.
         is_dropped: whether `drop` was called.
     """
 
     site: "ServiceSite"
     is_spare = False
     is_dropped = False
-    _arrival: IDelayedCall | None = None
+    #: Timeout of the current phase.
+    _phase_timeout: IDelayedCall | None = None
+    #: Whether a request was refused before its body was received.
     _refusing = False
 
     def connectionMade(self) -> None:
@@ -60,19 +66,19 @@ class Channel(HTTPChannel):
         self.site.channels.add(self)
         super().connectionMade()  # type: ignore[no-untyped-call]
         if self.is_spare:
-            self._expect(SPARE_SECONDS)
+            self._set_phase_timeout(SPARE_SECONDS)
 
     def connectionLost(self, reason: Failure) -> None:  # type: ignore[override]
         """As `Protocol.connectionLost`."""
-        self._expect(None)
+        self._set_phase_timeout(None)
         super().connectionLost(reason)  # type: ignore[no-untyped-call]
         self.site.forget(self)
 
     def dataReceived(self, data: bytes) -> None:
         """As `Protocol.dataReceived`."""
-        if self._arrival is None and not self._handlingRequest:
-            self._expect(HEADERS_SECONDS)
-        # An older Twisted does it at whole lines only.
+        if self._phase_timeout is None and not self._handlingRequest:
+            self._set_phase_timeout(HEADERS_SECONDS)
+        # Older versions of Twisted reset the timeout only after a complete line.
         self.resetTimeout()  # type: ignore[no-untyped-call]
         try:
             super().dataReceived(data)  # type: ignore[no-untyped-call]
@@ -103,7 +109,7 @@ class Channel(HTTPChannel):
 
     def allHeadersReceived(self) -> None:
         """As `HTTPChannel.allHeadersReceived`."""
-        self._expect(BODY_SECONDS)
+        self._set_phase_timeout(BODY_SECONDS)
         if self.site.draining or self.is_spare:
             self._refuse(UnavailableError(BUSY_RETRY_AFTER))
         elif self.length is not None and self.length > self.site.max_body_bytes:
@@ -115,7 +121,7 @@ class Channel(HTTPChannel):
 
     def allContentReceived(self) -> None:
         """As `HTTPChannel.allContentReceived`."""
-        self._expect(None)
+        self._set_phase_timeout(None)
         super().allContentReceived()  # type: ignore[no-untyped-call]
 
     def checkPersistence(self, request: Any, version: bytes) -> bool:
@@ -125,18 +131,18 @@ class Channel(HTTPChannel):
         return kept and self.persistent != 0 and not is_last
 
     def loseConnection(self) -> None:
-        """As `HTTPChannel.loseConnection`; a client that is still sending is heard
-        out for some seconds."""
+        """As `HTTPChannel.loseConnection`. After a refusal, read and discard the rest
+        of the body for `LINGER_SECONDS`, so that the client can read the response."""
         if not self._refusing:
             super().loseConnection()  # type: ignore[no-untyped-call]
             return
         transport: Any = self.transport
         transport.unregisterProducer()
         transport.loseWriteConnection()
-        self._expect(LINGER_SECONDS)
+        self._set_phase_timeout(LINGER_SECONDS)
 
     def last_request(self) -> None:
-        """Have the connection closed after the request under way, if there is one."""
+        """Close the connection after the request under way, if there is one."""
         if self.requests:
             self.persistent = 0
 
@@ -146,17 +152,17 @@ class Channel(HTTPChannel):
             self.loseConnection()
 
     def is_answering(self) -> bool:
-        """Whether a request has come and isn't answered yet."""
+        """Whether a complete request was received and isn't answered yet."""
         return self._handlingRequest and bool(self.requests)
 
     def drop(self) -> None:
-        """Close the connection at once, whatever is under way."""
+        """Reset the connection. A request under way isn't answered."""
         transport: Any = self.transport
         self.is_dropped = True
         transport.abortConnection()
 
     def _refuse(self, error: RoomKeysError) -> None:
-        """Answer a request at once with an error, as if it had no body."""
+        """Answer a request with an error before its body is received."""
         request: ServiceRequest = self.requests[-1]
         request.error = error
         request.requestHeaders.removeHeader(b"Expect")
@@ -165,28 +171,47 @@ class Channel(HTTPChannel):
         self._transferDecoder = None
         self.length = 0
 
-    def _expect(self, seconds: float | None) -> None:
-        """Drop the connection after some seconds, unless something else is expected
-        by then, or nothing."""
-        if self._arrival is not None and self._arrival.active():
-            self._arrival.cancel()
-        self._arrival = None
+    def _set_phase_timeout(self, seconds: float | None) -> None:
+        """Replace the timeout after which the connection is dropped.
+
+        Args:
+            seconds: the new timeout, or None for none.
+        """
+        if self._phase_timeout is not None and self._phase_timeout.active():
+            self._phase_timeout.cancel()
+        self._phase_timeout = None
         if seconds is not None:
-            self._arrival = self.site.reactor.callLater(seconds, self.drop)
+            self._phase_timeout = self.site.reactor.callLater(seconds, self.drop)
+
+
+@attrs.frozen
+class ConnectionLimits:
+    """Limits of the open connections of a site.
+
+    Attributes:
+        regular: limit of the connections without the spare connections.
+        spare: limit of the spare connections. If half of them are open, each new spare
+            connection replaces the oldest. The other half is a reserve: the reactor
+            accepts a whole backlog before it closes any connection.
+    """
+
+    regular: int
+    spare: int
 
 
 class ServiceSite(Site):
-    """All the connections to some listeners.
+    """The HTTP server of some listeners, with a limit of connections.
 
-    A connection over the bound is a spare one: its first request is answered if it is
-    for the status, else refused with 503, and it is closed. A spare connection without
-    a request is dropped after `SPARE_SECONDS`, or earlier for newer ones.
+    A connection over the limit is a spare connection. Its first request is answered if
+    the path is one of `STATUS_PATHS`, and is refused with 503 otherwise. The connection
+    is then closed. A spare connection without a request is dropped after
+    `SPARE_SECONDS`, or earlier to make room for newer spare connections.
 
     Attributes:
-        draining: whether the end has begun.
-        channels: the connections that there are.
-        too_large: what is said of a body that is over the limit.
-        no_room: the log line about bodies that have no room.
+        draining: whether a stop has begun.
+        channels: the open connections.
+        too_large: text of the error for a body over the limit.
+        no_room: log line about bodies that can't be stored.
     """
 
     protocol = Channel  # type: ignore[assignment]
@@ -197,15 +222,13 @@ class ServiceSite(Site):
         reactor: IReactorTime,
         max_body_bytes: int,
         trusted_proxies: Sequence[Network],
-        max_connections: int,
-        spare_connections: int,
+        connections: ConnectionLimits,
     ) -> None:
         """
         Args:
-            max_connections: the bound.
-            spare_connections: how many spare connections may be open. Beyond half of
-                them, each new one has the oldest dropped. The other half is needed as
-                the reactor accepts a whole backlog before it closes any.
+            max_body_bytes: limit of a body.
+            trusted_proxies: networks of the proxies whose headers are believed.
+            connections: limits of the open connections.
         """
         super().__init__(  # type: ignore[no-untyped-call]
             resource, ServiceRequest, timeout=IDLE_SECONDS, reactor=reactor
@@ -216,9 +239,8 @@ class ServiceSite(Site):
         self.draining = False
         self.channels: set[Channel] = set()
         self.no_room = RareLine(logger, reactor.seconds)
-        self._max_connections = max_connections
-        self._spare_connections = spare_connections
-        #: Connections over the bound, the oldest first.
+        self._limits = connections
+        #: Spare connections, the oldest first.
         self._spares: dict[Channel, None] = {}
         self._refused = RareLine(logger, reactor.seconds)
         self._drained: Deferred[None] | None = None
@@ -226,19 +248,21 @@ class ServiceSite(Site):
     def buildProtocol(  # type: ignore[override]
         self, addr: IAddress | None
     ) -> Channel | None:
-        """As `Site.buildProtocol`. None, which closes the connection, if all spare
-        ones are taken."""
-        if len(self.channels) - len(self._spares) < self._max_connections:
+        """As `Site.buildProtocol`. Return None, which closes the connection, if all
+        spare connections are in use."""
+        if len(self.channels) - len(self._spares) < self._limits.regular:
             return self._build_channel(addr)
         metrics.refused_connections.inc()
         self._refused.warn(
             "%d connections are open, as many as the limit of open files allows"
-            " (LimitNOFILE, ulimit -n): further ones are refused. This one is from %s",
-            *(len(self.channels), getattr(addr, "host", "a unix socket")),
+            " (LimitNOFILE, ulimit -n): further connections are refused. The newest is"
+            " from %s",
+            len(self.channels),
+            getattr(addr, "host", "a unix socket"),
         )
-        if len(self._spares) == self._spare_connections:
+        if len(self._spares) == self._limits.spare:
             return None
-        if len(self._spares) >= self._spare_connections // 2:
+        if len(self._spares) >= self._limits.spare // 2:
             self._drop_oldest_spare()
         channel = self._build_channel(addr)
         channel.is_spare = True
@@ -246,28 +270,30 @@ class ServiceSite(Site):
         return channel
 
     def log(self, request: Any) -> None:
-        """As `Site.log`, to the logger."""
+        """As `Site.log`, with the access line of the request."""
         request.log()
 
     def forget(self, channel: Channel) -> None:
-        """Note that a connection is gone."""
+        """Remove a closed connection."""
         self.channels.discard(channel)
         self._spares.pop(channel, None)
-        self._see_if_drained()
+        self._fire_if_drained()
 
     def drain(self) -> "Deferred[None]":
-        """Answer no more requests but those under way; fires when all connections
-        are closed."""
+        """Begin a stop: finish the requests under way, and answer new requests 503.
+
+        Fire with None when all connections are closed.
+        """
         self.draining = True
         self._drained = drained = Deferred[None]()
         for channel in list(self.channels):
             channel.last_request()
         self.reactor.callLater(LAST_CALL_SECONDS, self._close_idle)
-        self._see_if_drained()
+        self._fire_if_drained()
         return drained
 
     def abort(self) -> None:
-        """Break the connections that are left."""
+        """Drop all open connections."""
         for channel in list(self.channels):
             channel.drop()
 
@@ -276,7 +302,7 @@ class ServiceSite(Site):
         return cast(Channel, channel)
 
     def _drop_oldest_spare(self) -> None:
-        """Drop the spare connection that has waited longest without a request."""
+        """Drop the oldest spare connection that isn't answering a request."""
         for channel in self._spares:
             if not channel.is_dropped and not channel.is_answering():
                 channel.drop()
@@ -286,7 +312,8 @@ class ServiceSite(Site):
         for channel in list(self.channels):
             channel.close_if_idle()
 
-    def _see_if_drained(self) -> None:
+    def _fire_if_drained(self) -> None:
+        """Fire the Deferred of `drain` if the last connection is closed."""
         if self._drained is not None and not self.channels:
             drained, self._drained = self._drained, None
             drained.callback(None)

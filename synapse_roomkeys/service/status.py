@@ -1,4 +1,4 @@
-"""Whether the service is well, for load balancers, and its metrics."""
+"""Resources for load balancers and monitoring: health, readiness and metrics."""
 
 import math
 import time
@@ -18,18 +18,21 @@ from ..describe import error_line
 from ..outages import Cause, Outages
 from ..rest.resource import JsonResource, respond
 
-#: Seconds in which the database or the homeserver has to answer.
+#: Timeout in seconds of a test of the database or the homeserver.
 TIMEOUT = 5
 OK = "ok"
 #: Seconds between two estimates of the number of keys. PostgreSQL's statistics change
-#: only when its autovacuum has run, some minutes apart.
+#: only after a run of autovacuum, every few minutes.
 MEASURE_SECONDS = 300.0
 
-SILENT = Cause("silent", "See its own log, and the network between")
+#: Cause of a test that has no result after `TIMEOUT`.
+SILENT = Cause(
+    "silent", "Read the server's own log, and check the network to the server"
+)
 
 
 class Probe:
-    """Test that runs once at a time, and gives its result to all who wait for it."""
+    """A test with one run at a time, whose result all waiting requests share."""
 
     def __init__(
         self,
@@ -88,9 +91,11 @@ class HealthResource(Resource):
 
 
 class ReadyResource(Resource):
-    """``/ready``: 200 when requests would be answered, else 503, and what is wrong.
+    """``/ready``: 200 if requests would be answered, else 503. The body has the state
+    of each part.
 
-    What is wrong in detail is told to the log, not to everybody.
+    Details of a failure are logged, and left out of the response, because anybody can
+    read the response.
     """
 
     isLeaf = True
@@ -119,15 +124,16 @@ class ReadyResource(Resource):
 
 
 class MetricsResource(Resource):
-    """``/metrics``: what is counted, in Prometheus' format."""
+    """``/metrics``: the metrics in Prometheus' text format."""
 
     isLeaf = True
 
     def __init__(self, count_keys: "Callable[[], Deferred[int]]") -> None:
         """
         Args:
-            count_keys: fires with the number of keys in all backups. A scrape starts it
-                if the last start is `MEASURE_SECONDS` ago, and doesn't wait for it.
+            count_keys: fires with an estimate of the number of keys in all backups. A
+                scrape calls this function if the last call was `MEASURE_SECONDS` ago,
+                and doesn't wait for the result.
         """
         super().__init__()  # type: ignore[no-untyped-call]
         self._count_keys = count_keys
@@ -138,14 +144,14 @@ class MetricsResource(Resource):
         now = time.monotonic()
         if now - self._measured >= MEASURE_SECONDS:
             self._measured = now
-            # A failure shows in the metrics of the database and at the next test.
+            # The metrics of the database and the next readiness test show a failure.
             self._count_keys().addCallbacks(metrics.stored_keys.set, lambda _: None)
         request.setHeader(b"Content-Type", CONTENT_TYPE_LATEST.encode())
         return generate_latest()
 
 
 class Root(Resource):
-    """The resources of the status, and one that answers for all other paths."""
+    """The root: ``/health``, ``/ready``, and one resource for all other paths."""
 
     def __init__(self, ready: ReadyResource, others: JsonResource) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

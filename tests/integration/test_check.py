@@ -61,13 +61,14 @@ def test_a_new_service(homeserver: Homeserver, tmp_path: Path) -> None:
         0,
         {
             "configuration": "ok: all options are known",
-            f"listener tcp:{service.port}:interface={HOST}": "ok: it can be opened",
-            f"listener tcp:{service.metrics_port}:interface={HOST}": "ok: it can be"
-            " opened",
-            f"database {path}": "ok: the file isn't there yet; the service makes it at"
-            " its start",
-            f"homeserver {homeserver.url}": "ok: it answers, and refuses a token that"
-            " was made up",
+            f"listener tcp:{service.port}:interface={HOST}": "ok: the listener can"
+            " be opened",
+            f"listener tcp:{service.metrics_port}:interface={HOST}": "ok: the"
+            " listener can be opened",
+            f"database {path}": "ok: the file doesn't exist yet; the service creates"
+            " it at its start",
+            f"homeserver {homeserver.url}": "ok: the homeserver answers, and refuses"
+            " an invented token",
         },
     )
     assert not path.exists()
@@ -180,7 +181,7 @@ def test_databases_that_fail(
         path = "/nowhere/roomkeys.db"
         unreachable = {"database": {"args": {"database": path}}}
         service = check_command(tmp_path, homeserver.url, settings=unreachable)
-        assert_part_fails(service, f"database {path}", "there is no directory /nowhere")
+        assert_part_fails(service, f"database {path}", "the directory /nowhere doesn't exist")
         return
     with closing(psycopg2.connect(**arguments)) as connection:
         connection.autocommit = True

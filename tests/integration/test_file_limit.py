@@ -122,7 +122,7 @@ def test_more_clients_than_files(service: Service) -> None:
         assert sum(map(is_closed, clients)) == CLIENTS - max_connections
     wait_for_connections(service, 0)
     assert send_get(service.port, f"{PREFIX}/version").status == 401
-    assert service.log().count("further ones are refused") == 1
+    assert service.log().count("further connections are refused") == 1
 
 
 def test_bodies_in_files_are_counted(service: Service) -> None:

@@ -83,10 +83,10 @@ class OutagesTests(SynchronousTestCase):
 
     def test_what_was_met(self) -> None:
         """A cause is known for as long as somebody asks for, over or not."""
-        self.assertFalse(self.outages.has_met([AWAY, FULL], 5))
+        self.assertFalse(self.outages.has_failure([AWAY, FULL], 5))
         self.outages.note_failure(FULL, "no room")
         self.now += 5
-        self.assertTrue(self.outages.has_met([AWAY, FULL], 5))
-        self.assertFalse(self.outages.has_met([AWAY], 5))
+        self.assertTrue(self.outages.has_failure([AWAY, FULL], 5))
+        self.assertFalse(self.outages.has_failure([AWAY], 5))
         self.now += 0.1
-        self.assertFalse(self.outages.has_met([FULL], 5))
+        self.assertFalse(self.outages.has_failure([FULL], 5))

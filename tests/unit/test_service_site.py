@@ -30,6 +30,7 @@ from synapse_roomkeys.service.site import (
     LINGER_SECONDS,
     SPARE_SECONDS,
     Channel,
+    ConnectionLimits,
     ServiceSite,
 )
 
@@ -97,7 +98,9 @@ class SiteTests(SynchronousTestCase):
         self.reactor = FakeReactor()
         self.resource = Resources()
         time = cast(IReactorTime, self.reactor)
-        self.site = ServiceSite(self.resource, time, LIMIT, (), MOST, SPARE)
+        self.site = ServiceSite(
+            self.resource, time, LIMIT, (), ConnectionLimits(MOST, SPARE)
+        )
 
     def connect(self) -> tuple[Channel, Transport]:
         """A connection to the site."""
