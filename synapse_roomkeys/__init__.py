@@ -1,7 +1,7 @@
 """Server-side key backup for Matrix: the ``/room_keys`` endpoints.
 
-``RoomKeysModule`` is what homeserver.yaml names. It is looked up when it is asked for,
-so that this package can be imported where Synapse isn't installed.
+``RoomKeysModule`` is the module for homeserver.yaml. It is imported only when the name
+is used, because this package can also be imported without an installed Synapse.
 """
 
 from typing import Any

@@ -1,4 +1,4 @@
-"""The options of an operator's configuration."""
+"""Options that both hosts have, and the options of the Synapse module."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -9,10 +9,10 @@ from .types import Limits
 
 
 class OptionError(Exception):
-    """An option is unknown, or has a value that it can't have.
+    """An option is unknown, or has a wrong value. The text names the option.
 
     Attributes:
-        option: its name.
+        option: name of the option.
     """
 
     def __init__(self, option: str, msg: str) -> None:
@@ -22,33 +22,33 @@ class OptionError(Exception):
 
 @attrs.frozen
 class ModuleConfig:
-    """The ``config:`` of the module in homeserver.yaml.
+    """The section ``config:`` of the module in homeserver.yaml.
 
     Attributes:
-        stalled_download_seconds: for how long a client may read nothing before its
+        stalled_download_seconds: time for which a client may read nothing before its
             download is dropped, counted from the last byte that it took.
-        limits: what is refused for its size.
+        limits: sizes and numbers above which a request is refused.
     """
 
     stalled_download_seconds: int = 300
     limits: Limits = attrs.field(factory=Limits)
 
 
-#: The names of the options that `Limits` has.
+#: Names of the options in `Limits`.
 LIMITS = tuple(field.name for field in attrs.fields(Limits))
 _OPTIONS = ("stalled_download_seconds", *LIMITS)
 
 
 def unknown_option(option: str, known: Iterable[str]) -> OptionError:
-    """The error for an option that nobody knows, which names those that are."""
+    """Return the error for an unknown option. The text lists the known options."""
     return OptionError(option, f"unknown option; known are {', '.join(known)}")
 
 
 def positive_integer(option: str, value: Any) -> int:
-    """The value of an option, which is a number of things.
+    """Return the value of an option if the value is a positive integer.
 
     Raises:
-        OptionError: it isn't a positive integer.
+        OptionError: the value isn't a positive integer.
     """
     if type(value) is not int or value < 1:
         raise OptionError(option, "must be a positive integer")
@@ -56,10 +56,10 @@ def positive_integer(option: str, value: Any) -> int:
 
 
 def parse_module_config(config: Any) -> ModuleConfig:
-    """Check an operator's options; those that aren't there keep their defaults.
+    """Check the module's options. Options that aren't set have their defaults.
 
     Raises:
-        OptionError: one of them is unknown, or isn't a positive integer.
+        OptionError: an option is unknown, or isn't a positive integer.
     """
     if not isinstance(config, Mapping):
         raise OptionError("config", "must be a mapping of options to values")

@@ -1,9 +1,9 @@
-"""The Synapse module: the plugin in the place of the built-in endpoints.
+"""The Synapse module, which replaces the built-in endpoints of the key backup.
 
-Synapse mounts its client API from a registry of functions,
-``synapse.rest.SERVLET_GROUPS["client"]`` (1.120 and newer), or by attributes of the
-modules that it imports (older ones). Modules are loaded before the listeners are
-built, so the module puts its own function there.
+Synapse 1.120 and newer mounts its client API from a registry of functions,
+``synapse.rest.SERVLET_GROUPS["client"]``. Older versions call an attribute of each
+module of endpoints. Synapse loads modules before it builds the listeners, so the module
+puts its own function in that place.
 """
 
 import inspect
@@ -55,17 +55,17 @@ P = ParamSpec("P")
 
 Register = Callable[[Any, HttpServer], None]
 
-#: What mounts Synapse's own endpoints.
+#: Name of the function that mounts Synapse's own endpoints.
 BUILTIN = "synapse.rest.client.room_keys.register_servlets"
 
 
 class RoomKeysModule:
-    """What homeserver.yaml names as ``synapse_roomkeys.RoomKeysModule``."""
+    """The module, in homeserver.yaml under ``synapse_roomkeys.RoomKeysModule``."""
 
     def __init__(self, config: ModuleConfig, api: ModuleApi) -> None:
         """
         Raises:
-            ConfigError: this Synapse, or its database, isn't as the plugin expects.
+            ConfigError: Synapse or its database differs from the plugin's expectations.
         """
         self._config = config
         hs, database = _internals(api)
@@ -93,15 +93,17 @@ class RoomKeysModule:
         place = replace_servlets(self.register_servlets)
         logger.info(
             "synapse_roomkeys %s answers /room_keys in Synapse %s: it replaced %s",
-            *(__version__, version_of("matrix-synapse"), place),
+            __version__,
+            version_of("matrix-synapse"),
+            place,
         )
 
     @staticmethod
     def parse_config(config: dict[str, Any]) -> ModuleConfig:
-        """What Synapse calls with the module's ``config:``.
+        """Check the module's ``config:``. Synapse calls this method.
 
         Raises:
-            ConfigError: an option is unknown or wrong; it names the option.
+            ConfigError: an option is unknown or wrong. The error names the option.
         """
         try:
             return parse_module_config(config)
@@ -109,7 +111,7 @@ class RoomKeysModule:
             raise ConfigError(str(error), (error.option,)) from None
 
     def register_servlets(self, hs: Any, http_server: HttpServer) -> None:
-        """What Synapse calls, for each of its client listeners, to mount the API."""
+        """Mount the API. Synapse calls this method for each client listener."""
         host = HomeServer(
             self._clock,
             self._config.limits,
@@ -122,20 +124,21 @@ class RoomKeysModule:
     async def forget_deactivated_user(
         self, user_id: str, deactivated: bool, by_admin: bool
     ) -> None:
-        """What Synapse calls when it has deactivated a user, or activated one again."""
+        """Forget a deactivated user. Synapse calls this method after deactivating or
+        reactivating a user."""
         if deactivated:
             await self._store.forget_user(user_id)
 
 
 class SynapseAuth:
-    """Synapse's own authentication, as the servlets ask for it."""
+    """Synapse's own authentication, with the interface that the servlets need."""
 
     def __init__(self, auth: Any) -> None:
         self._auth = auth
 
     @inlineCallbacks
     def get_user_by_req(self, request: Request) -> Inline[Requester]:
-        """Who sends a request; fails with Synapse's own errors, guests refused."""
+        """As `synapse_roomkeys.rest.Auth.get_user_by_req`, with Synapse's errors."""
         requester = yield ensureDeferred(
             self._auth.get_user_by_req(request, allow_guest=False)
         )
@@ -146,7 +149,7 @@ class ModuleApiDatabase:
     """Transactions on Synapse's own connections.
 
     Attributes:
-        connections: how many Synapse has at most (``cp_max``), for all of its work.
+        connections: limit of Synapse's connections (``cp_max``), for all of its work.
     """
 
     def __init__(self, api: ModuleApi, database: Any) -> None:
@@ -155,7 +158,7 @@ class ModuleApiDatabase:
             database: Synapse's ``DatabasePool``.
         """
         self.connections: int = database._db_pool.max
-        #: It hands on what names no parameter of the function to `runInteraction`.
+        #: Passes all arguments on to `runInteraction`, which takes ``isolation_level``.
         self._interact: Callable[..., Deferred[Any]] = api.run_db_interaction
 
     def run(
@@ -171,13 +174,13 @@ class ModuleApiDatabase:
 
 
 def replace_servlets(register: Register) -> str:
-    """Have Synapse call another function where it calls the built-in endpoints' one.
+    """Replace the function that mounts the built-in endpoints.
 
     Returns:
-        The name of the place.
+        Description of the function and its place, for the log.
 
     Raises:
-        ConfigError: the place, or the function, is not what is expected.
+        ConfigError: Synapse has no such function, or not in the expected place.
     """
     builtin: Any = getattr(room_keys, "register_servlets", None)
     if builtin is None:
@@ -211,16 +214,17 @@ def _replace_in_group(builtin: Any, register: Register) -> str:
 
 
 def _refuse_second(functions: Iterable[Any]) -> None:
+    """Raise ConfigError if a second copy of this module is loaded."""
     if any(function.__module__ == __name__ for function in functions):
         raise _unexpected("this module once under modules:", "it there twice")
 
 
 def _internals(api: ModuleApi) -> tuple[Any, Any]:
-    """The homeserver and its main database.
+    """Return the homeserver and its main database.
 
     Raises:
-        ConfigError: the module API hasn't got them, or the database can't be told what
-            a transaction is to be like.
+        ConfigError: the module API lacks them, or the database can't set the isolation
+            level of a transaction.
     """
     try:
         hs: Any = api._hs
@@ -238,10 +242,10 @@ def _internals(api: ModuleApi) -> tuple[Any, Any]:
 
 
 def _engine(database: Any) -> Engine:
-    """The engine that Synapse's database runs on.
+    """Return the engine of Synapse's database.
 
     Raises:
-        ConfigError: the plugin doesn't know it.
+        ConfigError: the engine is unknown to the plugin.
     """
     driver: str = database.engine.module.__name__
     if driver == "sqlite3":
@@ -252,10 +256,10 @@ def _engine(database: Any) -> Engine:
 
 
 def _outages(database: Any, engine: Engine) -> Outages:
-    """The outages of Synapse's database, with its address.
+    """Create the log of outages of Synapse's database, with the database's address.
 
     Raises:
-        ConfigError: the database doesn't say how Synapse connects to it.
+        ConfigError: the database has no arguments of its connections.
     """
     try:
         arguments = database._database_config.config["args"]
@@ -265,13 +269,13 @@ def _outages(database: Any, engine: Engine) -> Outages:
 
 
 def _prepare_database(hs: Any, database: Any, engine: Engine) -> None:
-    """Check Synapse's tables and make the plugin's own, before anything is served.
+    """Check Synapse's tables and create the plugin's tables before Synapse serves.
 
-    It holds up the start for the few milliseconds that this takes.
+    This blocks the start of Synapse for a few milliseconds.
 
     Raises:
-        ConfigError: Synapse's tables aren't as expected, or the plugin's are those of
-            a later version.
+        ConfigError: Synapse's tables aren't as expected, or the plugin's tables belong
+            to a later version.
     """
     arguments: dict[str, Any] = {
         "db_config": database._database_config,

@@ -17,8 +17,8 @@ class Auth(Protocol):
     def get_user_by_req(self, request: Request) -> "Deferred[Requester]":
         """Fire with the user and device of a request.
 
-        If the request has no valid token or belongs to a guest, the Deferred fails with
-        the error that the host sends as the response.
+        Without a valid token, or for a guest, the Deferred fails with the error that
+        the host sends as the response.
         """
 
 
