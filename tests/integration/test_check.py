@@ -181,7 +181,9 @@ def test_databases_that_fail(
         path = "/nowhere/roomkeys.db"
         unreachable = {"database": {"args": {"database": path}}}
         service = check_command(tmp_path, homeserver.url, settings=unreachable)
-        assert_part_fails(service, f"database {path}", "the directory /nowhere doesn't exist")
+        assert_part_fails(
+            service, f"database {path}", "the directory /nowhere doesn't exist"
+        )
         return
     with closing(psycopg2.connect(**arguments)) as connection:
         connection.autocommit = True
