@@ -206,12 +206,10 @@ class E2eRoomKeysHandler:
         afterwards, and how many were deleted."""
         total = 0
         while True:
-            state, deleted, is_complete = yield self._store.delete_keys(
-                user_id, version, room_id, session_id
-            )
-            total += deleted
-            if is_complete:
-                return state, total
+            done = yield self._store.delete_keys(user_id, version, room_id, session_id)
+            total += done.deleted
+            if done.is_complete:
+                return done.state, total
             yield self._clock.sleep(_DELETION_PAUSE)
 
     @inlineCallbacks

@@ -52,7 +52,7 @@ waiting_requests = Gauge(
     "synapse_roomkeys_waiting_requests", "Requests that wait for their user's others"
 )
 #: Failed tries of transactions that were followed by a retry, by cause: see
-#: `synapse_roomkeys.storage.database.CAUSES`.
+#: `synapse_roomkeys.storage.causes.CAUSES`.
 transaction_retries = Counter(
     "synapse_roomkeys_transaction_retries", "Transactions tried again", ["cause"]
 )

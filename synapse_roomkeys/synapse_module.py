@@ -81,7 +81,7 @@ class RoomKeysModule:
                 self._clock,
                 _outages(database, engine),
             ),
-            engine.dialect,
+            engine,
             time.time,
             config.limits,
         )

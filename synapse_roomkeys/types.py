@@ -94,6 +94,18 @@ class KeyPage:
 
 
 @attrs.frozen
+class BackupId:
+    """One version of one user's backup.
+
+    Attributes:
+        version: its number.
+    """
+
+    user_id: str
+    version: int
+
+
+@attrs.frozen
 class BackupInfo:
     """One version of a user's backup.
 

@@ -162,7 +162,7 @@ class MemoryHost:
         clock = Clock(self.reactor)
         limits = limits or Limits()
         self.store = EndToEndRoomKeyStore(
-            self.database, SQLITE.dialect, self.reactor.seconds, limits
+            self.database, SQLITE, self.reactor.seconds, limits
         )
         self.handler = E2eRoomKeysHandler(self.store, clock, limits)
         self.auth = StubAuth()

@@ -20,6 +20,7 @@ from synapse_roomkeys.storage import (
     SQLITE,
     EndToEndRoomKeyStore,
     Engine,
+    InsertGuess,
     PoolDatabase,
     RetryingDatabase,
     postgres,
@@ -75,11 +76,13 @@ class OwnSite:
         self.database = backend.connect()
         clock = Clock(cast(Reactor, reactor))
         limits = limits or Limits()
+        self.guess = InsertGuess()
         self.store = EndToEndRoomKeyStore(
             RetryingDatabase(self.database, backend.engine, clock, Outages("Database")),
-            backend.engine.dialect,
+            backend.engine,
             time.time,
             limits,
+            self.guess,
         )
         self.handler = E2eRoomKeysHandler(self.store, clock, limits)
         self.auth = auth or StubAuth()

@@ -148,7 +148,7 @@ class Service:
         config = self._config
         store = EndToEndRoomKeyStore(
             self._retrying,
-            self._engine.dialect,
+            self._engine,
             time.time,
             config.limits,
         )

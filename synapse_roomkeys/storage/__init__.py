@@ -1,24 +1,12 @@
 """Where the backups are kept: statements, transactions, and the store over both."""
 
-from .database import (
-    CONNECTIONS,
-    LOCK,
-    SCHEMA,
-    SQLITE,
-    WRITE_CAUSES,
-    Database,
-    Engine,
-    PoolDatabase,
-    RetryingDatabase,
-    Transaction,
-    brief,
-    database_address,
-    find_wrong_argument,
-    postgres,
-    postgres_database,
-    sqlite_database,
-    with_timeouts,
-)
+from .arguments import database_address, find_wrong_argument, with_timeouts
+from .causes import CONNECTIONS, LOCK, SCHEMA, WRITE_CAUSES
+from .downloads import report_broken_row
+from .engine import Engine
+from .pool import PoolDatabase, postgres_database, sqlite_database
+from .postgres_engine import pack_array, postgres
+from .retries import RetryingDatabase, brief
 from .rows import FIRST_KEYS, PAGE_KEYS
 from .schema import (
     SchemaError,
@@ -28,7 +16,10 @@ from .schema import (
     rehearse_start,
     upgrade_tables,
 )
-from .store import EndToEndRoomKeyStore, report_broken_row
+from .sqlite_engine import SQLITE
+from .store import EndToEndRoomKeyStore
+from .transactions import Database, Transaction
+from .uploads import InsertGuess
 
 __all__ = [
     "CONNECTIONS",
@@ -41,6 +32,7 @@ __all__ = [
     "Database",
     "EndToEndRoomKeyStore",
     "Engine",
+    "InsertGuess",
     "PoolDatabase",
     "RetryingDatabase",
     "SchemaError",
@@ -50,6 +42,7 @@ __all__ = [
     "database_address",
     "estimate_keys",
     "find_wrong_argument",
+    "pack_array",
     "postgres",
     "postgres_database",
     "probe_tables",

@@ -1,27 +1,31 @@
-"""The tables: made and brought up to date when a process starts, and checked."""
+"""The tables: created or upgraded when a process starts, and checked."""
 
 from importlib import resources
 from itertools import chain
 
 from ..describe import error_line
 from ..version import __version__
-from . import sql
-from .database import OTHER, SCHEMA, Engine, Transaction
+from . import statements
+from .causes import OTHER, SCHEMA
+from .engine import Engine
+from .transactions import Transaction
 
-#: The file that makes the homeserver's tables; the others make the plugin's own.
+#: Number of the file that creates the homeserver's tables; the other files create the
+#: plugin's own.
 _HOMESERVERS_FILE = 1
-#: The files that make each of the plugin's own tables. They run again for a table that
-#: an operator has dropped.
+#: By table of the plugin, the numbers of the files that create the table. The files are
+#: applied again if an operator has dropped the table.
 _FILES_OF = {"roomkeys_counts": (2, 3), "roomkeys_numbers": (4,)}
 
 _FIND_NUMBER = "SELECT number FROM roomkeys_schema"
-#: The statements that make a number the only one.
+#: Replace the schema number, which is the only row.
 _SAVE_NUMBER = (
     "CREATE TABLE IF NOT EXISTS roomkeys_schema (number BIGINT PRIMARY KEY)",
     "DELETE FROM roomkeys_schema",
     "INSERT INTO roomkeys_schema (number) VALUES ({number})",
 )
-#: Statements that show whether tables can be made, in a transaction of their own.
+#: Create and drop a table, to test that the role may create tables. The transaction
+#: is rolled back or drops the table.
 _TRY_TABLE = "CREATE TABLE roomkeys_check (number BIGINT)"
 _DROP_TABLE = "DROP TABLE roomkeys_check"
 
@@ -35,15 +39,15 @@ class SchemaError(Exception):
 
 
 def upgrade_tables(txn: Transaction, engine: Engine, homeserver_tables: bool) -> None:
-    """Make what is missing of the tables, one process after the other.
+    """Create or upgrade the tables, one process after the other.
 
-    What the files in ``schema/`` say is done in the order of their numbers, each once:
-    the table ``roomkeys_schema`` holds the number of the last one. It must be the
-    transaction's first work. Where nothing is missing, nothing is locked.
+    The files in ``schema/`` are applied in the order of their numbers, each file once:
+    the table ``roomkeys_schema`` holds the last file's number. The function must be the
+    first work of its transaction. If no file has to be applied, no lock is taken.
 
     Args:
-        homeserver_tables: make the homeserver's tables too, where there is no
-            homeserver that does.
+        homeserver_tables: create the homeserver's tables too, in a database without a
+            homeserver.
 
     Raises:
         SchemaError: the tables are newer than this version of the plugin, or the
@@ -54,7 +58,7 @@ def upgrade_tables(txn: Transaction, engine: Engine, homeserver_tables: bool) ->
     _check_encoding(txn, engine)
     if not missing:
         return
-    txn.execute(engine.dialect.lock_schema)
+    txn.execute(engine.tables.lock)
     for number in _find_missing(txn, engine, max(files)):
         if number != _HOMESERVERS_FILE or homeserver_tables:
             for statement in files[number]:
@@ -66,8 +70,8 @@ def upgrade_tables(txn: Transaction, engine: Engine, homeserver_tables: bool) ->
 def probe_tables(txn: Transaction, engine: Engine) -> None:
     """Check that all tables exist in this version, and write a row without a change.
 
-    It must be the transaction's first work. It never waits for another process that
-    does the same.
+    The function must be the first work of its transaction. Two processes that probe
+    the tables never wait for each other.
 
     Raises:
         SchemaError: a table is missing, or of another version of the plugin.
@@ -78,16 +82,16 @@ def probe_tables(txn: Transaction, engine: Engine) -> None:
             f"its roomkeys tables lack a part of number {newest}, which"
             f" synapse-roomkeys {__version__} needs: restart it, which makes them"
         )
-    txn.execute(engine.dialect.touch_schema)
+    txn.execute(engine.tables.touch)
     problem = check_tables(txn, engine)
     if problem is not None:
         raise SchemaError(problem)
 
 
 def rehearse_start(txn: Transaction, engine: Engine) -> str:
-    """Check that the service could start on the database, and change nothing.
+    """Check that the service could start on the database, without a change.
 
-    It must be the transaction's first work.
+    The function must be the first work of its transaction.
 
     Returns:
         A sentence for the operator about the tables.
@@ -97,7 +101,7 @@ def rehearse_start(txn: Transaction, engine: Engine) -> str:
     """
     newest = max(_read_files())
     if not _find_tables(txn, engine):
-        txn.execute(engine.dialect.lock_schema)
+        txn.execute(engine.tables.lock)
         txn.execute(_TRY_TABLE)
         txn.execute(_DROP_TABLE)
         return "there are no tables yet; the service makes them at its start"
@@ -111,17 +115,17 @@ def rehearse_start(txn: Transaction, engine: Engine) -> str:
 
 
 def _find_tables(txn: Transaction, engine: Engine) -> set[str]:
-    """The names of those of the homeserver's and the plugin's tables that are there."""
-    txn.execute(engine.dialect.find_tables)
+    """Return the names of the homeserver's and the plugin's tables that exist."""
+    txn.execute(engine.tables.find_tables)
     return {name for (name,) in txn.fetchall()}
 
 
 def _find_missing(txn: Transaction, engine: Engine, newest: int) -> list[int]:
-    """The numbers of the files that have to be applied: those above the last one that
-    was, and those of tables that were dropped.
+    """Return the numbers of the files to apply: numbers above the database's schema
+    number, and the files of tables that were dropped.
 
     Raises:
-        SchemaError: the last number is above the newest.
+        SchemaError: the database's schema number is above the newest file's.
     """
     tables = _find_tables(txn, engine)
     last = 0
@@ -140,7 +144,7 @@ def _find_missing(txn: Transaction, engine: Engine, newest: int) -> list[int]:
 
 def _check_encoding(txn: Transaction, engine: Engine) -> None:
     """Raise a SchemaError unless the database can hold every Unicode character."""
-    txn.execute(engine.dialect.find_encoding)
+    txn.execute(engine.tables.find_encoding)
     ((encoding,),) = txn.fetchall()
     if encoding != _ENCODING:
         raise SchemaError(
@@ -150,7 +154,7 @@ def _check_encoding(txn: Transaction, engine: Engine) -> None:
 
 
 def _read_files() -> dict[int, list[str]]:
-    """The statements of each file by its number; the numbers have no gap."""
+    """Return the statements of each file by its number; the numbers have no gap."""
     files = {}
     for file in (resources.files(__package__) / "schema").iterdir():
         lines = file.read_text().splitlines()
@@ -161,22 +165,25 @@ def _read_files() -> dict[int, list[str]]:
 
 
 def check_tables(txn: Transaction, engine: Engine) -> str | None:
-    """What is wrong with the homeserver's tables, or None.
+    """Check the homeserver's tables. The caller must roll the transaction back, because
+    a failed statement ends it.
 
-    The transaction is of no more use afterwards.
+    Returns:
+        The expected and the found state of a wrong table, for the operator; None if
+        all tables are right.
 
     Raises:
-        Exception: the driver's, where it isn't about the tables.
+        Exception: an error of the driver that isn't about the tables.
     """
-    for table, columns in sql.TABLES.items():
+    for table, columns in statements.TABLES.items():
         expected = f"expected table {table} with columns {', '.join(columns)}"
         try:
-            txn.execute(sql.COLUMNS.format(table=table))
+            txn.execute(statements.COLUMNS.format(table=table))
             found = [column[0] for column in txn.description]
             if not set(columns) <= set(found):
                 return f"{expected}; found {', '.join(found)}"
             expected = f"expected table {table} with its unique index"
-            txn.execute(sql.PROBES[table])
+            txn.execute(statements.PROBES[table])
         except engine.error as error:
             if engine.find_cause(error) not in (SCHEMA, OTHER):
                 raise
@@ -185,7 +192,7 @@ def check_tables(txn: Transaction, engine: Engine) -> str | None:
 
 
 def estimate_keys(txn: Transaction, engine: Engine) -> int:
-    """About how many keys there are in all backups; see `Dialect.estimate_keys`."""
-    txn.execute(engine.dialect.estimate_keys)
+    """Return the approximate number of keys in all backups: see `TableStatements`."""
+    txn.execute(engine.tables.estimate_keys)
     ((number,),) = txn.fetchall()
     return int(number)

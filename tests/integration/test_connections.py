@@ -28,7 +28,7 @@ def read_settings(txn: Transaction) -> tuple[str, ...]:
     names = ("tcp_user_timeout", "tcp_keepalives_idle", "tcp_keepalives_interval")
     found = []
     for name in names:
-        txn.execute("SELECT current_setting(?)", (name,))
+        txn.execute("SELECT current_setting(%s)", (name,))
         found.append(txn.fetchone()[0])
     return tuple(found)
 

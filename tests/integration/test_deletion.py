@@ -13,7 +13,7 @@ import pytest
 from pytest_twisted import blockon
 from twisted.internet.defer import Deferred, inlineCallbacks
 
-from synapse_roomkeys.storage.sql import DELETED_AT_ONCE
+from synapse_roomkeys.storage.sqlite_engine import DELETED_AT_ONCE
 
 from ..contract import Client
 from ..contract.base import accepted, key, version_path

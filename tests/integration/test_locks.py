@@ -11,7 +11,7 @@ from twisted.internet import reactor
 from twisted.internet.defer import Deferred, inlineCallbacks
 from twisted.internet.task import deferLater
 
-from synapse_roomkeys.storage import database
+from synapse_roomkeys.storage.postgres_engine import PostgresTransaction
 
 from ..contract import Answer, Client
 from ..contract.base import key, keys_path, wrapped
@@ -34,8 +34,8 @@ def backend(
 @pytest.fixture(params=["adds", "looks"], autouse=True)
 def way(site: OwnSite, request: pytest.FixtureRequest) -> str:
     """How an upload begins: it adds new keys at once, or it looks what is there."""
-    guess = bytes([request.param == "looks"])
-    site.store._met_old[:] = guess * len(site.store._met_old)
+    met_stored = site.guess._met_stored
+    met_stored[:] = bytes([request.param == "looks"]) * len(met_stored)
     way: str = request.param
     return way
 
@@ -195,14 +195,14 @@ def test_new_keys_are_added_without_a_look(
 def noted(site: OwnSite, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What uploads do from now on, one after the other."""
     done: list[str] = []
-    for name in ("add", "find"):
-        step: Any = getattr(site.store, f"_{name}")
+    for name, method in (("add", "insert"), ("find", "find")):
+        step: Any = getattr(site.store._uploads, method)
 
         def note(*args: Any, name: str = name, step: Any = step) -> Any:
             done.append(name)
             return step(*args)
 
-        monkeypatch.setattr(site.store, f"_{name}", note)
+        monkeypatch.setattr(site.store._uploads, method, note)
     return done
 
 
@@ -232,14 +232,14 @@ def test_a_wrong_guess_and_no_count_take_five_statements(
 def statements(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What is sent from now on, one after the other, settings apart."""
     sent: list[str] = []
-    execute = database._PostgresTransaction.execute
+    execute = PostgresTransaction.execute
 
     def note(self: Any, statement: str, parameters: Any = ()) -> Any:
         parts = statement.split(";")
         sent.extend(part for part in parts if part.split()[0] != "SET")
         return execute(self, statement, parameters)
 
-    monkeypatch.setattr(database._PostgresTransaction, "execute", note)
+    monkeypatch.setattr(PostgresTransaction, "execute", note)
     return sent
 
 

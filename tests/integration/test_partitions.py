@@ -20,10 +20,13 @@ from synapse_roomkeys.storage import (
     PoolDatabase,
     Transaction,
     check_tables,
-    sql,
+    postgres_statements,
+    statements,
     upgrade_tables,
+    versions,
 )
-from synapse_roomkeys.storage import store as stores
+from synapse_roomkeys.storage.engine import DownloadStatements
+from synapse_roomkeys.storage.postgres_engine import to_pyformat
 from synapse_roomkeys.types import KeyMetadata, KeyPage, Limits, RoomKey
 
 from ..memory import TriesOnce
@@ -145,19 +148,16 @@ class Explained:
     def execute(self, statement: str, parameters: Any = ()) -> Any:
         """As `Transaction.execute`, but twice, the first time for nothing."""
         touched: list[set[str]] = []
-        given = list(parameters)
         self._txn.execute("SAVEPOINT explained")
-        for part in statement.split(";"):
-            number = part.count("?")
-            meant, given = given[:number], given[number:]
+        for part in to_pyformat(statement).split(";"):
             if part.split()[0] == "SET":
                 self._txn.execute(part)
             elif part.split()[0] != "FETCH":
-                touched.append(self._explain(part, meant))
+                touched.append(self._explain(part, parameters))
         self._txn.execute("ROLLBACK TO SAVEPOINT explained")
         if touched:
             self._sent.append(Sent(statement, frozenset().union(*touched)))
-        return self._txn.execute(statement, parameters)
+        return self._txn.execute(to_pyformat(statement), parameters)
 
     def fetchone(self) -> Any:
         """As `Transaction.fetchone`."""
@@ -219,16 +219,22 @@ def named(statement: str) -> set[str]:
 
 def all_statements() -> set[str]:
     """Every statement there is in the plugin, but for those of its start."""
-    everywhere = {
-        value
-        for name, value in vars(sql).items()
-        if name.isupper() and not name.startswith("_") and isinstance(value, str)
+    found: set[str] = set()
+    for module in (statements, postgres_statements):
+        for name, value in vars(module).items():
+            if name.isupper() and not name.startswith("_"):
+                if isinstance(value, str):
+                    found.add(value)
+                elif isinstance(value, DownloadStatements):
+                    found |= set(attrs.astuple(value))
+    # These name no table of a user's.
+    apart = {
+        statements.COLUMNS,
+        postgres_statements.LIMITS,
+        postgres_statements.FETCH_PAGE,
+        postgres_statements.SEPARATOR,
     }
-    own = sql.POSTGRES
-    others = {own.lock_version, own.insert_version, own.find_sessions, own.measure_keys}
-    others |= {own.find_sessions_with_data, own.user_sizes, own.add_keys}
-    others |= {step.statement for step in own.write_keys + own.write_more_keys}
-    return (everywhere - {sql.COLUMNS}) | others | set(attrs.astuple(own.pages))
+    return found - apart
 
 
 def keys(index: int, count: int, room_id: str = "!room") -> list[RoomKey]:
@@ -271,7 +277,8 @@ def meet_broken_rows(store: EndToEndRoomKeyStore, user: str, version: int) -> St
 
         yield store.get_pages(user, version, of_room, None, take_one)
         yield store.get_pages(user, version, of_room, pages[0].last, take_one)
-        assert [page.rows for page in pages] == [[], []]
+        assert all(page.rows for page in pages)
+        assert {row[2] for page in pages for row in page.rows} == {"not json"}
     result = yield store.upload_keys(user, version, keys(9, 600, "!broken"))
     assert len(result.replaced) == 600
 
@@ -294,13 +301,13 @@ def do_everything(store: EndToEndRoomKeyStore, user: str) -> Steps:
     yield store.update_version(user, version, "algorithm", '{"a": 1}')
     yield store.forget_user(user)
     for room_id, session_id in (("!room", "7"), ("!room", None), (None, None)):
-        _, deleted, _ = yield store.delete_keys(user, version, room_id, session_id)
-        assert deleted
+        done = yield store.delete_keys(user, version, room_id, session_id)
+        assert done.deleted
     newer: int = yield store.create_version(user, "algorithm", "{}")
     assert newer > version
     yield store.get_info(user, None)
     assert (yield store.delete_version(user, newer)) == (True, True)
-    with mock.patch.object(stores, "_DELETED_VERSIONS", 0):
+    with mock.patch.object(versions, "DELETED_VERSIONS", 0):
         yield store.create_version(user, "algorithm", "{}")
     yield store.forget_user(user)
 
@@ -328,7 +335,7 @@ def test_each_statement_touches_one_partition(
     it names, the same for all of a user's rows."""
     explained = ExplainedDatabase(database)
     stores = [
-        EndToEndRoomKeyStore(explained, backend.engine.dialect, time.time, limits)
+        EndToEndRoomKeyStore(explained, backend.engine, time.time, limits)
         for limits in (Limits(), Limits(max_user_bytes=10**9))
     ]
     homes: set[str] = set()

@@ -218,10 +218,10 @@ def test_nothing_is_missing(fresh: Backend) -> None:
     run(fresh, COUNT.replace("4)", "4, 5)"))
     with closing(connect(fresh)) as other:
         cursor = other.cursor()
-        cursor.execute(fresh.engine.dialect.lock_schema)
+        cursor.execute(fresh.engine.tables.lock)
         cursor.execute("UPDATE roomkeys_counts SET key_count = 0")
         statements = upgrade(fresh)
-    assert fresh.engine.dialect.lock_schema not in statements
+    assert fresh.engine.tables.lock not in statements
     assert run(fresh, "SELECT key_count, key_bytes FROM roomkeys_counts") == [(3, 5)]
 
 
@@ -258,7 +258,7 @@ def test_those_who_waited_find_it_done(fresh: Backend) -> None:
 
             def execute(self, statement: str, parameters: Any = ()) -> Any:
                 nonlocal upgraded
-                if statement == fresh.engine.dialect.lock_schema and not upgraded:
+                if statement == fresh.engine.tables.lock and not upgraded:
                     upgraded = True
                     upgrade_tables(first.cursor(), fresh.engine, True)
                     first.commit()

@@ -15,7 +15,7 @@ import psycopg2
 import pytest
 
 from synapse_roomkeys import __version__
-from synapse_roomkeys.storage.sql import POSTGRES
+from synapse_roomkeys.storage.postgres_statements import TABLE_STATEMENTS
 
 from ..servers import PostgresServer, Synapse
 from .test_synapse import DEADLINE, query
@@ -275,7 +275,7 @@ def start_together(servers: Sequence[Synapse], database: Mapping[str, Any]) -> N
     """Start servers, blocked by a lock until all are about to create the table."""
     with ThreadPoolExecutor() as threads:
         with closing(psycopg2.connect(**database)) as connection:
-            connection.cursor().execute(POSTGRES.lock_schema)
+            connection.cursor().execute(TABLE_STATEMENTS.lock)
             starts = [threads.submit(server.start) for server in servers]
             wait_for_locks(servers[0], len(servers))
         for start in starts:

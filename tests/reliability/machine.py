@@ -22,6 +22,7 @@ from synapse_roomkeys.storage import (
     upgrade_tables,
 )
 from synapse_roomkeys.storage import rows as storage_rows
+from synapse_roomkeys.storage.versions import Deletion
 from synapse_roomkeys.types import (
     BackupState,
     KeyMetadata,
@@ -87,20 +88,7 @@ class BlockingPostgres(TriesOnce):
 
     def _run(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
         with self.connection, self.connection.cursor() as cursor:
-            return function(_Translated(cursor), *args, **kwargs)
-
-
-class _Translated:
-    """A cursor that takes ``?`` for psycopg2's marks."""
-
-    def __init__(self, cursor: Any) -> None:
-        self._cursor = cursor
-
-    def execute(self, statement: str, parameters: Any = ()) -> None:
-        self._cursor.execute(statement.replace("?", "%s"), parameters)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._cursor, name)
+            return function(postgres().prepare(cursor), *args, **kwargs)
 
 
 def result_of(deferred: Deferred[T]) -> T:
@@ -164,7 +152,7 @@ class BackupMachine(RuleBasedStateMachine):
             SQLITE if isinstance(database, ImmediateDatabase) else postgres()
         )
         self.store = EndToEndRoomKeyStore(
-            database, self.engine.dialect, lambda: self.now, Limits()
+            database, self.engine, lambda: self.now, Limits()
         )
         for table in (
             *("e2e_room_keys", "e2e_room_keys_versions"),
@@ -173,10 +161,18 @@ class BackupMachine(RuleBasedStateMachine):
             self.sql(f"DELETE FROM {table}")
 
     def sql(self, statement: str, *parameters: Any) -> list[tuple[Any, ...]]:
-        """Run a statement past the store; the rows, where there are some."""
+        """Run a statement past the store, with ``?`` for its parameters.
+
+        Returns:
+            The rows, if the statement returns some.
+        """
+        named = statement
+        for i in range(len(parameters)):
+            named = named.replace("?", f":value{'abcdefghij'[i]}", 1)
+        values = {f"value{'abcdefghij'[i]}": v for i, v in enumerate(parameters)}
 
         def run(txn: Transaction) -> list[tuple[Any, ...]]:
-            txn.execute(statement, parameters)
+            txn.execute(named, values)
             return txn.fetchall() if txn.description else []
 
         return result_of(self.database.run("past the store", run))
@@ -366,7 +362,7 @@ class BackupMachine(RuleBasedStateMachine):
         number = self.number_of(user_id, age)
         version = self.version_of(user_id, number)
 
-        def call() -> Deferred[tuple[BackupState, int, bool]]:
+        def call() -> Deferred[Deletion]:
             return self.store.delete_keys(user_id, number, *scope)
 
         if version is None:
@@ -374,10 +370,10 @@ class BackupMachine(RuleBasedStateMachine):
             return
         before = version.backup
         version.backup = before.without(*scope)
-        state, deleted, is_complete = result_of(call())
-        assert is_complete
-        self.check_state(version, state)
-        assert deleted == len(before.keys) - len(version.backup.keys)
+        done = result_of(call())
+        assert done.is_complete
+        self.check_state(version, done.state)
+        assert done.deleted == len(before.keys) - len(version.backup.keys)
 
     def delete_version(self, user_id: str, age: int) -> None:
         """The keys go with it; to delete it again is no error."""

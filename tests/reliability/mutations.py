@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any, TypeAlias
 from unittest import mock
 
 import attrs
 
 from synapse_roomkeys import merge
-from synapse_roomkeys.storage import database, rows, sql, store
+from synapse_roomkeys.storage import (
+    counts,
+    downloads,
+    postgres_statements,
+    rows,
+    statements,
+    uploads,
+)
+from synapse_roomkeys.storage.engine import KeyWrite
+from synapse_roomkeys.storage.postgres_engine import PostgresEngine, PostgresTransaction
+from synapse_roomkeys.storage.sqlite_engine import SqliteEngine
 from synapse_roomkeys.types import KeyMetadata, KeyPage, RoomKey, StoredKey
 
 Patch: TypeAlias = Any
@@ -24,7 +35,9 @@ def changed(text: str, old: str, new: str) -> str:
 
 def statement(name: str, old: str, new: str) -> Patch:
     """A fault in a statement that both engines share."""
-    return mock.patch.object(sql, name, changed(getattr(sql, name), old, new))
+    return mock.patch.object(
+        statements, name, changed(getattr(statements, name), old, new)
+    )
 
 
 def rank_forwarded_first(key: KeyMetadata) -> tuple[bool, int, int]:
@@ -44,33 +57,36 @@ def is_not_worse(uploaded: KeyMetadata, stored: StoredKey) -> bool:
 
 
 def all_but_one(
-    keys: Sequence[RoomKey], *, chunks: Callable[..., Any] = rows.chunks
+    keys: Sequence[RoomKey], *, batches: Callable[..., Any] = rows.batches
 ) -> Any:
     """What is written, without the first key of several."""
-    return chunks(keys[1:] or keys)
+    return batches(keys[1:] or keys)
 
 
-def off_by_one(name: str) -> Patch:
-    """A fault in the first number of one of the parameters of an upload."""
-    parameters = sql.Step.parameters
+@contextmanager
+def off_by_one(name: str) -> Iterator[None]:
+    """A fault in one number of what an upload writes, on both engines."""
+    with ExitStack() as patches:
+        for engine in (SqliteEngine, PostgresEngine):
+            patches.enter_context(_off_by_one(engine, name))
+        yield
 
-    def wrong(self: sql.Step, write: sql.Write) -> Any:
-        first, *others = getattr(write, name)
-        changes: dict[str, Any] = {name: (first + 1, *others)}
-        return parameters(self, attrs.evolve(write, **changes))
 
-    return mock.patch.object(sql.Step, "parameters", wrong)
+def _off_by_one(engine: type[SqliteEngine] | type[PostgresEngine], name: str) -> Patch:
+    compare_and_write: Callable[..., bool] = engine.compare_and_write
+
+    def wrong(self: Any, txn: Any, write: KeyWrite, has_lock: bool) -> bool:
+        changes: dict[str, Any] = {name: getattr(write, name) + 1}
+        return compare_and_write(self, txn, attrs.evolve(write, **changes), has_lock)
+
+    return mock.patch.object(engine, "compare_and_write", wrong)
 
 
 def on_postgres(old: str, new: str) -> Patch:
-    """A fault in what writes keys on PostgreSQL."""
-    faults: dict[str, Any] = {}
-    for name in ("write_keys", "write_more_keys"):
-        (step,) = getattr(sql.POSTGRES, name)
-        wrong = attrs.evolve(step, statement=changed(step.statement, old, new))
-        faults[name] = (wrong,)
-    dialect = attrs.evolve(sql.POSTGRES, **faults)
-    return mock.patch.object(sql, "POSTGRES", dialect)
+    """A fault in what writes keys on PostgreSQL, with a lock and without."""
+    names = ("WRITE_KEYS", "LOCK_AND_WRITE_KEYS")
+    faults: Any = {n: changed(getattr(postgres_statements, n), old, new) for n in names}
+    return mock.patch.multiple(postgres_statements, **faults)
 
 
 def execute_and_commit(
@@ -78,11 +94,11 @@ def execute_and_commit(
     statement: str,
     parameters: Any = (),
     *,
-    execute: Callable[..., Any] = database._PostgresTransaction.execute,
+    execute: Callable[..., Any] = PostgresTransaction.execute,
 ) -> Any:
     """A statement that is a transaction of its own."""
     result = execute(self, statement, parameters)
-    self._connection.commit()
+    self._txn._connection.commit()
     return result
 
 
@@ -100,50 +116,50 @@ def only_page(
 def adds_anything() -> Patch:
     """PostgreSQL that takes all keys for new ones, and writes over others."""
     always = "EXISTS (SELECT 1 UNION ALL"
-    text = changed(sql.POSTGRES.add_keys, "NOT EXISTS (", f"{always} ")
-    over = sql._REPLACE_KEYS.removeprefix(sql._INSERT_KEYS)
+    text = changed(postgres_statements.INSERT_IF_ALL_NEW, "NOT EXISTS (", f"{always} ")
+    _, conflict, over = postgres_statements.WRITE_KEYS.partition("ON CONFLICT")
     end = ")\n    SELECT etag, CASE"
-    text = changed(text, end, over + end)
-    return mock.patch.object(sql, "POSTGRES", attrs.evolve(sql.POSTGRES, add_keys=text))
+    text = changed(text, end, f" {conflict}{over}{end}")
+    return mock.patch.object(postgres_statements, "INSERT_IF_ALL_NEW", text)
 
 
 def without_lock() -> Patch:
     """PostgreSQL without a lock on the version, but for that of its UPDATE."""
-    lock = changed(sql.POSTGRES.lock_version, " FOR UPDATE", "")
-    (step,) = sql.POSTGRES.write_keys
-    write = attrs.evolve(step, statement=changed(step.statement, " FOR UPDATE", ""))
-    add = changed(sql.POSTGRES.add_keys, " FOR UPDATE", "")
-    dialect = attrs.evolve(
-        sql.POSTGRES, lock_version=lock, add_keys=add, write_keys=(write,)
-    )
-    return mock.patch.object(sql, "POSTGRES", dialect)
+    names = ("LOCK_VERSION", "LOCK_AND_WRITE_KEYS", "INSERT_IF_ALL_NEW")
+    faults: Any = {
+        name: changed(getattr(postgres_statements, name), " FOR UPDATE", "")
+        for name in names
+    }
+    return mock.patch.multiple(postgres_statements, **faults)
 
 
 #: What one request after the other can show.
 PLAIN: dict[str, Callable[[], Patch]] = {
     "wrong rank": lambda: mock.patch.object(merge, "rank", rank_forwarded_first),
     "equal keys replace": lambda: mock.patch.object(merge, "is_better", is_not_worse),
-    "etag moves twice": lambda: off_by_one("moved"),
-    "count off": lambda: off_by_one("added"),
-    "lost key": lambda: mock.patch.object(store, "chunks", all_but_one),
+    "etag moves twice": lambda: off_by_one("new_etag"),
+    "count off": lambda: off_by_one("added_keys"),
+    "lost key": lambda: mock.patch.object(uploads, "batches", all_but_one),
     "deletes too much": lambda: statement(
-        "DELETE_ROOM_KEY", "session_id = ?", "session_id >= ?"
+        "DELETE_ROOM_KEY", "session_id = :", "session_id >= :"
     ),
 }
 #: What only requests at the same time can show.
 RACES: dict[str, Callable[[], Patch]] = {
     "no etag in the claim": lambda: on_postgres(
-        "COALESCE(etag, 0) = ?", "? IS NOT NULL"
+        "COALESCE(etag, 0) = :expected_etag", ":expected_etag IS NOT NULL"
     ),
     "no lock": without_lock,
     "adds anything": adds_anything,
     "no transaction": lambda: mock.patch.object(
-        database._PostgresTransaction, "execute", execute_and_commit
+        PostgresTransaction, "execute", execute_and_commit
     ),
 }
 #: What clients of one version can't see.
 HIDDEN: dict[str, Callable[[], Patch]] = {
-    "a count for ever": lambda: mock.patch.object(sql, "COUNT_LIFETIME", 10**9),
-    "nobody forgotten": lambda: statement("FORGET_USER", "user_id = ?", "? IS NULL"),
-    "one page of many": lambda: mock.patch.object(store, "key_pages", only_page),
+    "a count for ever": lambda: mock.patch.object(counts, "COUNT_LIFETIME", 10**9),
+    "nobody forgotten": lambda: statement(
+        "FORGET_USER", "user_id = :user_id", ":user_id IS NULL"
+    ),
+    "one page of many": lambda: mock.patch.object(downloads, "key_pages", only_page),
 }

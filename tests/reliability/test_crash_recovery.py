@@ -66,24 +66,19 @@ TABLES = (
 #: Program: the service without ``SET LOCAL synchronous_commit TO ON``. With this
 #: setting, a commit waits for the disk.
 WITHOUT_SYNCHRONOUS_COMMIT = """
-import attrs
 from synapse_roomkeys.service.cli import main
-from synapse_roomkeys.storage import sql
+from synapse_roomkeys.storage import postgres_statements
 
-def without_setting(statement):
+for name in (
+    "LOCK_VERSION",
+    "INSERT_VERSION",
+    "INSERT_IF_ALL_NEW",
+    "LOCK_AND_WRITE_KEYS",
+):
     setting = "SET LOCAL synchronous_commit TO ON;"
+    statement = getattr(postgres_statements, name)
     assert statement.count(setting) == 1
-    return statement.replace(setting, "")
-
-own = sql.POSTGRES
-(step,) = own.write_keys
-sql.POSTGRES = attrs.evolve(
-    own,
-    lock_version=without_setting(own.lock_version),
-    insert_version=without_setting(own.insert_version),
-    add_keys=without_setting(own.add_keys),
-    write_keys=(attrs.evolve(step, statement=without_setting(step.statement)),),
-)
+    setattr(postgres_statements, name, statement.replace(setting, ""))
 main()
 """
 NewDatabase = Callable[[], Mapping[str, Any] | None]

@@ -18,7 +18,7 @@ from pytest_twisted import blockon
 from twisted.internet.defer import Deferred, gatherResults, inlineCallbacks
 
 from synapse_roomkeys.storage import SQLITE, EndToEndRoomKeyStore
-from synapse_roomkeys.storage.sql import COUNT_LIFETIME
+from synapse_roomkeys.storage.counts import COUNT_LIFETIME
 from synapse_roomkeys.types import BackupInfo, Limits
 
 from ..contract import Answer, Client
@@ -167,7 +167,7 @@ def test_a_clock_that_jumps_back() -> Steps:
     counts stay right even for keys written and deleted without the plugin."""
     times = [2_000_000_000.0]
     database = ImmediateDatabase()
-    store = EndToEndRoomKeyStore(database, SQLITE.dialect, lambda: times[-1], Limits())
+    store = EndToEndRoomKeyStore(database, SQLITE, lambda: times[-1], Limits())
     numbers: list[int] = []
     for now in (2_000_000_000, 1_000_000_000, 10, 2_000_000_000):
         times.append(now)

@@ -19,13 +19,8 @@ from synapse_roomkeys.storage import (
     postgres,
     postgres_database,
 )
-from synapse_roomkeys.storage.database import (
-    DISK_FULL,
-    LIBPQ_DEFAULTS,
-    OTHER,
-    READ_ONLY,
-    UNREACHABLE,
-)
+from synapse_roomkeys.storage.arguments import LIBPQ_DEFAULTS
+from synapse_roomkeys.storage.causes import DISK_FULL, OTHER, READ_ONLY, UNREACHABLE
 
 UTF8 = {"client_encoding": "UTF8"}
 

@@ -11,7 +11,9 @@ import attrs
 from twisted.trial.unittest import SynchronousTestCase
 
 import synapse_roomkeys
-from synapse_roomkeys.storage import sql
+from synapse_roomkeys.storage import postgres_statements, sqlite_engine
+from synapse_roomkeys.storage import statements as shared
+from synapse_roomkeys.storage.engine import DownloadStatements
 
 PACKAGE = Path(synapse_roomkeys.__file__).parent
 #: The modules from the lowest to the highest; each imports only those before it.
@@ -29,11 +31,23 @@ ORDER = [
     "fairness",
     "pages",
     "config",
-    "storage.sql",
+    "storage.statements",
     "storage.faults",
-    "storage.database",
+    "storage.causes",
+    "storage.transactions",
+    "storage.engine",
+    "storage.sqlite_engine",
+    "storage.postgres_statements",
+    "storage.postgres_engine",
     "storage.schema",
+    "storage.arguments",
+    "storage.pool",
+    "storage.retries",
     "storage.rows",
+    "storage.counts",
+    "storage.uploads",
+    "storage.downloads",
+    "storage.versions",
     "storage.store",
     "storage",
     "handler",
@@ -75,20 +89,35 @@ ORDER = [
 KNOWN_BY = {
     "synapse": {"synapse_module"},
     "prometheus_client": {"metrics", "service.status"},
-    "psycopg2": {"storage.database", "service.migration.postgres_side"},
+    "psycopg2": {
+        *("storage.arguments", "storage.postgres_engine"),
+        "service.migration.postgres_side",
+    },
     "sqlite3": {
-        *("storage.database", "storage.faults"),
+        *("storage.pool", "storage.sqlite_engine", "storage.faults"),
         "service.migration.sqlite_side",
     },
     "canonicaljson": {"rest.resource"},
     "json": {
-        *("wire", "storage.sql", "storage.rows", "service.logs"),
+        *("wire", "storage.sqlite_engine", "service.logs"),
         *("service.migration.decisions", "service.migration.sqlite_side"),
     },
     "msgspec": {"types", "wire", "homeserver", "whoami"},
     "treq": {"homeserver"},
     "yaml": {"service.config"},
 }
+
+
+#: Statements that read or write no row of a user's.
+NAMELESS = (
+    "statements.COLUMNS",
+    "sqlite_engine.BEGIN_WRITE",
+    "postgres_statements.LIMITS",
+    "postgres_statements.FETCH_PAGE",
+    "postgres_statements.SEPARATOR",
+)
+#: The least number of statements that there are: fewer means that they aren't found.
+LEAST_STATEMENTS = 50
 
 
 def module_name(path: Path) -> str:
@@ -161,26 +190,21 @@ class LayerTests(SynchronousTestCase):
 
 
 def statements() -> dict[str, str]:
-    """All the statements that name tables, by the names they have."""
-    shared = {
-        name: value
-        for name, value in vars(sql).items()
-        if name.isupper() and not name.startswith("_") and isinstance(value, str)
-    }
-    names = (
-        *("lock_version", "insert_version", "find_sessions", "find_sessions_with_data"),
-        *("measure_keys", "user_sizes", "delete_keys", "delete_room_keys"),
-    )
-    for dialect in (sql.SQLITE, sql.POSTGRES):
-        own = {**attrs.asdict(dialect.pages), **{n: getattr(dialect, n) for n in names}}
-        for i, step in enumerate(dialect.write_keys + dialect.write_more_keys):
-            own[f"write_keys {i}"] = step.statement
-        if dialect.add_keys:
-            own["add_keys"] = dialect.add_keys
-        for name, statement in own.items():
-            shared[f"{name} {dialect.pages_at_once}"] = statement
-    del shared["COLUMNS"]
-    return shared
+    """All the statements that name tables of keys, by the names they have."""
+    found: dict[str, str] = {}
+    for module in (shared, sqlite_engine, postgres_statements):
+        place = module.__name__.rpartition(".")[2]
+        for name, value in vars(module).items():
+            if not name.isupper() or name.startswith("_"):
+                continue
+            if isinstance(value, str):
+                found[f"{place}.{name}"] = value
+            elif isinstance(value, DownloadStatements):
+                for part, statement in attrs.asdict(value).items():
+                    found[f"{place}.{name}.{part}"] = statement
+    for name in NAMELESS:
+        del found[name]
+    return found
 
 
 class StatementTests(SynchronousTestCase):
@@ -188,10 +212,11 @@ class StatementTests(SynchronousTestCase):
 
     def test_each_use_of_a_table_names_the_user(self) -> None:
         """Every part that reads or writes a table says whose rows."""
+        self.assertGreaterEqual(len(statements()), LEAST_STATEMENTS)
         table = re.compile(r"(?:FROM|JOIN|UPDATE|INTO|LATERAL)\s+(\w*room_?keys\w*)")
         for name, statement in statements().items():
             tables = len(table.findall(statement))
-            users = len(re.findall(r"user_id = \?", statement))
+            users = len(re.findall(r"user_id = :user_id", statement))
             users += len(re.findall(r"INTO \w+\s*\(\s*user_id,", statement))
             self.assertGreater(tables, 0, name)
             self.assertEqual(tables, users, f"{name}: {statement}")
@@ -203,8 +228,10 @@ class StatementTests(SynchronousTestCase):
                 self.assertEqual(target.split(", ")[0], "user_id", name)
 
     def test_marks_are_parameters(self) -> None:
-        """No mark stands in a literal, and nothing looks like psycopg2's marks."""
+        """A parameter stands in no literal, and nothing looks like the marks of
+        psycopg2, or of Synapse, which translates each question mark."""
         for name, statement in statements().items():
             self.assertNotIn("%", statement, name)
+            self.assertNotIn("?", statement, name)
             for literal in re.findall(r"'[^']*'", statement):
-                self.assertNotIn("?", literal, name)
+                self.assertNotRegex(literal, ":[a-z_]", name)

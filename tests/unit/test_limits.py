@@ -5,7 +5,7 @@ from typing import Any
 
 from twisted.trial.unittest import SynchronousTestCase
 
-from synapse_roomkeys.types import Limits
+from synapse_roomkeys.types import BackupId, Limits
 
 from ..contract import Answer, User
 from ..memory import MemoryHost
@@ -182,18 +182,18 @@ class UserLimitTests(SynchronousTestCase):
         device.new_version()
         host.database.connection.execute("DELETE FROM roomkeys_counts")
         host.database.connection.commit()
-        store = host.handler._store
-        count = store._count_anew
+        counts = host.store._uploads._counts
+        recount = counts.recount
 
-        def interrupted(txn: Any, user_id: str, version: int) -> Any:
-            if version == int(old):
+        def interrupted(txn: Any, backup: BackupId) -> Any:
+            if backup.version == int(old):
                 txn.execute(
                     "UPDATE e2e_room_keys_versions SET deleted = 1 WHERE version = ?",
-                    (version,),
+                    (backup.version,),
                 )
-            return count(txn, user_id, version)
+            return recount(txn, backup)
 
-        self.patch(store, "_count_anew", interrupted)
+        self.patch(counts, "recount", interrupted)
         self.assert_taken(device.upload("a"), 1)
 
     def test_auth_data_counts(self) -> None:

@@ -5,7 +5,6 @@ import sqlite3
 from pathlib import Path
 from typing import Any
 
-import attrs
 from twisted.internet.defer import Deferred, fail
 from twisted.trial.unittest import SynchronousTestCase
 
@@ -20,9 +19,10 @@ from synapse_roomkeys.storage import (
     SQLITE,
     Database,
     RetryingDatabase,
-    sql,
+    sqlite_engine,
+    statements,
 )
-from synapse_roomkeys.storage.sql import DELETED_AT_ONCE
+from synapse_roomkeys.storage.sqlite_engine import DELETED_AT_ONCE
 from synapse_roomkeys.types import BackupState, KeyMetadata, KeyPage, RoomKey
 from synapse_roomkeys.wire import VersionInfo, shown
 
@@ -39,6 +39,8 @@ from ..contract.base import (
 from ..memory import FakeReactor, ImmediateDatabase, MemoryHost
 
 COUNT = "SELECT COUNT(*)"
+#: The deletions of SQLite, before a test makes them smaller.
+_DELETIONS = (sqlite_engine.DELETE_SOME_KEYS, sqlite_engine.DELETE_SOME_ROOM_KEYS)
 DOCUMENTS = Path(__file__).parents[2] / "docs"
 
 
@@ -250,7 +252,7 @@ class OldRowTests(Operations):
         for session, data in broken.items():
             self.put_row(session, (0, 0, True), data)
         said = [
-            "ERROR:synapse_roomkeys.storage.store:Left out a key: its session_data"
+            "ERROR:synapse_roomkeys.storage.downloads:Left out a key: its session_data"
             f" isn't JSON: user={self.client.user.user_id} version={self.version}"
             f' room="!a" session="{session}"'
             for session in sorted(broken)
@@ -357,15 +359,12 @@ class DeletionTests(Operations):
         super().setUp()
         rooms = {room: {f"{i}": key() for i in range(10)} for room in ("!a", "!b")}
         self.upload(rooms)
-        dialect = attrs.evolve(
-            SQLITE.dialect,
-            **{
-                name: getattr(SQLITE.dialect, name).replace("LIMIT 2000", "LIMIT 4")
-                for name in ("delete_keys", "delete_room_keys")
-            },
-            deleted_at_once=4,
-        )
-        self.patch(self.host.store, "_dialect", dialect)
+        for name in ("DELETE_SOME_KEYS", "DELETE_SOME_ROOM_KEYS"):
+            statement = getattr(sqlite_engine, name)
+            fewer = statement.replace("LIMIT 2000", "LIMIT 4")
+            self.assertNotEqual(fewer, statement)
+            self.patch(sqlite_engine, name, fewer)
+        self.patch(sqlite_engine, "DELETED_AT_ONCE", 4)
 
     def keys(self) -> int:
         """How many keys the database holds."""
@@ -376,9 +375,8 @@ class DeletionTests(Operations):
 
     def test_no_transaction_deletes_more_than_its_share(self) -> None:
         """The statements have a bound that a second is far above."""
-        self.assertEqual(DELETED_AT_ONCE, SQLITE.dialect.deleted_at_once)
         self.assertLessEqual(DELETED_AT_ONCE, 2000)
-        for statement in (SQLITE.dialect.delete_keys, SQLITE.dialect.delete_room_keys):
+        for statement in _DELETIONS:
             self.assertIn(f"LIMIT {DELETED_AT_ONCE})", statement)
 
     def test_a_version_is_gone_before_its_keys_are(self) -> None:
@@ -617,7 +615,7 @@ class Interrupted:
 
     def execute(self, statement: str, parameters: Any = ()) -> None:
         """Run a statement, after the deletion where it counts."""
-        if statement == sql.FIND_COUNT:
+        if statement == statements.FIND_COUNT:
             delete = "UPDATE e2e_room_keys_versions SET deleted = 1 WHERE version = ?"
             self._txn.execute(delete, (int(self._version),))
         self._txn.execute(statement, parameters)
@@ -656,17 +654,17 @@ class RaceTests(Operations):
         keys = {"!a": {"1": key()}}
         self.upload(keys)
         self.run_sql("DELETE FROM roomkeys_counts")
-        store = self.host.handler._store
-        find = store._find
+        uploads = self.host.store._uploads
+        find = uploads.find
 
         def interrupted(txn: Any, *args: Any) -> Any:
             found = find(txn, *args)
-            self.patch(store, "_find", find)
+            self.patch(uploads, "find", find)
             txn.execute("DELETE FROM e2e_room_keys")
             txn.execute("UPDATE e2e_room_keys_versions SET etag = etag + 1")
             return found
 
-        self.patch(store, "_find", interrupted)
+        self.patch(uploads, "find", interrupted)
         self.assertEqual(self.upload(keys), (3, 1))
 
 

@@ -20,10 +20,11 @@ CALLS = {
     "copy_expert",
     "executescript",
 }
-#: What statements are taken from, besides constants of modules: the dialect's, and
-#: those that `page_statement`, `saving` and `_read_files` give from such.
-SOURCES = {"sql", "dialect", "_dialect", "pages"}
-GIVEN_BY = {"page_statement", "saving", "_read_files"}
+#: What statements are taken from, besides constants of modules: the modules of
+#: statements, attributes of an engine, and those that `PageQuery.select`, `saving` and
+#: `_read_files` return from such.
+SOURCES = {"statements", "sql", "tables", "count_keys_and_bytes", "user_sizes"}
+GIVEN_BY = {"select", "saving", "_read_files"}
 #: Functions that hand on the statement that they are given.
 FORWARDERS = {"execute", "_execute", "_stream"}
 #: The least number of calls that there are: fewer means that they aren't found.
@@ -55,14 +56,12 @@ def leaves(node: ast.expr) -> Iterator[ast.expr]:
         yield from leaves(node.func.value)
         for argument in (*node.args, *(word.value for word in node.keywords)):
             yield from leaves(argument)
-    elif isinstance(node, ast.Subscript) or (
-        isinstance(node, ast.Attribute) and node.attr == "statement"
-    ):
+    elif isinstance(node, ast.Subscript):
         yield from leaves(node.value)
     elif (
         isinstance(node, ast.Call)
         and isinstance(node.func, ast.Name)
-        and node.func.id == "max"
+        and node.func.id in ("max", "to_pyformat")
     ):
         yield from leaves(node.args[0])
     else:
@@ -152,17 +151,20 @@ class ParameterTests(SynchronousTestCase):
             "txn.execute('SELECT ' + user_id)",
             "txn.execute('SELECT %s' % user_id)",
             "txn.execute('SELECT {}'.format(user_id))",
-            "txn.execute(sql.KEYS.format(user=user_id))",
-            "txn.execute(sql.KEYS.replace('?', user_id))",
+            "txn.execute(statements.KEYS.format(user=user_id))",
+            "txn.execute(statements.KEYS.replace('?', user_id))",
             "txn.execute(user_id)",
             "txn.execute(self.statement)",
             "txn.execute(make(user_id))",
             "txn.executemany(f'{COLUMNS} {user_id}', rows)",
-            "s = sql.KEYS\n s += user_id\n txn.execute(s)",
+            "s = statements.KEYS\n s += user_id\n txn.execute(s)",
             "s = f'SELECT {user_id}'\n txn.execute(s)",
             "for s in user_id.split():\n  txn.execute(s)",
         ):
             source = f"def find(self, txn, user_id, rows):\n {body}\n"
             self.assertEqual(len(faults_of(source)), 1, body)
-        for body in ("txn.execute(sql.KEYS, (user_id,))", "txn.execute('SELECT 1')"):
+        for body in (
+            "txn.execute(statements.KEYS, (user_id,))",
+            "txn.execute('SELECT 1')",
+        ):
             self.assertEqual(faults_of(f"def find(txn, user_id):\n {body}\n"), [], body)

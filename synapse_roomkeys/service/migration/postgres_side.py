@@ -9,9 +9,16 @@ import psycopg2
 import psycopg2.errors
 import psycopg2.extensions
 
-from ...storage import PAGE_KEYS, postgres, sql, upgrade_tables, with_timeouts
+from ...storage import (
+    PAGE_KEYS,
+    pack_array,
+    postgres,
+    upgrade_tables,
+    with_timeouts,
+)
 from .side import (
     COUNTS,
+    DELETE_KEYS,
     KEY_COLUMNS,
     KEYS,
     LOCK_SECONDS,
@@ -251,7 +258,7 @@ class PostgresTarget(_PostgresSide):
         """As `Target.prepare`."""
         with self._errors(), self._connection.cursor() as cursor:
             if make_tables:
-                upgrade_tables(_Transaction(cursor), postgres(), True)
+                upgrade_tables(cursor, postgres(), True)
             cursor.execute(MAKE_MIGRATED)
         self._find_tables()
         check_tables(self.place, self._tables)
@@ -275,7 +282,8 @@ class PostgresTarget(_PostgresSide):
             return {}
         copied = _COPIED if MIGRATED in self._tables else _NOT_COPIED
         statement = _FIND.format(copied=copied, digest=_DIGEST)
-        rows = self._execute(statement, sql.pack_arrays(ids))
+        users, versions = zip(*ids, strict=True) if ids else ((), ())
+        rows = self._execute(statement, [pack_array(users), pack_array(versions)])
         states = {
             row[:2]: parse_held(row, row[6], KeysDigest(*row[7:])) for row in rows
         }
@@ -311,12 +319,13 @@ class PostgresTarget(_PostgresSide):
             USING unnest(?::text[], ?::text[]) AS u (room_id, session_id)
             WHERE k.user_id = ? AND k.version = ?
             AND k.room_id = u.room_id AND k.session_id = u.session_id"""
-        pairs = [(row[0], row[1]) for row in rows]
-        self._execute(statement, [*sql.pack_arrays(pairs), *ids])
+        room_ids = pack_array([row[0] for row in rows])
+        session_ids = pack_array([row[1] for row in rows])
+        self._execute(statement, [room_ids, session_ids, *ids])
 
     def clear(self, ids: Ids) -> None:
         """As `Target.clear`."""
-        self._execute(sql.DELETE_KEYS, ids)
+        self._execute(DELETE_KEYS, ids)
 
     def save(self, version: Version, copied: str, is_new: bool) -> None:
         """As `Target.save`."""
@@ -328,36 +337,6 @@ class PostgresTarget(_PostgresSide):
         """As `Target.commit`."""
         with self._errors():
             self._connection.commit()
-
-
-class _Transaction:
-    """A cursor of psycopg2 whose statements have ``?`` for their parameters."""
-
-    def __init__(self, cursor: Any) -> None:
-        self._cursor = cursor
-
-    @property
-    def rowcount(self) -> int:
-        """As `Transaction.rowcount`."""
-        number: int = self._cursor.rowcount
-        return number
-
-    @property
-    def description(self) -> Any:
-        """As `Transaction.description`."""
-        return self._cursor.description
-
-    def execute(self, statement: str, parameters: Any = ()) -> Any:
-        """As `Transaction.execute`."""
-        return self._cursor.execute(statement.replace("?", "%s"), parameters)
-
-    def fetchone(self) -> Any:
-        """As `Transaction.fetchone`."""
-        return self._cursor.fetchone()
-
-    def fetchall(self) -> list[tuple[Any, ...]]:
-        """As `Transaction.fetchall`."""
-        return list(self._cursor.fetchall())
 
 
 def _described(args: Mapping[str, Any]) -> str:

@@ -10,7 +10,6 @@ from typing import Any, Protocol, TypeVar
 import attrs
 
 from ...describe import error_line
-from ...storage import sql
 from .values import Held, KeysDigest, Row, SourceVersion, Version
 
 #: Versions that are compared together: few enough for the progress to move, many
@@ -48,6 +47,9 @@ _SET_VERSION = """
     UPDATE e2e_room_keys_versions
     SET algorithm = ?, auth_data = ?, deleted = ?, etag = ?
     WHERE user_id = ? AND version = ?"""
+_FORGET_COUNT = f"DELETE FROM {COUNTS} WHERE user_id = ? AND version = ?"
+#: Deletes all keys of a version.
+DELETE_KEYS = "DELETE FROM e2e_room_keys WHERE user_id = ? AND version = ?"
 
 T = TypeVar("T")
 
@@ -238,7 +240,7 @@ def saving(
         (_ADD_VERSION if is_new else _SET_VERSION, (*values, *version.ids)),
         (_SAVE_MIGRATED, (*version.ids, copied)),
     ]
-    return statements + [(sql.FORGET_COUNT, version.ids)] * has_counts
+    return statements + [(_FORGET_COUNT, version.ids)] * has_counts
 
 
 def check_tables(place: str, tables: Iterable[str]) -> None:

@@ -9,9 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ...storage import PAGE_KEYS, SQLITE, sql, upgrade_tables
+from ...storage import PAGE_KEYS, SQLITE, upgrade_tables
 from .side import (
     COUNTS,
+    DELETE_KEYS,
     KEY_COLUMNS,
     KEYS,
     LOCK_SECONDS,
@@ -55,6 +56,8 @@ _SNAPSHOT = {
         CREATE TABLE main.{MIGRATED} AS
         SELECT user_id, version, copied FROM source.{MIGRATED}""",
 }
+#: Deletes one key.
+_DELETE_KEY = f"{DELETE_KEYS} AND room_id = ? AND session_id = ?"
 #: The parameter is a JSON array of user ids.
 _OF_USERS = " WHERE user_id IN (SELECT value FROM json_each(?))"
 _INDEXES = {
@@ -301,11 +304,11 @@ class SqliteTarget(_SqliteSide):
         """As `Target.delete`."""
         parameters = [(*ids, *row[:2]) for row in rows]
         with self._errors():
-            self._connection.executemany(sql.DELETE_ROOM_KEY, parameters)
+            self._connection.executemany(_DELETE_KEY, parameters)
 
     def clear(self, ids: Ids) -> None:
         """As `Target.clear`."""
-        self._execute(sql.DELETE_KEYS, ids)
+        self._execute(DELETE_KEYS, ids)
 
     def save(self, version: Version, copied: str, is_new: bool) -> None:
         """As `Target.save`."""

@@ -1,0 +1,125 @@
+"""Downloads: keys are read page by page, and a single key."""
+
+import logging
+from collections.abc import Callable
+from itertools import islice
+from typing import Any
+
+from .. import metrics
+from ..errors import unknown_version
+from ..types import BackupId, KeyPage, Position, RoomKey
+from ..wire import is_json, shown
+from . import rows, statements
+from .engine import Engine, PageQuery, names
+from .rows import key_pages, keys_after, metadata
+from .transactions import Transaction
+
+logger = logging.getLogger(__name__)
+
+
+class Download:
+    """A download of a version or of a room, and the place that it has reached.
+
+    The place outlasts a transaction: a repeated one goes on where the last one failed.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        backup: BackupId,
+        room_id: str | None,
+        after: Position | None,
+        on_page: Callable[[KeyPage], bool],
+    ) -> None:
+        """
+        Args:
+            room_id: only the keys of this room; None for all.
+            after: the key after which the first page begins; None for the first key.
+            on_page: is called with each page, in the database's thread, and returns
+                whether to go on.
+        """
+        self._engine = engine
+        self._backup = backup
+        self._room_id = room_id
+        self._after = after
+        self._on_page = on_page
+        self._is_wanted = True
+
+    def read(self, txn: Transaction) -> None:
+        """Push pages until `on_page` returns False or the transaction has had its share
+        of pages; then the connection returns to the pool.
+
+        Raises:
+            NotFoundError: there is no such version, or no longer.
+        """
+        pages_left = self._engine.pages_at_once
+        has_cursor = False
+        while self._is_wanted and pages_left > 0:
+            found = self._query(txn, has_cursor)
+            pages = key_pages(found, keys_after(self._after))
+            for page in islice(pages, pages_left):
+                pages_left -= 1
+                if not self._push(page):
+                    return
+            has_cursor = self._engine.has_cursor
+
+    def _query(self, txn: Transaction, has_cursor: bool) -> list[tuple[Any, ...]]:
+        """Read the next rows. A cursor has none at the end. A new query has none only
+        if the version was deleted, else at least one of NULLs."""
+        count = keys_after(self._after)
+        if has_cursor:
+            return self._engine.next_page(txn, count)
+        query = PageQuery(
+            backup=self._backup,
+            room_id=self._room_id,
+            after=self._after,
+            limit=rows.PAGE_KEYS * self._engine.pages_at_once,
+            count=count,
+        )
+        found = self._engine.read_page(txn, query)
+        if not found:
+            raise unknown_version()
+        return found
+
+    def _push(self, page: KeyPage) -> bool:
+        """Push one page, move the place behind it, and return whether to go on."""
+        self._after, self._is_wanted = page.last, self._on_page(page)
+        return self._is_wanted
+
+
+def read_key(
+    txn: Transaction, backup: BackupId, room_id: str, session_id: str
+) -> RoomKey | None:
+    """Return a key; None if it isn't stored or isn't JSON.
+
+    Raises:
+        NotFoundError: there is no such version.
+    """
+    ids = {"room_id": room_id, "session_id": session_id}
+    txn.execute(statements.GET_KEY, {**names(backup), **ids})
+    row = txn.fetchone()
+    if row is None:
+        raise unknown_version()
+    *fields, session_data = row
+    if session_data is None:
+        return None
+    if not is_json(session_data):
+        report_broken_row((backup.user_id, backup.version), room_id, session_id)
+        return None
+    return RoomKey(room_id, session_id, metadata(fields), session_data)
+
+
+def report_broken_row(backup: tuple[str, int], room_id: str, session_id: str) -> None:
+    """Log and count a stored key that no client could read.
+
+    Args:
+        backup: a user and a version.
+    """
+    metrics.broken_rows.inc()
+    logger.error(
+        "Left out a key: its session_data isn't JSON:"
+        " user=%s version=%s room=%s session=%s",
+        *backup,
+        shown(room_id),
+        shown(session_id),
+    )

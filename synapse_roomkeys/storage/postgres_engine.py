@@ -1,0 +1,247 @@
+"""PostgreSQL: the class that sends the statements and judges the driver's errors."""
+
+import re
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+from twisted.enterprise import adbapi
+
+from ..outages import Cause
+from ..types import BackupId, RoomKey
+from . import postgres_statements as sql
+from .causes import find_postgres_cause
+from .engine import (
+    CountWindow,
+    DeletedKeys,
+    InsertedKeys,
+    KeyInsert,
+    KeyWrite,
+    LockedVersion,
+    PageQuery,
+    names,
+)
+from .faults import Fault, judge_sqlstate
+from .transactions import Transaction
+
+#: How many pages a download reads in one transaction. It keeps one of several
+#: connections for some 50 ms.
+PAGES_AT_ONCE = 25
+
+#: SQLSTATEs of a cast to JSON that fails: invalid_text_representation, and
+#: statement_too_complex for a text that is nested too deeply.
+_NOT_JSON = ("22P02", "54001")
+#: A named parameter. A colon of a cast (``::text``) stands beside another one.
+_PARAMETER = re.compile(r"(?<!:):([a-z_]+)")
+
+
+@cache
+def to_pyformat(statement: str) -> str:
+    """Translate a statement's named parameters (``:name``) for psycopg2
+    (``%(name)s``), in which a literal ``%`` is doubled."""
+    return _PARAMETER.sub(r"%(\1)s", statement.replace("%", "%%"))
+
+
+class PostgresTransaction:
+    """A transaction that takes named parameters and sends `LIMITS` with its first
+    statement."""
+
+    def __init__(self, txn: Transaction) -> None:
+        self._txn = txn
+        self._is_new = True
+        self.fetchone = txn.fetchone
+        self.fetchall = txn.fetchall
+
+    @property
+    def rowcount(self) -> int:
+        """As `Transaction.rowcount`."""
+        return self._txn.rowcount
+
+    @property
+    def description(self) -> Any:
+        """As `Transaction.description`."""
+        return self._txn.description
+
+    def execute(self, statement: str, parameters: Any = ()) -> Any:
+        """As `Transaction.execute`."""
+        limits = sql.LIMITS if self._is_new else ""
+        self._is_new = False
+        return self._txn.execute(limits + to_pyformat(statement), parameters)
+
+
+class PostgresEngine:
+    """PostgreSQL, as `Engine` describes it.
+
+    Raises:
+        ImportError: psycopg2 isn't installed.
+    """
+
+    name = "postgresql"
+    error: type[Exception]
+    tables = sql.TABLE_STATEMENTS
+    count_keys_and_bytes = sql.COUNT_KEYS_AND_BYTES
+    user_sizes = sql.USER_SIZES
+    pages_at_once = PAGES_AT_ONCE
+    has_insert = True
+    has_cursor = True
+
+    def __init__(self) -> None:
+        import psycopg2
+
+        self.error = psycopg2.Error
+        # Errors without a SQLSTATE are libpq's, for a connection that failed or broke,
+        # or, of these classes, psycopg2's own, for a wrong call.
+        self._wrong_calls = (
+            psycopg2.DataError,
+            psycopg2.IntegrityError,
+            psycopg2.NotSupportedError,
+            psycopg2.ProgrammingError,
+        )
+
+    def prepare(self, txn: Transaction) -> Transaction:
+        """As `Engine.prepare`."""
+        return PostgresTransaction(txn)
+
+    def judge(self, error: Exception) -> Fault:
+        """As `Engine.judge`."""
+        if isinstance(error, adbapi.ConnectionLost):
+            return Fault.OUTAGE
+        if not isinstance(error, self.error):
+            return Fault.DEFECT
+        code = getattr(error, "pgcode", None)
+        if code:
+            return judge_sqlstate(code)
+        return Fault.DEFECT if isinstance(error, self._wrong_calls) else Fault.OUTAGE
+
+    def find_cause(self, error: Exception) -> Cause:
+        """As `Engine.find_cause`."""
+        return find_postgres_cause(error)
+
+    def is_not_json(self, error: Exception) -> bool:
+        """As `Engine.is_not_json`."""
+        return getattr(error, "pgcode", None) in _NOT_JSON
+
+    def begin_write(self, txn: Transaction) -> None:
+        """Do nothing: the driver begins the transaction. It is READ COMMITTED."""
+
+    def lock_version(self, txn: Transaction, backup: BackupId) -> LockedVersion | None:
+        """As `Engine.lock_version`."""
+        txn.execute(sql.LOCK_VERSION, names(backup))
+        row = txn.fetchone()
+        return None if row is None else LockedVersion(row[0], bool(row[1]))
+
+    def insert_version(
+        self, txn: Transaction, backup: BackupId, algorithm: str, auth_data: str
+    ) -> bool:
+        """As `Engine.insert_version`."""
+        values = {"algorithm": algorithm, "auth_data": auth_data}
+        txn.execute(sql.INSERT_VERSION, {**names(backup), **values})
+        return bool(txn.rowcount)
+
+    def find_sessions(
+        self,
+        txn: Transaction,
+        backup: BackupId,
+        keys: Sequence[RoomKey],
+        window: CountWindow,
+        with_data: bool,
+    ) -> list[tuple[Any, ...]]:
+        """As `Engine.find_sessions`."""
+        parameters = {
+            **names(backup),
+            "oldest": window.oldest,
+            "newest": window.newest,
+            "room_ids": pack_array([key.room_id for key in keys]),
+            "session_ids": pack_array([key.session_id for key in keys]),
+        }
+        if with_data:
+            txn.execute(sql.FIND_SESSIONS_WITH_DATA, parameters)
+        else:
+            txn.execute(sql.FIND_SESSIONS, parameters)
+        return txn.fetchall()
+
+    def insert_if_all_new(
+        self, txn: Transaction, insert: KeyInsert, window: CountWindow
+    ) -> InsertedKeys | None:
+        """As `Engine.insert_if_all_new`."""
+        parameters = {
+            **names(insert.backup),
+            "added_keys": len(insert.keys),
+            "added_bytes": insert.added_bytes,
+            "oldest": window.oldest,
+            "newest": window.newest,
+            **_pack_keys(insert.keys),
+        }
+        txn.execute(sql.INSERT_IF_ALL_NEW, parameters)
+        row = txn.fetchone()
+        return None if row is None else InsertedKeys(*row)
+
+    def compare_and_write(
+        self, txn: Transaction, write: KeyWrite, has_lock: bool
+    ) -> bool:
+        """As `Engine.compare_and_write`."""
+        parameters = {
+            **names(write.backup),
+            "expected_etag": write.expected_etag,
+            "new_etag": write.new_etag,
+            "added_keys": write.added_keys,
+            "added_bytes": write.added_bytes,
+            **_pack_keys(write.keys),
+        }
+        txn.execute(sql.WRITE_KEYS if has_lock else sql.LOCK_AND_WRITE_KEYS, parameters)
+        return bool(txn.rowcount)
+
+    def delete_keys(
+        self, txn: Transaction, backup: BackupId, room_id: str | None
+    ) -> DeletedKeys:
+        """As `Engine.delete_keys`; one transaction deletes all keys."""
+        if room_id is None:
+            txn.execute(sql.DELETE_KEYS, names(backup))
+        else:
+            txn.execute(sql.DELETE_ROOM_KEYS, {**names(backup), "room_id": room_id})
+        return DeletedKeys(txn.rowcount, is_complete=True)
+
+    def read_page(self, txn: Transaction, query: PageQuery) -> list[tuple[Any, ...]]:
+        """As `Engine.read_page`."""
+        txn.execute(query.select(sql.DOWNLOADS), query.parameters)
+        return txn.fetchall()
+
+    def next_page(self, txn: Transaction, count: int) -> list[tuple[Any, ...]]:
+        """As `Engine.next_page`."""
+        txn.execute(sql.FETCH_PAGE, {"count": count})
+        return txn.fetchall()
+
+
+def postgres() -> PostgresEngine:
+    """Return the engine PostgreSQL.
+
+    Raises:
+        ImportError: psycopg2 isn't installed.
+    """
+    return PostgresEngine()
+
+
+def pack_array(values: Sequence[Any]) -> str:
+    """Return values as the literal of a PostgreSQL array.
+
+    psycopg2 would write an array of its own as an expression, which PostgreSQL takes
+    twice as long to read.
+    """
+    if not values or not isinstance(values[0], str):
+        return "{" + ",".join(map(str, values)) + "}"
+    escaped = (v.replace("\\", "\\\\").replace('"', '\\"') for v in values)
+    return '{"' + '","'.join(escaped) + '"}'
+
+
+def _pack_keys(keys: Sequence[RoomKey]) -> dict[str, str]:
+    """Return keys as the parameters of `_KEYS`: an array a column, except session_data,
+    which is one text."""
+    metadata = [key.metadata for key in keys]
+    return {
+        "room_ids": pack_array([key.room_id for key in keys]),
+        "session_ids": pack_array([key.session_id for key in keys]),
+        "first_message_indexes": pack_array([m.first_message_index for m in metadata]),
+        "forwarded_counts": pack_array([m.forwarded_count for m in metadata]),
+        "are_verified": pack_array([m.is_verified for m in metadata]),
+        "session_data": sql.SEPARATOR.join([key.session_data for key in keys]),
+    }

@@ -1,0 +1,263 @@
+"""The statements of PostgreSQL alone, each as it is sent.
+
+Parameters are named as in `statements`. `PostgresTransaction` translates them.
+"""
+
+from .engine import DownloadStatements, TableStatements
+from .statements import ALL_TABLES
+
+#: Longest wait for a lock, in seconds. An upload holds its lock for milliseconds, and
+#: each wait keeps a connection from others. Transactions are retried for some seconds.
+LOCK_SECONDS = 1
+#: Longest pause between two statements of a transaction, in seconds. Then the server
+#: ends the session and frees its locks, because the process was stopped or its machine
+#: is gone: the work between two statements takes milliseconds.
+IDLE_SECONDS = 10
+#: Settings of each transaction, sent in one message with its first statement.
+LIMITS = (
+    f"SET LOCAL lock_timeout TO {1000 * LOCK_SECONDS};"
+    f" SET LOCAL idle_in_transaction_session_timeout TO {1000 * IDLE_SECONDS}; "
+)
+
+#: Locks a version's row until the commit. Returns its algorithm, and whether it is
+#: deleted. With synchronous_commit on, the commit is on disk when it returns, whatever
+#: the operator's default is.
+LOCK_VERSION = """SET LOCAL synchronous_commit TO ON;
+    SELECT algorithm, deleted FROM e2e_room_keys_versions
+    WHERE user_id = :user_id AND version = :version FOR UPDATE"""
+
+#: Inserts a version, unless its number is taken. The commit is on disk when it returns.
+INSERT_VERSION = """SET LOCAL synchronous_commit TO ON;
+    INSERT INTO e2e_room_keys_versions
+        (user_id, version, algorithm, auth_data, deleted, etag)
+    VALUES (:user_id, :version, :algorithm, :auth_data, 0, 0)
+    ON CONFLICT (user_id, version) DO NOTHING"""
+
+
+def _find_sessions(found: str) -> str:
+    """Return the query of a version and of some sessions.
+
+    The parameters ``room_ids`` and ``session_ids`` are arrays. A row has the etag, the
+    current version, the cached count, the position of a session in the arrays, its
+    three fields, a column of the caller's, and the bytes of its session_data. There is
+    one row of NULLs after the count if no session is stored, and no row if there is no
+    such version.
+
+    The LIMIT leaves PostgreSQL one join only: an index lookup for each session,
+    whatever it believes of the size of the backup.
+
+    Args:
+        found: the column that stands for the session_data.
+    """
+    return f"""
+    WITH b AS MATERIALIZED (
+        SELECT COALESCE(v.etag, 0), (
+            SELECT version FROM e2e_room_keys_versions
+            WHERE user_id = :user_id AND deleted = 0
+            ORDER BY version DESC LIMIT 1
+        ), (
+            SELECT key_count FROM roomkeys_counts
+            WHERE user_id = :user_id AND version = v.version
+            AND etag = COALESCE(v.etag, 0) AND counted_ts BETWEEN :oldest AND :newest)
+        FROM e2e_room_keys_versions AS v
+        WHERE v.user_id = :user_id AND v.version = :version AND v.deleted = 0)
+    SELECT b.*, k.* FROM b LEFT JOIN (
+        SELECT u.position - 1, k.first_message_index, k.forwarded_count,
+            k.is_verified, {found}, OCTET_LENGTH(session_data)
+        FROM unnest(:room_ids::text[], :session_ids::text[]) WITH ORDINALITY
+            AS u (room_id, session_id, position)
+        CROSS JOIN LATERAL (
+            SELECT * FROM e2e_room_keys AS k
+            WHERE k.user_id = :user_id AND k.version = :version
+            AND k.room_id = u.room_id AND k.session_id = u.session_id LIMIT 1
+        ) AS k
+    ) AS k ON TRUE"""
+
+
+#: Returns whether the session_data of a session is other than JSON null. The cast to
+#: JSON fails if it isn't JSON.
+FIND_SESSIONS = _find_sessions(
+    """CASE WHEN k.session_data::json IS NOT NULL
+        THEN k.session_data END <> 'null'"""
+)
+#: Returns the session_data of a session, JSON or not.
+FIND_SESSIONS_WITH_DATA = _find_sessions("k.session_data")
+
+#: Separator (U+001F) between session_data texts in one parameter. The strict decoder
+#: has read each of them, and JSON cannot contain a raw control character, so nothing
+#: has to be escaped, here or when PostgreSQL reads the text.
+SEPARATOR = "\x1f"
+#: The keys of an upload as rows: an array a column, and session_data in one text.
+_KEYS = f"""unnest(:room_ids::text[], :session_ids::text[],
+            :first_message_indexes::int[], :forwarded_counts::int[],
+            :are_verified::boolean[],
+            string_to_array(:session_data, chr({ord(SEPARATOR)}))) AS u"""
+
+#: Locks a version until the commit, and inserts keys, unless one of them is stored.
+#: Returns the new etag, and the new count or NULL if the cached one isn't of the
+#: window. It returns no row and writes nothing unless all keys are new, the version is
+#: the current one, and a count of its etag is cached.
+#:
+#: The INSERT stands in one message with the lock, but in a statement of its own, so it
+#: sees what others committed while the lock was waited for. It has no ON CONFLICT: a
+#: process that takes no lock, such as Synapse's own endpoints, may insert one of the
+#: keys meanwhile, and then the statement fails (23505) and the upload merges instead.
+INSERT_IF_ALL_NEW = f"""{LOCK_VERSION};
+    WITH counted AS (
+        UPDATE roomkeys_counts SET etag = etag + 1, key_count = key_count + :added_keys,
+            key_bytes = key_bytes + :added_bytes
+        WHERE user_id = :user_id AND version = :version
+        AND (version, etag) = (
+            SELECT version, COALESCE(etag, 0) FROM e2e_room_keys_versions
+            WHERE user_id = :user_id AND deleted = 0
+            ORDER BY version DESC LIMIT 1)
+        AND NOT EXISTS (
+            SELECT 1
+            FROM unnest(:room_ids::text[], :session_ids::text[]) WITH ORDINALITY
+                AS u (room_id, session_id, position)
+            CROSS JOIN LATERAL (
+                SELECT * FROM e2e_room_keys AS k
+                WHERE k.user_id = :user_id AND k.version = :version
+                AND k.room_id = u.room_id AND k.session_id = u.session_id LIMIT 1
+            ) AS k)
+        RETURNING etag, key_count, counted_ts),
+    claimed AS (
+        UPDATE e2e_room_keys_versions AS v SET etag = counted.etag FROM counted
+        WHERE v.user_id = :user_id AND v.version = :version),
+    added AS (
+        INSERT INTO e2e_room_keys (user_id, version, room_id, session_id,
+            first_message_index, forwarded_count, is_verified, session_data)
+        SELECT :user_id, :version, u.* FROM counted CROSS JOIN {_KEYS})
+    SELECT etag, CASE WHEN counted_ts BETWEEN :oldest AND :newest THEN key_count END
+    FROM counted"""
+
+#: Moves the etag to the new one, a compare-and-set, and if that succeeds moves the
+#: cached count and writes keys over those of the same ids. It writes no row unless the
+#: version has the expected etag and is the current one.
+WRITE_KEYS = f"""
+    WITH claimed AS (
+        UPDATE e2e_room_keys_versions SET etag = :new_etag
+        WHERE user_id = :user_id AND version = :version AND deleted = 0
+        AND COALESCE(etag, 0) = :expected_etag AND NOT EXISTS (
+            SELECT 1 FROM e2e_room_keys_versions
+            WHERE user_id = :user_id AND version > :version AND deleted = 0)
+        RETURNING 1),
+    counted AS (
+        UPDATE roomkeys_counts SET etag = :new_etag,
+            key_count = key_count + :added_keys, key_bytes = key_bytes + :added_bytes
+        WHERE user_id = :user_id AND version = :version AND etag = :expected_etag
+        AND EXISTS (SELECT 1 FROM claimed))
+    INSERT INTO e2e_room_keys (user_id, version, room_id, session_id,
+        first_message_index, forwarded_count, is_verified, session_data)
+    SELECT :user_id, :version, u.* FROM claimed CROSS JOIN {_KEYS}
+    ON CONFLICT (user_id, version, room_id, session_id) DO UPDATE SET
+    first_message_index = excluded.first_message_index,
+    forwarded_count = excluded.forwarded_count,
+    is_verified = excluded.is_verified, session_data = excluded.session_data"""
+#: The same after a lock, in one message. As a statement of its own, the write sees what
+#: others committed while the lock was waited for.
+LOCK_AND_WRITE_KEYS = f"{LOCK_VERSION}; {WRITE_KEYS}"
+
+#: Deletes all keys of a version.
+DELETE_KEYS = """
+    DELETE FROM e2e_room_keys WHERE user_id = :user_id AND version = :version"""
+#: Deletes all keys of a room.
+DELETE_ROOM_KEYS = """
+    DELETE FROM e2e_room_keys WHERE user_id = :user_id AND version = :version
+    AND room_id = :room_id"""
+
+#: Counts the keys of a version and their bytes, and caches both. Returns the etag, the
+#: count and the bytes; no row if there is no such version.
+COUNT_KEYS_AND_BYTES = """
+    INSERT INTO roomkeys_counts
+        (user_id, version, etag, key_count, key_bytes, counted_ts)
+    SELECT v.user_id, v.version, COALESCE(v.etag, 0), k.*, :now
+    FROM e2e_room_keys_versions AS v, (
+        SELECT COUNT(*), COALESCE(SUM(OCTET_LENGTH(session_data)), 0)::bigint
+        FROM e2e_room_keys WHERE user_id = :user_id AND version = :version) AS k
+    WHERE v.user_id = :user_id AND v.version = :version AND v.deleted = 0
+    ON CONFLICT (user_id, version) DO UPDATE SET
+    etag = excluded.etag, key_count = excluded.key_count,
+    key_bytes = excluded.key_bytes, counted_ts = excluded.counted_ts
+    RETURNING etag, key_count, key_bytes"""
+#: Returns the sizes of a user's backups: see `Engine.user_sizes`.
+USER_SIZES = """
+    SELECT v.version, OCTET_LENGTH(v.auth_data), c.key_count, c.key_bytes
+    FROM e2e_room_keys_versions AS v
+    LEFT JOIN roomkeys_counts AS c ON c.user_id = :user_id AND c.version = v.version
+        AND c.etag = COALESCE(v.etag, 0) AND c.counted_ts BETWEEN :oldest AND :newest
+    WHERE v.user_id = :user_id AND v.deleted = 0"""
+
+
+def _download(condition: str) -> str:
+    """Return the statements that open a download's cursor and fetch its first page: see
+    `DownloadStatements`.
+
+    PostgreSQL builds the text of a key up to the data, which leaves Python's
+    interpreter to other threads meanwhile. The data are a column of their own: they
+    aren't copied into a longer text, and Python checks whether they are JSON.
+
+    With sorting off, the rows come in the order of the index; else PostgreSQL reads and
+    sorts all keys that may follow, for each page. Without the LIMIT, PostgreSQL would
+    compile the query (JIT) for a large backup.
+    """
+    return f"""SET LOCAL enable_sort = off; SET LOCAL enable_incremental_sort = off;
+    DECLARE download NO SCROLL CURSOR FOR
+    SELECT k.room_id, to_json(k.session_id)::text
+        || ':{{"first_message_index":'
+        || GREATEST(COALESCE(k.first_message_index, 0), 0)
+        || ',"forwarded_count":' || GREATEST(COALESCE(k.forwarded_count, 0), 0)
+        || ',"is_verified":' || CASE WHEN k.is_verified THEN 'true' ELSE 'false' END
+        || ',"session_data":', CAST(k.session_data AS TEXT)
+    FROM (SELECT 1 FROM e2e_room_keys_versions
+        WHERE user_id = :user_id AND version = :version AND deleted = 0) AS v
+    LEFT JOIN (
+        SELECT room_id, session_id, first_message_index, forwarded_count,
+            is_verified, session_data
+        FROM e2e_room_keys
+        WHERE user_id = :user_id AND version = :version AND session_data <> 'null'
+        {condition}
+        ORDER BY room_id, session_id LIMIT :limit
+    ) AS k ON TRUE; FETCH :count FROM download"""
+
+
+#: Downloads of session_data, JSON or not.
+DOWNLOADS = DownloadStatements(
+    backup=_download(""),
+    backup_after=_download("AND (room_id, session_id) > (:room_id, :session_id)"),
+    room=_download("AND room_id = :room_id"),
+    room_after=_download("AND room_id = :room_id AND session_id > :session_id"),
+)
+#: Returns the next rows of the transaction's download.
+FETCH_PAGE = "FETCH :count FROM download"
+
+TABLE_STATEMENTS = TableStatements(
+    find_read_only="SELECT current_setting('transaction_read_only')::bool::int",
+    find_encoding="SELECT current_setting('server_encoding')",
+    # READ COMMITTED: the next statement, after the lock, sees tables that were created
+    # meanwhile. A name lookup, such as to_regclass, may not see a table that others
+    # created while the transaction waited for an advisory lock; a query of the
+    # catalogue does.
+    find_tables=(
+        "SET TRANSACTION ISOLATION LEVEL READ COMMITTED;"
+        " SELECT DISTINCT tablename FROM pg_tables"
+        f" WHERE tablename IN {ALL_TABLES} AND schemaname = ANY(current_schemas(FALSE))"
+    ),
+    # An ALTER TABLE that waits for a long reader, such as pg_dump, would hold up every
+    # later query of the table: with the timeout, the start of a process fails instead.
+    lock=(
+        "SET LOCAL lock_timeout TO '10s';"
+        f" SET LOCAL idle_in_transaction_session_timeout TO {1000 * IDLE_SECONDS};"
+        " SET LOCAL synchronous_commit TO ON;"
+        " SELECT pg_advisory_xact_lock(hashtext('roomkeys schema'))"
+    ),
+    touch=(
+        "UPDATE roomkeys_schema SET number = number"
+        " WHERE number IN (SELECT number FROM roomkeys_schema FOR UPDATE SKIP LOCKED)"
+    ),
+    estimate_keys="""
+    SELECT COALESCE(SUM(reltuples) FILTER (WHERE reltuples > 0), 0)::bigint
+    FROM pg_class, (SELECT to_regclass('e2e_room_keys') AS root) AS keys
+    WHERE relkind = 'r'
+    AND (oid = root OR oid IN (SELECT relid FROM pg_partition_tree(root)))""",
+)

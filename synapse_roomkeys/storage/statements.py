@@ -1,0 +1,200 @@
+"""The statements that both engines share, each as it is sent.
+
+Parameters are named (``:user_id``), which is SQLite's own style; `PostgresTransaction`
+translates them for psycopg2. A statement holds no ``%`` and no ``?``.
+
+Each statement names one user in every query, join and conflict target, so the tables
+can be partitioned or distributed by ``user_id``, and each statement goes to one shard.
+
+A version's row is locked before its keys are written. The writes of one backup are
+therefore serialized, whichever process they come from.
+"""
+
+#: The columns of the homeserver's tables that the statements use.
+TABLES = {
+    "e2e_room_keys": (
+        "user_id",
+        "version",
+        "room_id",
+        "session_id",
+        "first_message_index",
+        "forwarded_count",
+        "is_verified",
+        "session_data",
+    ),
+    "e2e_room_keys_versions": (
+        "user_id",
+        "version",
+        "algorithm",
+        "auth_data",
+        "deleted",
+        "etag",
+    ),
+}
+
+#: The plugin's own tables.
+OWN_TABLES = ("roomkeys_counts", "roomkeys_numbers", "roomkeys_schema")
+#: The homeserver's tables and the plugin's own.
+ALL_TABLES = (*TABLES, *OWN_TABLES)
+
+#: Returns the columns of a table, without reading a row of it.
+COLUMNS = "SELECT * FROM {table} LIMIT 0"
+#: By table, a statement that fails unless the unique index exists that the conflict
+#: targets below need. EXPLAIN plans the INSERT and writes nothing.
+PROBES = {
+    "e2e_room_keys": (
+        "EXPLAIN INSERT INTO e2e_room_keys (user_id, version, room_id, session_id,"
+        " session_data) VALUES ('', 0, '', '', '')"
+        " ON CONFLICT (user_id, version, room_id, session_id) DO NOTHING"
+    ),
+    "e2e_room_keys_versions": (
+        "EXPLAIN INSERT INTO e2e_room_keys_versions (user_id, version, algorithm,"
+        " auth_data) VALUES ('', 0, '', '') ON CONFLICT (user_id, version) DO NOTHING"
+    ),
+}
+
+#: Returns a key's fields; NULLs if the version holds no such key; no row if there is no
+#: such version.
+GET_KEY = """
+    SELECT k.first_message_index, k.forwarded_count, k.is_verified,
+        CAST(k.session_data AS TEXT)
+    FROM e2e_room_keys_versions AS v LEFT JOIN e2e_room_keys AS k
+        ON k.user_id = :user_id AND k.version = :version
+        AND k.room_id = :room_id AND k.session_id = :session_id
+        AND k.session_data <> 'null'
+    WHERE v.user_id = :user_id AND v.version = :version AND v.deleted = 0"""
+
+#: Returns one row: the last version number that was saved for the user (or NULL), the
+#: highest number among the user's versions (or NULL), the number of these versions, and
+#: the number of them that are deleted.
+VERSION_NUMBERS = """
+    SELECT (SELECT last_version FROM roomkeys_numbers WHERE user_id = :user_id),
+        MAX(version), COUNT(*), COALESCE(SUM(deleted), 0)
+    FROM e2e_room_keys_versions WHERE user_id = :user_id"""
+#: Saves a version number as the user's last one, unless a higher one is saved.
+SAVE_NUMBER = """
+    INSERT INTO roomkeys_numbers (user_id, last_version)
+    VALUES (:user_id, :version) ON CONFLICT (user_id) DO UPDATE SET last_version =
+    CASE WHEN excluded.last_version > roomkeys_numbers.last_version
+    THEN excluded.last_version ELSE roomkeys_numbers.last_version END"""
+#: Saves the highest number among a user's versions and cached counts, unless a higher
+#: one is saved. The counts are read because the homeserver may have deleted the
+#: versions already.
+SAVE_LAST_NUMBER = """
+    INSERT INTO roomkeys_numbers (user_id, last_version)
+    SELECT user_id, MAX(version) FROM (
+        SELECT user_id, version FROM e2e_room_keys_versions WHERE user_id = :user_id
+        UNION ALL SELECT user_id, version FROM roomkeys_counts WHERE user_id = :user_id
+    ) AS v GROUP BY user_id ON CONFLICT (user_id) DO UPDATE SET last_version =
+    CASE WHEN excluded.last_version > roomkeys_numbers.last_version
+    THEN excluded.last_version ELSE roomkeys_numbers.last_version END"""
+
+#: Returns the number of a user's current version, or no row.
+CURRENT_VERSION = """
+    SELECT version FROM e2e_room_keys_versions WHERE user_id = :user_id AND deleted = 0
+    ORDER BY version DESC LIMIT 1"""
+#: Returns the current version: number, algorithm, auth_data, etag, and the cached count
+#: of its keys. The count is NULL unless it is of this etag and was counted within the
+#: window.
+CURRENT_INFO = """
+    SELECT v.version, v.algorithm, v.auth_data, COALESCE(v.etag, 0), (
+        SELECT key_count FROM roomkeys_counts
+        WHERE user_id = :user_id AND version = v.version
+        AND etag = COALESCE(v.etag, 0) AND counted_ts BETWEEN :oldest AND :newest)
+    FROM e2e_room_keys_versions AS v WHERE v.user_id = :user_id AND v.deleted = 0
+    ORDER BY v.version DESC LIMIT 1"""
+#: Returns the same for one version.
+VERSION_INFO = """
+    SELECT v.version, v.algorithm, v.auth_data, COALESCE(v.etag, 0), (
+        SELECT key_count FROM roomkeys_counts
+        WHERE user_id = :user_id AND version = v.version
+        AND etag = COALESCE(v.etag, 0) AND counted_ts BETWEEN :oldest AND :newest)
+    FROM e2e_room_keys_versions AS v WHERE v.user_id = :user_id AND v.deleted = 0
+    AND v.version = :version"""
+
+#: Caches a count. ``key_bytes`` may be NULL; ``now`` is the Unix time in seconds.
+SAVE_COUNT = """
+    INSERT INTO roomkeys_counts
+        (user_id, version, etag, key_count, key_bytes, counted_ts)
+    VALUES (:user_id, :version, :etag, :key_count, :key_bytes, :now)
+    ON CONFLICT (user_id, version) DO UPDATE SET
+    etag = excluded.etag, key_count = excluded.key_count,
+    key_bytes = excluded.key_bytes, counted_ts = excluded.counted_ts"""
+#: Counts the keys of a version and caches the count. Returns the etag, the count, and
+#: NULL for the bytes, which are not measured; no row if there is no such version.
+COUNT_KEYS = """
+    INSERT INTO roomkeys_counts
+        (user_id, version, etag, key_count, key_bytes, counted_ts)
+    SELECT v.user_id, v.version, COALESCE(v.etag, 0), k.*, :now
+    FROM e2e_room_keys_versions AS v, (
+        SELECT COUNT(*), CAST(NULL AS BIGINT) FROM e2e_room_keys
+        WHERE user_id = :user_id AND version = :version) AS k
+    WHERE v.user_id = :user_id AND v.version = :version AND v.deleted = 0
+    ON CONFLICT (user_id, version) DO UPDATE SET
+    etag = excluded.etag, key_count = excluded.key_count,
+    key_bytes = excluded.key_bytes, counted_ts = excluded.counted_ts
+    RETURNING etag, key_count, key_bytes"""
+#: Returns the etag of a version and the number of its keys, without a lock or a write;
+#: no row if there is no such version.
+FIND_COUNT = """
+    SELECT COALESCE(etag, 0), (SELECT COUNT(*) FROM e2e_room_keys
+        WHERE user_id = :user_id AND version = :version)
+    FROM e2e_room_keys_versions
+    WHERE user_id = :user_id AND version = :version AND deleted = 0"""
+#: Caches a count that `FIND_COUNT` returned, if the version still has that etag.
+KEEP_COUNT = """
+    INSERT INTO roomkeys_counts
+        (user_id, version, etag, key_count, key_bytes, counted_ts)
+    SELECT user_id, version, COALESCE(etag, 0), :key_count, CAST(NULL AS BIGINT), :now
+    FROM e2e_room_keys_versions
+    WHERE user_id = :user_id AND version = :version AND deleted = 0
+    AND COALESCE(etag, 0) = :etag
+    ON CONFLICT (user_id, version) DO UPDATE SET
+    etag = excluded.etag, key_count = excluded.key_count,
+    key_bytes = excluded.key_bytes, counted_ts = excluded.counted_ts"""
+#: Moves a cached count to the version's new etag, if it is of the expected one.
+#: ``added_bytes`` may be NULL, which makes the cached bytes NULL.
+MOVE_COUNT = """
+    UPDATE roomkeys_counts SET etag = :new_etag, key_count = key_count + :added_keys,
+        key_bytes = key_bytes + :added_bytes
+    WHERE user_id = :user_id AND version = :version AND etag = :expected_etag"""
+#: Drops the cached count of a version.
+FORGET_COUNT = """
+    DELETE FROM roomkeys_counts WHERE user_id = :user_id AND version = :version"""
+#: Drops all cached counts of a user.
+FORGET_USER = "DELETE FROM roomkeys_counts WHERE user_id = :user_id"
+
+#: Returns the auth_data of a version.
+AUTH_DATA = """
+    SELECT auth_data FROM e2e_room_keys_versions
+    WHERE user_id = :user_id AND version = :version"""
+#: Replaces the auth_data of a version.
+SET_AUTH_DATA = """
+    UPDATE e2e_room_keys_versions SET auth_data = :auth_data
+    WHERE user_id = :user_id AND version = :version"""
+#: Moves the etag to the new one, a compare-and-set: it writes no row unless the version
+#: exists and has the expected etag. It locks the version until the commit.
+SET_ETAG = """
+    UPDATE e2e_room_keys_versions SET etag = :new_etag
+    WHERE user_id = :user_id AND version = :version AND deleted = 0
+    AND COALESCE(etag, 0) = :expected_etag"""
+#: Marks a version deleted and blanks its auth_data. No request returns the auth_data of
+#: a deleted version. The column can't be NULL, and an empty object is JSON that
+#: Synapse's own endpoints can read.
+MARK_DELETED = """
+    UPDATE e2e_room_keys_versions SET deleted = 1, auth_data = '{}'
+    WHERE user_id = :user_id AND version = :version"""
+#: Deletes the rows of a user's deleted versions except the newest ``most`` of them. A
+#: version that still has keys keeps its row.
+DROP_DELETED_VERSIONS = """
+    DELETE FROM e2e_room_keys_versions WHERE user_id = :user_id AND deleted = 1
+    AND version <= (SELECT version FROM e2e_room_keys_versions
+        WHERE user_id = :user_id AND deleted = 1
+        ORDER BY version DESC LIMIT 1 OFFSET :most)
+    AND NOT EXISTS (SELECT 1 FROM e2e_room_keys AS k WHERE k.user_id = :user_id
+        AND k.version = e2e_room_keys_versions.version)"""
+
+#: Deletes one key.
+DELETE_ROOM_KEY = """
+    DELETE FROM e2e_room_keys WHERE user_id = :user_id AND version = :version
+    AND room_id = :room_id AND session_id = :session_id"""
