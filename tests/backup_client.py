@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import urllib.request
 from collections.abc import Iterable, Mapping
-from http.client import HTTPResponse
 from typing import Any
 
 import attrs
@@ -24,6 +22,7 @@ from vodozemac import (
     PkEncryption,
 )
 
+from . import blocking_http
 from .contract.base import (
     ALGORITHM,
     AUTH_DATA,
@@ -43,19 +42,6 @@ from .contract.base import (
 MEGOLM = "m.megolm.v1.aes-sha2"
 #: What Element uploads in one request, in keys.
 BATCH = 100
-_TIMEOUT = 30.0
-
-
-class _TakeEveryStatus(urllib.request.HTTPErrorProcessor):
-    """Leaves an answer that is an error to the caller."""
-
-    def http_response(self, request: Any, response: Any) -> Any:
-        return response
-
-
-_opener = urllib.request.build_opener(
-    urllib.request.ProxyHandler({}), _TakeEveryStatus()
-)
 
 
 @attrs.frozen
@@ -68,13 +54,8 @@ class Api:
     def request(self, method: str, path: str, body: Any = None) -> Answer:
         """Any request; no answer may be a crash, a traceback or hold the token."""
         headers = {"Authorization": f"Bearer {self.token}"}
-        request = urllib.request.Request(
-            self.url + PREFIX + path, encoded(body), headers, method=method
-        )
-        response: HTTPResponse
-        with _opener.open(request, timeout=_TIMEOUT) as response:
-            got = {name.lower(): value for name, value in response.headers.items()}
-            answer = Answer(response.status, got, response.read())
+        url = self.url + PREFIX + path
+        answer = blocking_http.send(method, url, headers, encoded(body))
         where = f"{method} {path[:200]}: {answer}"
         assert answer.status < 500, where
         assert b"Traceback" not in answer.body, where

@@ -14,7 +14,7 @@ from twisted.web.http_headers import Headers
 from twisted.web.iweb import IResponse
 
 from .contract import Answer, User
-from .secrecy import SECRET
+from .secret_search import SECRET
 
 
 class HttpHost:

@@ -7,7 +7,7 @@ is reached, in memory, over a socket or inside a homeserver, is the `Host`'s aff
 
 from __future__ import annotations
 
-from . import downloads, errors, paths, uploads, versions, walls
+from . import downloads, errors, isolation, paths, uploads, versions
 from .base import SCENARIOS, Answer, Client, Host, Scenario, User
 
 __all__ = [
@@ -19,8 +19,8 @@ __all__ = [
     "User",
     "downloads",
     "errors",
+    "isolation",
     "paths",
     "uploads",
     "versions",
-    "walls",
 ]

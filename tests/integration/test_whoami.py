@@ -31,7 +31,7 @@ from synapse_roomkeys.types import Requester
 from synapse_roomkeys.whoami import WhoamiAuth
 
 from ..contract.base import Steps, quoted
-from ..homeserver import (
+from ..faulty_homeserver import (
     FAULTS,
     FakeHomeserver,
     Fault,

@@ -4,17 +4,15 @@ import hashlib
 import hmac
 import json
 import secrets
-import urllib.error
 import urllib.parse
-import urllib.request
 from typing import Any
 
 import attrs
 
-_TIMEOUT = 30.0
+from .. import blocking_http
+
 _CLIENT = "/_matrix/client/v3"
 _ADMIN = "/_synapse/admin/v1"
-_opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 @attrs.frozen
@@ -44,15 +42,11 @@ def fetch(
     if token is not None:
         headers["Authorization"] = f"Bearer {token}"
     data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(url, data, headers, method=method)
-    try:
-        with _opener.open(request, timeout=_TIMEOUT) as response:
-            content: bytes = response.read()
-            return content
-    except urllib.error.HTTPError as error:
-        with error:
-            text = error.read().decode(errors="replace")
-        raise RuntimeError(f"{method} {url}: {error.code} {text}") from None
+    answer = blocking_http.send(method, url, headers, data)
+    if not 200 <= answer.status < 300:
+        text = answer.body.decode(errors="replace")
+        raise RuntimeError(f"{method} {url}: {answer.status} {text}")
+    return answer.body
 
 
 def _post(url: str, body: object, token: str | None = None) -> dict[str, Any]:

@@ -35,7 +35,7 @@ from synapse_roomkeys.homeserver import (
 from synapse_roomkeys.types import Requester
 from synapse_roomkeys.whoami import WhoamiAuth
 
-from ..homeserver import (
+from ..faulty_homeserver import (
     FAULTS,
     VERSIONS,
     WHOAMI,
