@@ -1,1 +1,2 @@
-"""The tests: `unit` in memory, `integration` with real servers."""
+"""Tests: `unit` in memory, `integration` and `reliability` with real servers,
+`contract` for the scenarios that all of them share."""

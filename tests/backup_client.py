@@ -1,4 +1,4 @@
-"""A Matrix client's part in the key backup: real Megolm, over HTTP that blocks."""
+"""The key backup of a Matrix client: real Megolm sessions over blocking HTTP."""
 
 from __future__ import annotations
 
@@ -40,19 +40,23 @@ from .contract.base import (
 )
 
 MEGOLM = "m.megolm.v1.aes-sha2"
-#: What Element uploads in one request, in keys.
+#: Element uploads 100 keys in one request.
 BATCH = 100
 
 
 @attrs.frozen
 class Api:
-    """One device's `/room_keys`; paths start below the prefix."""
+    """The `/room_keys` endpoints for one device. Paths begin after the prefix."""
 
     url: str
     token: str = attrs.field(repr=False)
 
     def request(self, method: str, path: str, body: Any = None) -> Answer:
-        """Any request; no answer may be a crash, a traceback or hold the token."""
+        """Send a request and return the answer.
+
+        Raises:
+            AssertionError: The answer is a 5xx, or holds a traceback or the token.
+        """
         headers = {"Authorization": f"Bearer {self.token}"}
         url = self.url + PREFIX + path
         answer = blocking_http.send(method, url, headers, encoded(body))
@@ -63,36 +67,44 @@ class Api:
         return answer
 
     def get(self, path: str) -> Answer:
+        """Send a GET request and return the answer."""
         return self.request("GET", path)
 
     def put(self, path: str, body: Any) -> Answer:
+        """Send a PUT request with a JSON body and return the answer."""
         return self.request("PUT", path, body)
 
     def delete(self, path: str) -> Answer:
+        """Send a DELETE request and return the answer."""
         return self.request("DELETE", path)
 
     def create_version(self, auth_data: Any = AUTH_DATA) -> str:
+        """Create a backup version and return its number."""
         body = {"algorithm": ALGORITHM, "auth_data": auth_data}
         version: str = accepted(self.request("POST", "/version", body))["version"]
         return version
 
     def info(self, version: str | None = None) -> dict[str, Any]:
-        """What the server says of a backup, the current one by default."""
+        """Read a version, or the current version by default, and return the body."""
         path = "/version" if version is None else version_path(version)
         body: dict[str, Any] = accepted(self.get(path), path)
         return body
 
     def tally(self, version: str) -> tuple[int, int]:
-        """The etag, as a number, and the count that a backup has now."""
+        """Read the etag, as a number, and the count of a version."""
         info = self.info(version)
         return int(info["etag"]), info["count"]
 
     def upload(self, version: str, rooms: Rooms) -> tuple[int, int]:
-        """Upload keys in one request; the etag, as a number, and the count."""
+        """Upload keys in one request; return the etag, as a number, and the count."""
         return tally(self.put(keys_path(version), wrapped(rooms)), "PUT /keys")
 
     def download(self, version: str) -> Rooms:
-        """All keys of a backup; nothing but the keys may be in the answer."""
+        """Return all keys of a version.
+
+        Raises:
+            AssertionError: The answer has members other than the keys.
+        """
         body = accepted(self.get(keys_path(version)), "GET /keys")
         rooms: Rooms = {name: room["sessions"] for name, room in body["rooms"].items()}
         same(body, wrapped(rooms), "GET /keys")
@@ -100,7 +112,12 @@ class Api:
 
 
 def reset(api: Api) -> list[str]:
-    """Delete the current version until there is none; the versions deleted."""
+    """Delete the current version until there is none; return the deleted versions.
+
+    Raises:
+        AssertionError: A deleted version became current again, or the last 404 is no
+            M_NOT_FOUND in JSON.
+    """
     deleted: list[str] = []
     while (answer := api.get("/version")).status != 404:
         version: str = accepted(answer)["version"]
@@ -114,7 +131,7 @@ def reset(api: Api) -> list[str]:
 
 @attrs.frozen
 class Session:
-    """A Megolm session as somebody holds it who reads along."""
+    """A Megolm session as a reader of the room holds it."""
 
     room_id: str
     sender_key: str
@@ -123,25 +140,31 @@ class Session:
 
     @property
     def session_id(self) -> str:
+        """Id of the session."""
         return self.inbound.session_id
 
     @property
     def first_index(self) -> int:
-        """The first message that it decrypts."""
+        """The index of the first message that this session decrypts."""
         return self.inbound.first_known_index
 
     def at(self, index: int) -> Session:
-        """The session as somebody holds it who was let in at a later message."""
+        """The session as held by a reader who joined at a later message."""
         return attrs.evolve(self, inbound=import_session(self.export(index)))
 
     def export(self, index: int | None = None) -> str:
-        """The session's key at a message, the first known one by default."""
+        """Export the session's key at a message index, by default the first known
+        index."""
         exported = self.inbound.export_at(self.first_index if index is None else index)
         assert exported is not None
         return exported.to_base64()
 
     def decrypt(self, content: Mapping[str, Any]) -> str:
-        """The text of an `m.room.encrypted` event of this session and room."""
+        """Decrypt an `m.room.encrypted` event and return its text.
+
+        Raises:
+            AssertionError: The event is of another room.
+        """
         message = MegolmMessage.from_base64(content["ciphertext"])
         event = json.loads(self.inbound.decrypt(message).plaintext)
         assert event["room_id"] == self.room_id
@@ -151,14 +174,14 @@ class Session:
 
 @attrs.frozen
 class Sender:
-    """A Megolm session as the device holds it that writes with it."""
+    """A Megolm session as held by the device that encrypts with the session."""
 
     account: Account
     room_id: str
     outbound: GroupSession = attrs.field(factory=GroupSession)
 
     def session(self) -> Session:
-        """The session as it is handed out now: it reads what is written from now on."""
+        """The session as shared now. It decrypts only messages encrypted later."""
         return Session(
             self.room_id,
             self.account.curve25519_key.to_base64(),
@@ -167,7 +190,7 @@ class Sender:
         )
 
     def encrypt(self, text: str) -> dict[str, Any]:
-        """The content of an `m.room.encrypted` event."""
+        """Encrypt a text and return the content of an `m.room.encrypted` event."""
         event = {
             "room_id": self.room_id,
             "type": "m.room.message",
@@ -182,14 +205,14 @@ class Sender:
 
 
 def import_session(session_key: str) -> InboundGroupSession:
-    """A session from its exported key."""
+    """Return a session from its exported key."""
     return InboundGroupSession.import_session(ExportedSessionKey(session_key))
 
 
 def signed_auth_data(
     public_key: str, account: Account, user_id: str, device_id: str
 ) -> dict[str, Any]:
-    """What a device writes into a new version: the public key, and its signature."""
+    """Return `auth_data` for a new version: the public key, signed by the device."""
     unsigned = {"public_key": public_key}
     signature = account.sign(encode_canonical_json(unsigned)).to_base64()
     return {**unsigned, "signatures": {user_id: {f"ed25519:{device_id}": signature}}}
@@ -198,7 +221,11 @@ def signed_auth_data(
 def check_signature(
     auth_data: Mapping[str, Any], account: Account, user_id: str, device_id: str
 ) -> None:
-    """Trust a version's public key, or raise a `SignatureException`."""
+    """Check the signature of a version's public key.
+
+    Raises:
+        SignatureException: The device did not sign this public key.
+    """
     unsigned = {name: auth_data[name] for name in auth_data if name != "signatures"}
     signature = auth_data["signatures"][user_id][f"ed25519:{device_id}"]
     account.ed25519_key.verify_signature(
@@ -207,7 +234,7 @@ def check_signature(
 
 
 def sealed(session: Session, public_key: str, **metadata: Any) -> dict[str, Any]:
-    """A session as it is backed up, for the holder of the private key to read."""
+    """Encrypt a session for the holder of the private key; return the key to upload."""
     plaintext = {
         "algorithm": MEGOLM,
         "forwarding_curve25519_key_chain": [],
@@ -225,7 +252,12 @@ def sealed(session: Session, public_key: str, **metadata: Any) -> dict[str, Any]
 def unsealed(
     room_id: str, session_id: str, backed_up: Mapping[str, Any], private_key: str
 ) -> Session:
-    """A session from its backup; it must be the one that was asked for."""
+    """Decrypt a backed-up key and return its session.
+
+    Raises:
+        AssertionError: The session has another algorithm, id or first index than the
+            backup says.
+    """
     data = backed_up["session_data"]
     message = Message.from_base64(data["ciphertext"], data["mac"], data["ephemeral"])
     secret = Curve25519SecretKey.from_base64(private_key)
@@ -241,7 +273,12 @@ def unsealed(
 def back_up(
     api: Api, version: str, sessions: Iterable[Session], **metadata: Any
 ) -> tuple[int, int]:
-    """Upload sessions as Element does, in batches, with the version's public key."""
+    """Upload sessions in batches as Element does, encrypted for the version's public
+    key.
+
+    Returns:
+        The etag, as a number, and the count after the last batch.
+    """
     public_key = api.info(version)["auth_data"]["public_key"]
     left = list(sessions)
     state = api.tally(version)
@@ -256,7 +293,7 @@ def back_up(
 
 
 def restored(rooms: Rooms, private_key: str) -> dict[str, Session]:
-    """The sessions of a download, by their ids."""
+    """Decrypt all keys of a download and return the sessions by session id."""
     return {
         session_id: unsealed(room_id, session_id, backed_up, private_key)
         for room_id, room in rooms.items()

@@ -1,4 +1,4 @@
-"""An HTTP client that blocks, for tests and servers without a reactor."""
+"""A blocking HTTP client, for tests and servers without a reactor."""
 
 import urllib.request
 from collections.abc import Mapping
@@ -17,18 +17,19 @@ class _ReturnErrors(urllib.request.HTTPErrorProcessor):
         return response
 
 
-#: The client uses no proxy, whatever the environment says, and follows no redirect.
+#: Ignores the proxies of the environment, and follows no redirect.
 _opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), _ReturnErrors())
 
 
 def send(
     method: str, url: str, headers: Mapping[str, str], body: bytes | None = None
 ) -> Answer:
-    """Send one request over a connection of its own, and return the response.
+    """Send one request over a new connection, and return the answer, whatever its
+    status.
 
     Raises:
-        URLError: the connection was refused.
-        OSError: the connection failed later.
+        URLError: The connection failed before the answer began.
+        OSError: The connection failed while the answer was read.
     """
     request = urllib.request.Request(url, body, dict(headers), method=method)
     response: HTTPResponse

@@ -1,4 +1,4 @@
-"""Servers under test that are reached over real HTTP."""
+"""An HTTP client for servers under test, over real connections."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .secret_search import SECRET
 
 
 class HttpHost:
-    """A server at an address, and a way to get users for it."""
+    """A server under test at an address, with functions that create its users."""
 
     def __init__(
         self,
@@ -42,7 +42,10 @@ class HttpHost:
         body: bytes | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> Generator[Deferred[Any], Any, Answer]:
-        """As `Host.request`. No error tells a secret."""
+        """Send a request and fire with the answer, as `Host.request` does.
+
+        No error answer may hold a secret.
+        """
         response: IResponse = yield self.open(
             method, path, token=token, body=body, headers=headers
         )
@@ -62,9 +65,9 @@ class HttpHost:
         body: bytes | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> Deferred[IResponse]:
-        """Send a request and fire with the response, its body not read yet.
+        """Send a request and fire with the response before its body is read.
 
-        The path goes out byte by byte as it is, which treq's own URLs would not do.
+        The path is sent byte by byte as given; URLs of treq would normalise the path.
         """
         sent = Headers({name: [value] for name, value in (headers or {}).items()})
         if token is not None:
@@ -74,6 +77,6 @@ class HttpHost:
         return self._agent.request(method.encode(), uri, sent, producer)
 
     def close(self) -> Deferred[None]:
-        """Close the connections that wait for another request."""
+        """Close the idle connections of the pool, and fire when all are closed."""
         closed: Deferred[None] = self._pool.closeCachedConnections()
         return closed

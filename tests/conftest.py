@@ -1,4 +1,4 @@
-"""Fixtures that all tests share: the servers, and the search for leaked secrets."""
+"""Fixtures of all tests: servers, and the search for leaked secrets."""
 
 import logging
 from collections.abc import Iterator
@@ -12,10 +12,10 @@ from .servers.fake_homeserver import Homeserver
 
 @pytest.fixture(scope="session")
 def secret_search(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SecretSearch]:
-    """The search that all tests of the run share.
+    """The search for secrets that all tests of the run share.
 
-    The end of the run searches once more and fails for leaks after the last test of a
-    module, when the module's servers stop.
+    After the last test, the fixture searches all logs once more and fails for leaks
+    that happened after the last test of a module, when the servers of the module stop.
     """
     search = SecretSearch(tmp_path_factory.getbasetemp())
     logger = logging.getLogger("synapse_roomkeys")

@@ -1,4 +1,5 @@
-"""``docs/openapi.yaml``, the description of the API, and servers held to it."""
+"""``docs/openapi.yaml``, the description of the API, and a host that checks each answer
+against the description."""
 
 from __future__ import annotations
 
@@ -19,10 +20,10 @@ _PREFIX = re.compile("/_matrix/client/(?:r0|v3|unstable)/room_keys")
 
 
 class Description:
-    """What the description says of requests and answers.
+    """The OpenAPI document, with checks of requests and answers.
 
     Attributes:
-        seen: operation, status and errcode of the answers that were checked.
+        seen: operation id, status and errcode of each answer that was checked.
     """
 
     def __init__(self) -> None:
@@ -35,7 +36,11 @@ class Description:
         }
 
     def check(self, method: str, target: str, body: bytes, answer: Answer) -> None:
-        """Fail unless the answer is described; and the request, if it was taken."""
+        """Check an answer, and the request's body if the answer is a 200.
+
+        Raises:
+            AssertionError: The answer or the accepted body is not described.
+        """
         where = f"{method} {target[:200]}: {answer}"
         item = self._find(target.partition("?")[0])
         operation = item and item.get({"HEAD": "get"}.get(method, method.lower()))
@@ -52,7 +57,7 @@ class Description:
             self._validate(taken["application/json"]["schema"], json.loads(body), where)
 
     def described(self) -> set[tuple[str, int]]:
-        """Operation and status of each answer that is described."""
+        """Return the operation id and the status of each described answer."""
         return {
             (operation["operationId"], int(status))
             for item in self.document["paths"].values()
@@ -69,6 +74,7 @@ class Description:
         answer: Answer,
         where: str,
     ) -> None:
+        """Check headers and body of an answer, and note the answer in `seen`."""
         for name in described.get("headers", {}):
             assert name.lower() in answer.headers, where
         errcode = None
@@ -83,14 +89,14 @@ class Description:
             self.seen.add((name, answer.status, errcode))
 
     def _find(self, path: str) -> dict[str, Any] | None:
-        """What is described at a path."""
+        """Return the path item that describes a path, or None."""
         prefix = _PREFIX.match(path)
         rest = path[prefix.end() :] if prefix else ""
         found = (i for pattern, i in self._paths.items() if pattern.fullmatch(rest))
         return next(found, None)
 
     def _follow(self, value: Any) -> Any:
-        """A part of the description, or the part that it refers to."""
+        """Return a part of the document, with a `$ref` replaced by its target."""
         if "$ref" not in value:
             return value
         found: Any = self.document
@@ -99,6 +105,7 @@ class Description:
         return found
 
     def _validate(self, schema: Any, value: Any, where: str) -> None:
+        """Check a value against a schema; validators are cached by schema."""
         key = json.dumps(schema)
         if key not in self._validators:
             whole = {**schema, "components": self.document["components"]}
@@ -108,18 +115,18 @@ class Description:
 
 
 class DescribedHost:
-    """A server under test, each of whose answers must be described."""
+    """A host that checks each answer of another host against the description."""
 
     def __init__(self, host: Host, description: Description) -> None:
         self._host = host
         self._description = description
 
     def new_user(self) -> User:
-        """As `Host.new_user`."""
+        """Create a user, as `Host.new_user` does."""
         return self._host.new_user()
 
     def new_guest(self) -> User:
-        """As `Host.new_guest`."""
+        """Create a guest, as `Host.new_guest` does."""
         return self._host.new_guest()
 
     @inlineCallbacks
@@ -132,7 +139,7 @@ class DescribedHost:
         body: bytes | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> Generator[Deferred[Any], Any, Answer]:
-        """As `Host.request`."""
+        """Send a request, check the answer and fire with the answer."""
         answer: Answer = yield self._host.request(
             method, path, token=token, body=body, headers=headers
         )

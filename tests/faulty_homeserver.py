@@ -1,4 +1,4 @@
-"""A homeserver that knows tokens, and can be told to fail in many ways."""
+"""A homeserver for tests in memory that knows tokens and fails on demand."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from twisted.web.test.requesthelper import DummyChannel
 WHOAMI = "/_matrix/client/v3/account/whoami"
 VERSIONS = "/_matrix/client/versions"
 
-#: Answers a request in the place of the homeserver.
+#: A function that answers a request instead of the homeserver.
 Fault = Callable[[Request], "int | bytes"]
 
 
 @attrs.frozen
-class Asked:
-    """A request as it came to the homeserver.
+class ReceivedRequest:
+    """A request as the homeserver received it.
 
     Attributes:
         forwarded_for: values of ``X-Forwarded-For``.
@@ -37,14 +37,14 @@ class Asked:
     user_agent: Sequence[bytes]
 
 
-class FakeHomeserver(Resource):
-    """The two endpoints that tell who a token belongs to, and whether it's there.
+class FaultyHomeserver(Resource):
+    """The endpoints whoami and versions of a homeserver, with faults to inject.
 
     Attributes:
-        answers: what is answered to a token: a status and a JSON value.
-        fault: what answers everything instead, while it is set.
-        asked: the requests that came.
-        peers: the other ends of the connections that they came over.
+        answers: status and JSON value of whoami by access token.
+        fault: the function that answers every request while it is set, or None.
+        asked: the received requests, in order.
+        peers: the client addresses of the connections.
     """
 
     isLeaf = True
@@ -53,11 +53,11 @@ class FakeHomeserver(Resource):
         super().__init__()  # type: ignore[no-untyped-call]
         self.answers: dict[str, tuple[int, Any]] = {}
         self.fault: Fault | None = None
-        self.asked: list[Asked] = []
+        self.asked: list[ReceivedRequest] = []
         self.peers: set[object] = set()
 
     def render(self, request: Request) -> int | bytes:
-        """Answer a request; `Resource` calls it."""
+        """Answer a request; `Resource` calls this method."""
         path = request.path.decode()
         bearer = request.getHeader("Authorization")
         token = bearer and bearer.removeprefix("Bearer ")
@@ -67,7 +67,9 @@ class FakeHomeserver(Resource):
         self.peers.add(request.getClientAddress())
         forwarded_for = request.requestHeaders.getRawHeaders(b"X-Forwarded-For", [])
         user_agent = request.requestHeaders.getRawHeaders(b"User-Agent", [])
-        self.asked.append(Asked(path, token, query, cookie, forwarded_for, user_agent))
+        self.asked.append(
+            ReceivedRequest(path, token, query, cookie, forwarded_for, user_agent)
+        )
         if self.fault is not None:
             return self.fault(request)
         if path == VERSIONS:
@@ -79,10 +81,11 @@ class FakeHomeserver(Resource):
 def client_request(
     token: str | None, header: str | None = None, **query: str
 ) -> Request:
-    """A request as a client sends it to be authenticated.
+    """Return a request as a client of the plugin sends it.
 
     Args:
-        header: ``Authorization``, the one with the token unless it is given.
+        header: the value of ``Authorization``, by default made of the token.
+        query: parameters of the query.
     """
     channel: Any = DummyChannel()
     request = Request(channel, False)
@@ -95,7 +98,12 @@ def client_request(
 
 
 def answering(code: int, value: Any, **headers: str) -> Fault:
-    """Answers with a status, and a JSON value or these bytes."""
+    """Return a fault that answers with a status and a body.
+
+    Args:
+        value: the body, as bytes or as a JSON value.
+        headers: headers of the answer, with underscores for hyphens.
+    """
 
     def answer(request: Request) -> bytes:
         request.setResponseCode(code)
@@ -107,8 +115,8 @@ def answering(code: int, value: Any, **headers: str) -> Fault:
 
 
 class TokenBucket:
-    """Answers 429 to requests over a rate, as rate limiters do, and else by another
-    fault.
+    """A rate limiter in front of another fault: requests over the rate are answered
+    429.
 
     Attributes:
         refused: number of requests that were answered 429.
@@ -117,11 +125,13 @@ class TokenBucket:
     def __init__(
         self, seconds: Callable[[], float], rate: float, answer: Fault, **headers: str
     ) -> None:
-        """
+        """Begin with a full bucket.
+
         Args:
-            seconds: the time.
-            rate: requests a second, and the most that may come at once.
-            headers: those of a 429.
+            seconds: returns the current time in seconds.
+            rate: requests a second, and the size of the largest burst.
+            answer: answers the requests within the rate.
+            headers: headers of each 429.
         """
         self.refused = 0
         self._seconds = seconds
@@ -147,19 +157,19 @@ class TokenBucket:
 
 
 def stall(request: Request) -> int:
-    """Never answers."""
+    """Never answer."""
     return NOT_DONE_YET
 
 
 def stall_in_body(request: Request) -> int:
-    """Answers half and never the rest."""
+    """Send half of the body and never the rest."""
     request.setHeader(b"Content-Length", b"100")
     request.write(b'{"user_id": "@half')
     return NOT_DONE_YET
 
 
 def cut_in_body(request: Request) -> int:
-    """Answers half and closes the connection."""
+    """Send half of the body and close the connection."""
     stall_in_body(request)
     channel: Any = request.channel
     channel.loseConnection()
@@ -167,13 +177,13 @@ def cut_in_body(request: Request) -> int:
 
 
 def hang_up(request: Request) -> int:
-    """Closes the connection without an answer."""
+    """Abort the connection without an answer."""
     channel: Any = request.channel
     channel.transport.abortConnection()
     return NOT_DONE_YET
 
 
-#: What a homeserver, or a proxy before it, may answer when it is not well.
+#: Faulty answers of a homeserver, or of a reverse proxy in front of a homeserver.
 FAULTS: dict[str, Fault] = {
     "500": answering(500, {"errcode": "M_UNKNOWN"}),
     "502": answering(502, b"<html>Bad Gateway</html>"),

@@ -1,4 +1,4 @@
-"""The search for secrets in whatever the tests and their servers log."""
+"""The search for secrets in the logs and metrics of a test run."""
 
 import logging
 import os
@@ -48,16 +48,16 @@ class SecretSearch(logging.Handler):
             self._findings.append(f"logged during {test}: {text[:2000]}")
 
     def take_findings(self, when: str) -> list[str]:
-        """Search the metrics, and what log files have grown by since the last call.
+        """Search the metrics, and the lines added to log files since the last call.
 
         Args:
-            when: a description of the time since the last call, for the findings.
+            when: the test that ran since the last call, for the text of the findings.
 
         Returns:
-            The findings since the last call, those in log records among them.
+            The findings since the last call, in log records, log files and metrics.
         """
         for path in self._log_files():
-            # A server may have deleted its log meanwhile.
+            # A server may delete its log during the search.
             with suppress(FileNotFoundError):
                 self._search_file(path, when)
         for line in generate_latest().splitlines():
@@ -67,8 +67,8 @@ class SecretSearch(logging.Handler):
         return findings
 
     def search_all_again(self, when: str) -> list[str]:
-        """As `take_findings`, with each log file read from its start, because a server
-        may have overwritten a part of its log that was not searched before."""
+        """As `take_findings`, but read each log file from its start, because a server
+        may have overwritten a part of its log before that part was searched."""
         self._offsets.clear()
         return self.take_findings(when)
 
@@ -81,9 +81,10 @@ class SecretSearch(logging.Handler):
                     yield Path(folder, name)
 
     def _search_file(self, path: Path, when: str) -> None:
-        """Search a log file from the last search's end, or from its start if shorter.
+        """Search a log file from the end of the last search, or from its start if the
+        file is shorter.
 
-        A last line without a newline is searched now, and once more when it has grown.
+        A last line without a newline is searched now, and again after it has grown.
         """
         offset = self._offsets.get(path, 0)
         size = path.stat().st_size
@@ -98,7 +99,8 @@ class SecretSearch(logging.Handler):
         self._offsets[path] = offset
 
     def _search_line(self, source: str, line: bytes, when: str) -> None:
-        """Add a finding if a line holds a secret, unless the line was found before."""
+        """Add a finding if a line holds a secret, unless the same line was found
+        before."""
         if SECRET.search(line):
             hit = f"{source}: {line[:2000]!r}"
             if hit not in self._reported:

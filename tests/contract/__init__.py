@@ -1,8 +1,8 @@
-"""The contract as scenarios, written once and run against every kind of server.
+"""Scenarios of the contract, written once and run against every kind of server.
 
-A scenario takes a `Host`, a server under test, and returns a `Deferred` that fails
-when the server breaks the rule which the scenario is named after. How the server
-is reached, in memory, over a socket or inside a homeserver, is the `Host`'s affair.
+A scenario takes a `Host`, which is a server under test, and returns a `Deferred` that
+fails if the server breaks the rule that names the scenario. The `Host` reaches the
+server in memory, over a socket or inside a homeserver.
 """
 
 from __future__ import annotations

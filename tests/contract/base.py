@@ -1,4 +1,4 @@
-"""What the scenarios of the contract are written with."""
+"""The host protocol, the client and the checks that all scenarios use."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from twisted.internet.defer import Deferred, inlineCallbacks
 
 Steps: TypeAlias = Generator["Deferred[Any]", Any, None]
 Rooms: TypeAlias = dict[str, dict[str, dict[str, Any]]]
-"""Keys by room id and session id, without the wrapping that goes on the wire."""
+"""Keys by room id and session id, without the members `rooms` and `sessions`."""
 
 PREFIX = "/_matrix/client/v3/room_keys"
 ALGORITHM = "m.megolm_backup.v1.curve25519-aes-sha2"
@@ -23,7 +23,7 @@ NO_KEY = "No room_keys found"
 
 @attrs.frozen
 class User:
-    """Somebody the server knows; the token is too long to occur by chance."""
+    """A user of the server. The access token is too long to occur by chance."""
 
     user_id: str
     access_token: str = attrs.field(repr=False)
@@ -31,7 +31,7 @@ class User:
 
 @attrs.frozen
 class Answer:
-    """What came back: header names are lower-case."""
+    """A received answer. Header names are in lower case."""
 
     status: int
     headers: Mapping[str, str]
@@ -39,6 +39,7 @@ class Answer:
 
     @property
     def json(self) -> Any:
+        """The body, parsed as JSON."""
         return json.loads(self.body)
 
     def __str__(self) -> str:
@@ -49,10 +50,10 @@ class Host(Protocol):
     """A server under test."""
 
     def new_user(self) -> User:
-        """A fresh user whom nobody else uses."""
+        """Create a user that no other caller gets."""
 
     def new_guest(self) -> User:
-        """A fresh guest."""
+        """Create a guest that no other caller gets."""
 
     def request(
         self,
@@ -63,7 +64,12 @@ class Host(Protocol):
         body: bytes | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> Deferred[Answer]:
-        """Send `path` as it is: it is percent-encoded already."""
+        """Send a request and fire with the answer.
+
+        Args:
+            path: the path with its query, percent-encoded already and sent unchanged.
+            token: the access token, or None for a request without a token.
+        """
 
 
 Scenario: TypeAlias = Callable[[Host], "Deferred[None]"]
@@ -71,7 +77,11 @@ SCENARIOS: dict[str, Scenario] = {}
 
 
 def scenario(function: Callable[[Host], Steps]) -> Scenario:
-    """Add a function, with `inlineCallbacks`, to the contract under its name."""
+    """Add a generator function to `SCENARIOS` under its name.
+
+    Returns:
+        The function, decorated with `inlineCallbacks`.
+    """
     name = function.__name__
     assert name not in SCENARIOS, f"two scenarios are called {name}"
     SCENARIOS[name] = inlineCallbacks(function)
@@ -82,13 +92,14 @@ def scenario(function: Callable[[Host], Steps]) -> Scenario:
 
 
 def quoted(text: str) -> str:
+    """Percent-encode a text for use as one segment of a path."""
     return quote(text, safe="")
 
 
 def keys_path(
     version: str | None, room: str | None = None, session: str | None = None
 ) -> str:
-    """The path of a backup's keys: of all, of a room's or of one session."""
+    """The path of a version's keys: all keys, the keys of a room, or one key."""
     path = "/keys"
     for segment in (room, session):
         if segment is not None:
@@ -97,6 +108,7 @@ def keys_path(
 
 
 def version_path(version: str) -> str:
+    """The path of a version."""
     return "/version/" + quoted(version)
 
 
@@ -106,7 +118,7 @@ def version_path(version: str) -> str:
 def key(
     index: Any = 0, forwarded: Any = 0, verified: Any = False, data: Any = "secret"
 ) -> dict[str, Any]:
-    """One session's key."""
+    """The key of one session, as JSON members."""
     return {
         "first_message_index": index,
         "forwarded_count": forwarded,
@@ -116,12 +128,12 @@ def key(
 
 
 def wrapped(rooms: Rooms) -> dict[str, Any]:
-    """Keys as a whole upload or download has them."""
+    """The body of an upload or download of all rooms."""
     return {"rooms": {room: {"sessions": keys} for room, keys in rooms.items()}}
 
 
 def encoded(body: Any) -> bytes | None:
-    """A body as sent: bytes are sent as they are, all else as JSON."""
+    """A body as sent: bytes are sent unchanged, any other value as JSON."""
     if body is None or isinstance(body, bytes):
         return body
     return json.dumps(body).encode()
@@ -131,13 +143,23 @@ def encoded(body: Any) -> bytes | None:
 
 
 def same(got: Any, want: Any, row: str = "") -> None:
-    """Equal as JSON values: `1` is not `true`, the order of members is nothing."""
+    """Check that two JSON values are equal.
+
+    `1` is not equal to `true`, and the order of members is ignored.
+
+    Raises:
+        AssertionError: The values differ. The message begins with `row`.
+    """
     texts = [json.dumps(value, sort_keys=True) for value in (got, want)]
     assert texts[0] == texts[1], f"{row}: got {texts[0][:900]}, want {texts[1][:900]}"
 
 
 def accepted(answer: Answer, row: str = "") -> Any:
-    """The body of a 200."""
+    """Check that an answer is a 200, and return its body parsed as JSON.
+
+    Raises:
+        AssertionError: The status is another. The message begins with `row`.
+    """
     assert answer.status == 200, f"{row}: want 200, got {answer}"
     return answer.json
 
@@ -150,7 +172,18 @@ def refused(
     names: tuple[str, ...] = (),
     row: str = "",
 ) -> dict[str, Any]:
-    """The body of an error that has one of `errcodes` and says all of `names`."""
+    """Check an error answer, and return its body parsed as JSON.
+
+    Args:
+        status: the expected status.
+        errcodes: the accepted errcodes.
+        error: the expected message, or None for any message that is not empty.
+        names: texts that the message must contain.
+        row: the beginning of the message of a failed check.
+
+    Raises:
+        AssertionError: The answer is another.
+    """
     assert answer.status == status, f"{row}: want {status} {errcodes}, got {answer}"
     body: dict[str, Any] = answer.json
     assert body["errcode"] in errcodes, f"{row}: want {errcodes}, got {answer}"
@@ -163,7 +196,12 @@ def refused(
 
 
 def tally(answer: Answer, row: str = "") -> tuple[int, int]:
-    """The etag, as a number, and the count of an upload's or deletion's answer."""
+    """Check the answer of an upload or deletion: a 200 with a string etag and an
+    integer count.
+
+    Returns:
+        The etag, as a number, and the count.
+    """
     body = accepted(answer, row)
     assert body.keys() == {"etag", "count"}, f"{row}: {answer}"
     assert isinstance(body["etag"], str), f"{row}: the etag is no string: {answer}"
@@ -173,7 +211,7 @@ def tally(answer: Answer, row: str = "") -> tuple[int, int]:
 
 @attrs.frozen
 class Client:
-    """One user's client; paths start below the prefix."""
+    """The client of one user. Paths begin after the prefix."""
 
     host: Host
     user: User
@@ -183,7 +221,11 @@ class Client:
     def request(
         self, method: str, path: str, body: Any = None
     ) -> Generator[Deferred[Any], Any, Answer]:
-        """Any request; no answer may be a crash, a traceback or hold the token."""
+        """Send a request and fire with the answer.
+
+        Raises:
+            AssertionError: The answer is a 5xx, or holds a traceback or the token.
+        """
         token = self.user.access_token
         answer: Answer = yield self.host.request(
             method, self.prefix + path, token=token, body=encoded(body)
@@ -195,21 +237,26 @@ class Client:
         return answer
 
     def get(self, path: str) -> Deferred[Answer]:
+        """Send a GET request and fire with the answer."""
         return self.request("GET", path)
 
     def put(self, path: str, body: Any) -> Deferred[Answer]:
+        """Send a PUT request and fire with the answer."""
         return self.request("PUT", path, body)
 
     def post(self, path: str, body: Any) -> Deferred[Answer]:
+        """Send a POST request and fire with the answer."""
         return self.request("POST", path, body)
 
     def delete(self, path: str) -> Deferred[Answer]:
+        """Send a DELETE request and fire with the answer."""
         return self.request("DELETE", path)
 
     @inlineCallbacks
     def create_version(
         self, auth_data: Any = AUTH_DATA, algorithm: str = ALGORITHM
     ) -> Generator[Deferred[Any], Any, str]:
+        """Create a backup version and fire with its number."""
         body = {"algorithm": algorithm, "auth_data": auth_data}
         answer: Answer = yield self.post("/version", body)
         version: str = accepted(answer, "POST /version")["version"]
@@ -219,7 +266,7 @@ class Client:
     def info(
         self, version: str | None = None
     ) -> Generator[Deferred[Any], Any, dict[str, Any]]:
-        """What the server says of a backup, the current one by default."""
+        """Read a version, or the current version by default, and fire with the body."""
         path = "/version" if version is None else version_path(version)
         answer: Answer = yield self.get(path)
         body: dict[str, Any] = accepted(answer, path)
@@ -229,7 +276,7 @@ class Client:
     def tally(
         self, version: str | None = None
     ) -> Generator[Deferred[Any], Any, tuple[int, int]]:
-        """The etag, as a number, and the count that a backup has now."""
+        """Read a version and fire with its etag, as a number, and its count."""
         info: dict[str, Any] = yield self.info(version)
         return int(info["etag"]), info["count"]
 
@@ -237,13 +284,18 @@ class Client:
     def upload(
         self, version: str, rooms: Rooms
     ) -> Generator[Deferred[Any], Any, tuple[int, int]]:
-        """Upload keys; the etag, as a number, and the count afterwards."""
+        """Upload keys, and fire with the etag, as a number, and the count
+        afterwards."""
         answer: Answer = yield self.put(keys_path(version), wrapped(rooms))
         return tally(answer, "PUT /keys")
 
     @inlineCallbacks
     def download(self, version: str) -> Generator[Deferred[Any], Any, Rooms]:
-        """All keys of a backup; nothing but the keys may be in the answer."""
+        """Fire with all keys of a version.
+
+        Raises:
+            AssertionError: The answer has members other than the keys.
+        """
         answer: Answer = yield self.get(keys_path(version))
         body = accepted(answer, "GET /keys")
         rooms: Rooms = {name: room["sessions"] for name, room in body["rooms"].items()}
@@ -253,7 +305,8 @@ class Client:
 
 @inlineCallbacks
 def new_backup(host: Host) -> Generator[Deferred[Any], Any, tuple[Client, str]]:
-    """A fresh user's client and the version of its only, empty backup."""
+    """Fire with the client of a new user and the version of their only, empty
+    backup."""
     client = Client(host, host.new_user())
     version: str = yield client.create_version()
     return client, version

@@ -1,4 +1,4 @@
-"""Reading keys, deleting them, and whose they are."""
+"""Scenarios of downloads and deletions of keys."""
 
 from __future__ import annotations
 
@@ -37,7 +37,8 @@ SMALL: Rooms = {
 
 @scenario
 def downloads_are_shaped_by_their_path(host: Host) -> Steps:
-    """All rooms, the sessions of one room, or one key."""
+    """The path of a download selects all rooms, the sessions of a room, or a single
+    key."""
     client, version = yield new_backup(host)
     yield client.upload(version, SMALL)
     for path, want in (
@@ -51,8 +52,9 @@ def downloads_are_shaped_by_their_path(host: Host) -> Steps:
 
 
 @scenario
-def what_is_not_there_is_empty_but_a_missing_key_is_404(host: Host) -> Steps:
-    """An empty backup or room is a 200; a key that isn't there is a 404."""
+def a_missing_room_is_empty_but_a_missing_key_is_404(host: Host) -> Steps:
+    """A download of an empty backup or room is a 200; a download of a missing key is a
+    404."""
     client, version = yield new_backup(host)
     same(accepted((yield client.get(keys_path(version)))), {"rooms": {}})
     for rooms in ({}, SMALL):
@@ -66,8 +68,9 @@ def what_is_not_there_is_empty_but_a_missing_key_is_404(host: Host) -> Steps:
 
 
 @scenario
-def a_large_download_is_what_was_uploaded(host: Host) -> Steps:
-    """Seven hundred keys in three rooms come back whole, together and by room."""
+def a_large_download_returns_every_uploaded_key(host: Host) -> Steps:
+    """Seven hundred keys in three rooms are returned unchanged, together and by
+    room."""
     client, version = yield new_backup(host)
     rooms: Rooms = {}
     for room, size in (("!most:h", 550), ("!One:h", 1), ("!rest:h", 149)):
@@ -94,8 +97,8 @@ def a_large_download_is_what_was_uploaded(host: Host) -> Steps:
 
 
 @scenario
-def deletions_take_a_key_a_room_or_all(host: Host) -> Steps:
-    """DELETE answers the new count, and an etag that moved if anything went."""
+def a_deletion_removes_a_key_a_room_or_all_keys(host: Host) -> Steps:
+    """DELETE answers the new count, and a new etag exactly if keys were deleted."""
     client, version = yield new_backup(host)
     rooms = {f"!{room}:h": {s: key() for s in "stuv"} for room in "abc"}
     state: tuple[int, int] = yield client.upload(version, rooms)
@@ -124,8 +127,9 @@ def deletions_take_a_key_a_room_or_all(host: Host) -> Steps:
 
 
 @scenario
-def only_what_was_named_is_deleted(host: Host) -> Steps:
-    """The keys beside a deleted one stay, and it can be uploaded again."""
+def a_deletion_leaves_all_other_keys(host: Host) -> Steps:
+    """A deletion leaves the other keys, and a deleted key can be uploaded again, even a
+    worse key."""
     client, version = yield new_backup(host)
     yield client.upload(version, SMALL)
     tally((yield client.delete(keys_path(version, "!a:h", "one"))))
@@ -140,7 +144,8 @@ def only_what_was_named_is_deleted(host: Host) -> Steps:
 
 @scenario
 def the_count_is_exact(host: Host) -> Steps:
-    """Inserts, replacements, refusals of worse keys and deletions are all counted."""
+    """The count is exact after inserts, replacements, refused worse keys and
+    deletions."""
     client, version = yield new_backup(host)
     mine = {f"s{n}": key(5) for n in range(10)}
     assert (yield client.upload(version, {"!a:h": mine}))[1] == 10
@@ -158,8 +163,9 @@ def the_count_is_exact(host: Host) -> Steps:
 
 
 @scenario
-def users_are_walled_off_from_each_other(host: Host) -> Steps:
-    """One user's version is nothing to another, and nobody's data is touched."""
+def a_user_cannot_access_another_users_backup(host: Host) -> Steps:
+    """Requests for another user's version are 404 and change no data of the other
+    user."""
     anna, first = yield new_backup(host)
     yield anna.upload(first, SMALL)
     second: str = yield anna.create_version()
@@ -169,7 +175,8 @@ def users_are_walled_off_from_each_other(host: Host) -> Steps:
     change = {"algorithm": ALGORITHM, "auth_data": {"from": "bert"}}
     upload = {"!a:h": {"one": key(0, 0, True, "from bert")}}
     for own in (False, True):
-        # Of two backups made in one second, one has a number that Bert's has not.
+        # Anna's two versions differ even if both were created in one second, so at least
+        # one of the two numbers is not a version of Bert's.
         number: str | None = (yield bert.create_version()) if own else None
         version = first if number == second else second
         for method, path, body in (
@@ -197,8 +204,9 @@ def users_are_walled_off_from_each_other(host: Host) -> Steps:
 
 
 @scenario
-def the_same_rooms_and_numbers_of_two_users_are_apart(host: Host) -> Steps:
-    """Two users with the same rooms, sessions and nearly the same versions are two."""
+def equal_rooms_and_sessions_of_two_users_stay_separate(host: Host) -> Steps:
+    """Two users with equal rooms, sessions and nearly equal versions have separate
+    backups."""
     clients = [Client(host, host.new_user()) for _ in range(2)]
     versions: list[str] = []
     for client in clients:

@@ -1,4 +1,4 @@
-"""Requests that are refused: with which error, and that they leave no trace."""
+"""Scenarios of refused requests: the error of each, and that no data changes."""
 
 from __future__ import annotations
 
@@ -24,36 +24,38 @@ from .base import (
 )
 
 ROOM, SESSION = "!badroom:h", "badsession"
-GONE: Any = object()
-"""In place of a field's value: the field is left out."""
+OMITTED: Any = object()
+"""Stands for a field that is left out."""
 EITHER = ("M_NOT_JSON", "M_BAD_JSON")
 
 BAD_INTEGERS: list[Any] = [
-    GONE, None, "1", "", True, False, 1.5, -1, 2**31, 2**63, 10**30, [], [1], {}
+    OMITTED, None, "1", "", True, False, 1.5, -1, 2**31, 2**63, 10**30, [], [1], {}
 ]  # fmt: skip
 BAD_FIELDS: list[tuple[str, list[Any]]] = [
     ("first_message_index", BAD_INTEGERS),
     ("forwarded_count", BAD_INTEGERS),
-    ("is_verified", [GONE, None, 0, 1, "true", "", [], {}]),
-    ("session_data", [GONE, None]),
+    ("is_verified", [OMITTED, None, 0, 1, "true", "", [], {}]),
+    ("session_data", [OMITTED, None]),
 ]
 
 
 def with_field(field: str, value: Any) -> dict[str, Any]:
-    """A good key but for one field."""
+    """A valid key, but with this value of one field."""
     bad = {**key(), field: value}
-    if value is GONE:
+    if value is OMITTED:
         del bad[field]
     return bad
 
 
-def shown(value: Any) -> str:
-    return "missing" if value is GONE else repr(value)[:60]
+def describe_value(value: Any) -> str:
+    """A short text for a field value in a failure message."""
+    return "missing" if value is OMITTED else repr(value)[:60]
 
 
 @scenario
 def one_bad_key_refuses_the_whole_upload(host: Host) -> Steps:
-    """A bad field is 400, the message says where, and no key at all is stored."""
+    """A bad field is a 400 that names room, session and field, and no key of the upload
+    is stored."""
     client, version = yield new_backup(host)
     kept: Rooms = {"!kept:h": {"kept": key(5)}}
     before: tuple[int, int] = yield client.upload(version, kept)
@@ -70,7 +72,7 @@ def one_bad_key_refuses_the_whole_upload(host: Host) -> Steps:
                 (room_path, {"sessions": sessions}),
                 (keys_path(version, ROOM, SESSION), bad),
             ):
-                row = f"{field} {shown(value)} in PUT {path}"
+                row = f"{field} {describe_value(value)} in PUT {path}"
                 answer: Answer = yield client.put(path, body)
                 names = (ROOM, SESSION, field)
                 refused(answer, 400, "M_BAD_JSON", names=names, row=row)
@@ -80,7 +82,8 @@ def one_bad_key_refuses_the_whole_upload(host: Host) -> Steps:
 
 @scenario
 def wrong_shapes_are_bad_json(host: Host) -> Steps:
-    """Rooms, sessions and keys are objects, and the message says which is not."""
+    """Rooms, sessions and keys must be objects; the 400 names the member that is
+    none."""
     client, version = yield new_backup(host)
     before: tuple[int, int] = yield client.tally()
     whole, room = keys_path(version), keys_path(version, ROOM)
@@ -117,7 +120,7 @@ def wrong_shapes_are_bad_json(host: Host) -> Steps:
 
 @scenario
 def bad_ids_are_refused_with_the_whole_upload(host: Host) -> Steps:
-    """An id is 1 to 255 bytes, not characters, and holds no NUL or lone surrogate."""
+    """An id must have 1 to 255 bytes, not characters, and no NUL or lone surrogate."""
     client, version = yield new_backup(host)
     before: tuple[int, int] = yield client.tally()
     for name, bad, errcode in (
@@ -138,8 +141,8 @@ def bad_ids_are_refused_with_the_whole_upload(host: Host) -> Steps:
             ("session", keys_path(version), wrapped({"!g:h": {**good, bad: key()}})),
             ("session", keys_path(version, "!g:h"), {"sessions": {bad: key(), **good}}),
         ]
-        # A path with an empty segment is one that nobody serves, and UTF-8 has no way
-        # to write a surrogate.
+        # No endpoint has a path with an empty segment, and UTF-8 cannot encode a
+        # surrogate.
         if bad and "surrogate" not in name:
             rows += [
                 ("room", keys_path(version, bad), {"sessions": good}),
@@ -155,7 +158,8 @@ def bad_ids_are_refused_with_the_whole_upload(host: Host) -> Steps:
 
 @scenario
 def bad_ids_in_a_path_are_400_for_every_method(host: Host) -> Steps:
-    """A segment of 256 bytes is M_INVALID_PARAM, one with a NUL M_BAD_JSON."""
+    """A path segment of 256 bytes is M_INVALID_PARAM, and a segment with a NUL is
+    M_BAD_JSON."""
     client, version = yield new_backup(host)
     yield client.upload(version, {"!r:h": {"s": key()}})
     room = {"sessions": {"s": key()}}
@@ -194,7 +198,7 @@ NOT_JSON: dict[str, bytes] = {
     "a bad escape": b'{"a": "\\x41"}',
     "not UTF-8": b"\xff\xfe",
 }
-"""Bodies that are no JSON; `%s` stands for one that would be good."""
+"""Bodies that are not JSON. `%s` stands for a valid body."""
 
 NOT_DATA: dict[str, tuple[bytes, tuple[str, ...]]] = {
     "NaN": (b"NaN", ("M_NOT_JSON",)),
@@ -211,19 +215,20 @@ NOT_DATA: dict[str, tuple[bytes, tuple[str, ...]]] = {
     "nested deep": (b"[" * 30_000 + b"]" * 30_000, EITHER),
     "nested deep in objects": (b'{"":' * 12_000 + b"1" + b"}" * 12_000, EITHER),
 }
-"""Values that are no JSON, or more than a server has to read."""
-NOT_KEPT: dict[str, tuple[bytes, tuple[str, ...]]] = {
+"""Values that are not JSON, or nested deeper than a server has to parse."""
+NOT_STORABLE: dict[str, tuple[bytes, tuple[str, ...]]] = {
     **NOT_DATA,
     "too large a number": (b"1e999", EITHER),
     "too small a number": (b"[-1e999]", EITHER),
     "too large an integer": (b"9" * 309, EITHER),
     "too small an integer": (b'{"a": {"b": [1, -%b]}}' % (b"9" * 1000), EITHER),
 }
-"""And those that a server doesn't keep, as not every client can read them."""
+"""`NOT_DATA`, and numbers that a server refuses because not every client can read
+them."""
 
 
 def spliced(body: Any, value: bytes) -> bytes:
-    """A body with raw bytes where it holds the text `here`."""
+    """A body as JSON, with raw bytes in place of the text `here`."""
     parts = json.dumps(body).encode().split(b'"here"')
     assert len(parts) == 2, body
     return value.join(parts)
@@ -231,7 +236,7 @@ def spliced(body: Any, value: bytes) -> bytes:
 
 @scenario
 def malformed_json_is_not_json(host: Host) -> Steps:
-    """A body that is no JSON at all, or no UTF-8, is 400 M_NOT_JSON everywhere."""
+    """A body that is not JSON or not UTF-8 is 400 M_NOT_JSON at every endpoint."""
     client, version = yield new_backup(host)
     before: dict[str, Any] = yield client.info()
     change = {"algorithm": ALGORITHM, "auth_data": {"new": 1}}
@@ -253,7 +258,7 @@ def malformed_json_is_not_json(host: Host) -> Steps:
 
 @scenario
 def malformed_json_inside_opaque_data_is_refused(host: Host) -> Steps:
-    """What a server doesn't look into must be JSON nevertheless."""
+    """Malformed JSON is refused even in values that a server does not parse."""
     client, version = yield new_backup(host)
     before: dict[str, Any] = yield client.info()
     change = {"algorithm": ALGORITHM, "auth_data": "here"}
@@ -262,12 +267,12 @@ def malformed_json_inside_opaque_data_is_refused(host: Host) -> Steps:
     rooms = {"!good:h": {"good": key()}, ROOM: {SESSION: here}}
     room = {"sessions": {"a": key(), SESSION: here}}
     for method, path, body, values in (
-        ("PUT", keys_path(version), wrapped(rooms), NOT_KEPT),
-        ("PUT", keys_path(version, ROOM), room, NOT_KEPT),
-        ("PUT", one, here, NOT_KEPT),
+        ("PUT", keys_path(version), wrapped(rooms), NOT_STORABLE),
+        ("PUT", keys_path(version, ROOM), room, NOT_STORABLE),
+        ("PUT", one, here, NOT_STORABLE),
         ("PUT", one, {**key(), "unknown": "here"}, NOT_DATA),
-        ("PUT", version_path(version), change, NOT_KEPT),
-        ("POST", "/version", change, NOT_KEPT),
+        ("PUT", version_path(version), change, NOT_STORABLE),
+        ("POST", "/version", change, NOT_STORABLE),
     ):
         for name, (value, errcodes) in values.items():
             row = f"{name}: {method} {path}"
@@ -279,7 +284,7 @@ def malformed_json_inside_opaque_data_is_refused(host: Host) -> Steps:
 
 @scenario
 def unreadable_json_outside_opaque_data_is_refused(host: Host) -> Steps:
-    """Bad UTF-8, endless nesting and absurd numbers are 400 wherever they stand."""
+    """Bad UTF-8, excessive nesting and excessive numbers are 400 anywhere in a body."""
     client, version = yield new_backup(host)
     before: tuple[int, int] = yield client.tally()
     deep = b"[" * 100_000 + b"]" * 100_000
@@ -305,7 +310,8 @@ def unreadable_json_outside_opaque_data_is_refused(host: Host) -> Steps:
 
 @scenario
 def session_data_over_the_limit_is_413(host: Host) -> Steps:
-    """A session_data of 70,000 bytes as sent refuses its whole upload: M_TOO_LARGE."""
+    """An upload with a session_data of 70,000 bytes as sent is refused as a whole: 413
+    M_TOO_LARGE."""
     client, version = yield new_backup(host)
     before: tuple[int, int] = yield client.tally()
     for name, value in (
@@ -328,7 +334,7 @@ def session_data_over_the_limit_is_413(host: Host) -> Steps:
 
 
 def key_requests(version: str | None) -> list[tuple[str, str, Any]]:
-    """Every request for keys there is, with good bodies."""
+    """Every request for keys, as method, path and valid body."""
     whole, room = keys_path(version), keys_path(version, "!r:h")
     single = keys_path(version, "!r:h", "s")
     return [
@@ -342,7 +348,7 @@ def key_requests(version: str | None) -> list[tuple[str, str, Any]]:
 
 @scenario
 def keys_without_a_version_are_400(host: Host) -> Steps:
-    """Every request for keys must say which version it means: M_MISSING_PARAM."""
+    """A request for keys that names no version is 400 M_MISSING_PARAM."""
     client, version = yield new_backup(host)
     rooms = {"!r:h": {"s": key(1, data="old")}}
     yield client.upload(version, rooms)
@@ -354,7 +360,8 @@ def keys_without_a_version_are_400(host: Host) -> Steps:
 
 @scenario
 def an_upload_to_an_older_version_is_403(host: Host) -> Steps:
-    """M_WRONG_ROOM_KEYS_VERSION tells the real current_version; nothing is stored."""
+    """An upload to an older version is 403 M_WRONG_ROOM_KEYS_VERSION with the real
+    current_version, and stores no key."""
     client, old = yield new_backup(host)
     rooms = {"!r:h": {"s": key(1, data="old")}}
     yield client.upload(old, rooms)
@@ -374,7 +381,8 @@ def an_upload_to_an_older_version_is_403(host: Host) -> Steps:
 
 @scenario
 def a_version_that_was_never_issued_is_404(host: Host) -> Steps:
-    """Other numbers, and all that only looks like a number, are unknown versions."""
+    """A version number that was never issued is a 404, and so is any text that only
+    resembles a number."""
     client, version = yield new_backup(host)
     rooms = {"!r:h": {"s": key(1, data="old")}}
     yield client.upload(version, rooms)

@@ -1,4 +1,5 @@
-"""Users who know all of each other's numbers and ids, and get nowhere with them."""
+"""Scenarios of isolation between users who know each other's version numbers and
+ids."""
 
 from __future__ import annotations
 
@@ -29,17 +30,28 @@ from .base import (
 from .paths import endpoints
 
 MARK = "of-the-other-one"
-#: The room and session are those that `endpoints` uses, and others.
+#: Keys of the other user: the room and session that `endpoints` uses, and a second
+#: room.
 OTHERS: Rooms = {"!r:h": {"s": key(9, data=MARK)}, f"!{MARK}:h": {MARK: key(data=MARK)}}
-#: Where a request may name somebody else, in its query and its body; None is nowhere.
+#: Query parameters and body members in which a request may name another user. None
+#: stands for a request that names no other user.
 NAMINGS = (None, "user_id", "user", "org.matrix.msc3202.device_id")
 
 
 @inlineCallbacks
-def ask_naming(
+def request_naming_user(
     client: Client, other: Client, naming: str | None, row: tuple[str, str, Any]
 ) -> Generator[Deferred[Any], Any, Answer]:
-    """The answer to a request that names another user; nothing of theirs is in it."""
+    """Send a request that names another user, and fire with the answer.
+
+    Args:
+        naming: name of the query parameter and body member for the other user's id, or
+            None to name no user.
+        row: method, path and body.
+
+    Raises:
+        AssertionError: The answer holds data of the other user.
+    """
     method, path, body = row
     if naming is not None:
         name = other.user.user_id
@@ -54,8 +66,13 @@ def ask_naming(
 def two_backups(
     host: Host,
 ) -> Generator[Deferred[Any], Any, tuple[Client, Client, list[str]]]:
-    """Two users' clients, and the numbers of two versions that each of them has; the
-    second one's are marked."""
+    """Create two users with two equal version numbers each.
+
+    The data of the second user hold `MARK`.
+
+    Returns:
+        Both clients, and the two version numbers that both users have.
+    """
     clients = [Client(host, host.new_user()) for _ in range(2)]
     newest = [0, 0]
     shared: list[str] = []
@@ -72,10 +89,10 @@ def two_backups(
 
 
 @inlineCallbacks
-def all_of(
+def read_all(
     client: Client, versions: list[str]
 ) -> Generator[Deferred[Any], Any, list[Any]]:
-    """All that a client can learn of its backups."""
+    """Fire with all data of the versions that their owner can read."""
     found: list[Any] = []
     for path in ("/version", *map(version_path, versions), *map(keys_path, versions)):
         answer: Answer = yield client.get(path)
@@ -84,16 +101,17 @@ def all_of(
 
 
 @scenario
-def the_same_numbers_and_ids_are_each_users_own(host: Host) -> Steps:
-    """Whatever a user asks for, makes, changes and deletes, it's none of another's."""
+def requests_never_reach_another_users_backup(host: Host) -> Steps:
+    """No request of a user reads, creates, changes or deletes data of another user with
+    the same version numbers and ids, even if the request names the other user."""
     client, other, versions = yield two_backups(host)
     yield other.upload(versions[1], OTHERS)
-    before: list[Any] = yield all_of(other, versions)
+    before: list[Any] = yield read_all(other, versions)
     for version in reversed(versions):
         for naming in NAMINGS:
             for row in endpoints(version)[1:-1]:
-                yield ask_naming(client, other, naming, row)
-                same((yield all_of(other, versions)), before, f"{row} with {naming}")
+                yield request_naming_user(client, other, naming, row)
+                same((yield read_all(other, versions)), before, f"{row} with {naming}")
     for room in OTHERS:
         for path in (
             keys_path(versions[1], room),
@@ -107,17 +125,17 @@ def the_same_numbers_and_ids_are_each_users_own(host: Host) -> Steps:
     assert (yield client.tally(versions[1]))[1] == 0
     for naming in NAMINGS:
         for row in (*(endpoints(v)[-1] for v in versions), endpoints("")[0]):
-            accepted((yield ask_naming(client, other, naming, row)))
-            same((yield all_of(other, versions)), before, f"{row} with {naming}")
+            accepted((yield request_naming_user(client, other, naming, row)))
+            same((yield read_all(other, versions)), before, f"{row} with {naming}")
 
 
 @scenario
-def anothers_version_is_as_unknown_as_none_at_all(host: Host) -> Steps:
-    """An answer doesn't tell whether somebody else has such a version."""
+def another_users_version_is_answered_like_an_unknown_version(host: Host) -> Steps:
+    """An answer does not reveal whether another user has a version."""
     client, other = (Client(host, host.new_user()) for _ in range(2))
     version: str = yield other.create_version()
     yield other.upload(version, OTHERS)
-    before: list[Any] = yield all_of(other, [version])
+    before: list[Any] = yield read_all(other, [version])
     never = str(int(version) + 1_000_000)
     body = {"algorithm": ALGORITHM, "auth_data": {}, "version": version}
     rows = [
@@ -134,12 +152,13 @@ def anothers_version_is_as_unknown_as_none_at_all(host: Host) -> Steps:
         row = f"{method} {path}"
         assert got.status == want.status == 404, f"{row}: {got}, {want}"
         assert got.body == want.body, f"{row}: {got}, {want}"
-    same((yield all_of(other, [version])), before)
+    same((yield read_all(other, [version])), before)
 
 
 @scenario
-def anothers_counts_and_newer_versions_are_not_ones_own(host: Host) -> Steps:
-    """One's own are told and written to, though numbers and etags are the same."""
+def counts_and_current_versions_are_per_user(host: Host) -> Steps:
+    """Count, etag and current version are per user, even if version numbers and etags
+    of two users are equal."""
     client, other, versions = yield two_backups(host)
     clients, rooms = (client, other), ({"!r:h": {"s": key(9)}}, OTHERS)
     for one, its in zip(clients, rooms, strict=True):
@@ -158,8 +177,9 @@ def anothers_counts_and_newer_versions_are_not_ones_own(host: Host) -> Steps:
 
 
 @scenario
-def a_token_is_its_users_alone(host: Host) -> Steps:
-    """It isn't confused with another that is asked about, nor with one nearly alike."""
+def a_token_authenticates_only_its_user(host: Host) -> Steps:
+    """A token authenticates only its user during concurrent requests, and a similar
+    token is unknown."""
     clients = [Client(host, host.new_user()) for _ in range(9)]
     names = [client.user.user_id for client in clients]
     yield gatherResults(

@@ -1,4 +1,4 @@
-"""Paths, methods, headers, and who may ask at all."""
+"""Scenarios of paths, methods, headers and authentication."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ UNKNOWN_PATHS = [
     "/room_keys/versions",
     "/room_keys/version/1/more",
     "/room_keys/keys/room/session/more?version=1",
-    # An empty segment. Clients turn their backup off at a 404 M_NOT_FOUND.
+    # Paths with an empty segment. At a 404 M_NOT_FOUND, clients disable their backup.
     "/room_keys/version/",
     "/room_keys/version//",
     "/room_keys/version/?version=1",
@@ -52,7 +52,7 @@ BACKUP = {"algorithm": ALGORITHM, "auth_data": AUTH_DATA}
 
 
 def endpoints(version: str) -> list[tuple[str, str, Any]]:
-    """Every endpoint: a method, a path and a good body."""
+    """Every endpoint, as method, path and valid body."""
     return [
         ("POST", "/version", BACKUP),
         ("GET", "/version", None),
@@ -72,8 +72,9 @@ def endpoints(version: str) -> list[tuple[str, str, Any]]:
 
 
 @scenario
-def the_three_prefixes_are_alike(host: Host) -> Steps:
-    """What goes in under one of r0, v3 and unstable comes out under the others."""
+def the_three_prefixes_are_equivalent(host: Host) -> Steps:
+    """Keys uploaded under one of r0, v3 and unstable are downloaded under each of
+    them."""
     user = host.new_user()
     for prefix in PREFIXES:
         client = Client(host, user, prefix)
@@ -91,7 +92,7 @@ def the_three_prefixes_are_alike(host: Host) -> Steps:
 
 @scenario
 def head_is_a_get_without_the_body(host: Host) -> Steps:
-    """HEAD answers with the status and type of GET, and no body."""
+    """HEAD answers with the status and Content-Type of GET, and no body."""
     client, version = yield new_backup(host)
     yield client.upload(version, {"!r:h": {"s": key()}})
     for path in (
@@ -113,7 +114,7 @@ def head_is_a_get_without_the_body(host: Host) -> Steps:
 
 
 def check_cors(answer: Answer, row: str) -> None:
-    """The headers that Matrix asks of every response."""
+    """Check the CORS headers that Matrix requires of every response."""
     for name, wanted in (
         ("origin", "*"),
         ("methods", "GET, POST, PUT, DELETE, OPTIONS"),
@@ -127,7 +128,8 @@ def check_cors(answer: Answer, row: str) -> None:
 
 @scenario
 def options_is_204_with_cors_headers_for_anyone(host: Host) -> Steps:
-    """A browser's preflight carries no token and is answered 204."""
+    """OPTIONS without a token is a 204 with CORS headers, for preflight requests of
+    browsers."""
     for path in (
         "/version",
         "/version/1",
@@ -151,7 +153,7 @@ def options_is_204_with_cors_headers_for_anyone(host: Host) -> Steps:
 
 @scenario
 def every_answer_is_json_with_cors_headers(host: Host) -> Steps:
-    """Good or bad, an answer is application/json and readable by a browser."""
+    """Every answer, success or error, is application/json with CORS headers."""
     client, old = yield new_backup(host)
     version: str = yield client.create_version()
     huge = key(data="x" * 70_000)
@@ -186,7 +188,7 @@ def every_answer_is_json_with_cors_headers(host: Host) -> Steps:
 
 @scenario
 def unknown_methods_are_405(host: Host) -> Steps:
-    """A path that exists answers 405 M_UNRECOGNIZED to a method it doesn't know."""
+    """An unknown method on a known path is 405 M_UNRECOGNIZED."""
     client, version = yield new_backup(host)
     for method, path in (
         ("PATCH", "/version"),
@@ -203,7 +205,7 @@ def unknown_methods_are_405(host: Host) -> Steps:
 
 @scenario
 def unknown_paths_are_404_unrecognized(host: Host) -> Steps:
-    """A path that no endpoint has is 404 M_UNRECOGNIZED for every method."""
+    """A path of no endpoint is 404 M_UNRECOGNIZED for every method."""
     user = host.new_user()
     rows = ["/_matrix/client/v3" + path for path in UNKNOWN_PATHS]
     rows.append("/_matrix/client/v1/room_keys/version")
@@ -231,8 +233,9 @@ IDS = [
 
 
 @scenario
-def ids_are_split_first_and_decoded_after(host: Host) -> Steps:
-    """Any id goes through a path, once percent-encoded, as it is."""
+def paths_are_split_before_segments_are_decoded(host: Host) -> Steps:
+    """A path is split at slashes before its segments are decoded, so any id that is
+    percent-encoded once arrives unchanged."""
     client, version = yield new_backup(host)
     rooms = {
         room: {session: key(index, data=f"{room} {session}") for session in IDS}
@@ -256,8 +259,9 @@ def ids_are_split_first_and_decoded_after(host: Host) -> Steps:
 
 
 @scenario
-def a_path_may_be_spelt_in_more_ways_than_one(host: Host) -> Steps:
-    """Raw or encoded, in capitals or not, the same id is meant; `+` is a plus."""
+def equivalent_encodings_of_a_path_are_the_same_id(host: Host) -> Steps:
+    """Raw characters, and escapes in upper or lower case, are the same id; `+` is a
+    plus sign."""
     client, version = yield new_backup(host)
     want = key(3)
     yield client.upload(version, {"!a+b:h": {"c/d+e=": want}})
@@ -271,8 +275,9 @@ def a_path_may_be_spelt_in_more_ways_than_one(host: Host) -> Steps:
 
 
 @scenario
-def who_asks_is_settled_before_what_is_asked(host: Host) -> Steps:
-    """No token, a wrong one or a guest's is refused whatever else is wrong."""
+def authentication_precedes_validation(host: Host) -> Steps:
+    """A request without a token, with an unknown token or from a guest is refused as
+    such, whatever errors the request has besides."""
     client, version = yield new_backup(host)
     yield client.upload(version, {"!r:h": {"s": key()}})
     rows = endpoints(version) + [

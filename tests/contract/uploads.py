@@ -1,4 +1,4 @@
-"""Uploads that are accepted: what is stored, and what becomes of what was there."""
+"""Scenarios of accepted uploads: stored keys, replaced keys and unchanged keys."""
 
 from __future__ import annotations
 
@@ -30,18 +30,21 @@ GRADES = list(product((False, True), (1, 2), (1, 2)))
 
 
 def graded(grade: tuple[bool, int, int], data: str) -> dict[str, Any]:
+    """A key of a grade with these session data."""
     verified, index, forwarded = grade
     return key(index, forwarded, verified, data)
 
 
 def better(new: tuple[bool, int, int], old: tuple[bool, int, int]) -> bool:
-    """Verified, then the lower index, then the lower forwarded count."""
+    """Whether a grade is better: verified, then the lower index, then the lower
+    forwarded count."""
     return (not new[0], *new[1:]) < (not old[0], *old[1:])
 
 
 @scenario
-def the_three_uploads_store_alike(host: Host) -> Steps:
-    """Keys go in whole, by room or singly; each answer has the new etag and count."""
+def keys_are_uploaded_whole_by_room_or_singly(host: Host) -> Steps:
+    """Keys are uploaded whole, by room or singly; each answer has the new etag and
+    count."""
     client, version = yield new_backup(host)
     start: tuple[int, int] = yield client.tally()
     one, two, three, four = (key(n, n + 1, n % 2 == 0, f"d{n}") for n in range(4))
@@ -67,7 +70,8 @@ def the_three_uploads_store_alike(host: Host) -> Steps:
 
 @scenario
 def session_data_is_opaque(host: Host) -> Steps:
-    """Any JSON value but null comes back as the same value, however it was sent."""
+    """Any JSON value but null is returned as the same value, by whichever upload it was
+    sent."""
     client, version = yield new_backup(host)
     rooms: Rooms = {
         "!whole:h": {f"s{n}": key(data=value) for n, value in enumerate(OPAQUE)}
@@ -83,7 +87,8 @@ def session_data_is_opaque(host: Host) -> Steps:
 
 @scenario
 def json_may_be_written_in_any_way(host: Host) -> Steps:
-    """Blanks, escapes and raw UTF-8 are all the same to a reader of JSON."""
+    """JSON with blanks, escapes or raw UTF-8 is stored as the value that a reader of
+    JSON sees."""
     client, version = yield new_backup(host)
     path = keys_path(version, "!r:h")
     body = (
@@ -99,7 +104,7 @@ def json_may_be_written_in_any_way(host: Host) -> Steps:
 
 @scenario
 def a_key_has_four_fields(host: Host) -> Steps:
-    """Unknown extra fields of a key are dropped, and the integers go up to 2**31-1."""
+    """Unknown members of a key are dropped, and its integers may be up to 2**31-1."""
     client, version = yield new_backup(host)
     extra = {"org.example": {"a": [1]}, "session_id": "other", "version": None}
     most = key(2**31 - 1, 2**31 - 1, True, {"kept": extra})
@@ -115,7 +120,7 @@ def a_key_has_four_fields(host: Host) -> Steps:
 
 @scenario
 def an_id_may_have_255_bytes(host: Host) -> Steps:
-    """Ids of up to 255 bytes are legal, wherever they stand."""
+    """Room and session ids of up to 255 bytes are accepted in paths and bodies."""
     client, version = yield new_backup(host)
     rooms: Rooms = {}
     for id_ in ("x" * 255, "\u00e9" * 127 + "x", "\U0001f511" * 63 + "xyz"):
@@ -128,8 +133,8 @@ def an_id_may_have_255_bytes(host: Host) -> Steps:
 
 
 @scenario
-def session_data_under_the_limit_is_kept(host: Host) -> Steps:
-    """A session_data of 60,000 bytes is legal, by itself and beside others."""
+def session_data_under_the_limit_is_stored(host: Host) -> Steps:
+    """A session_data of 60,000 bytes is accepted, alone and beside others."""
     client, version = yield new_backup(host)
     rooms = {"!r:h": {f"s{n}": key(data=f"{n}" * 60_000) for n in range(3)}}
     yield client.upload(version, rooms)
@@ -142,8 +147,8 @@ def session_data_under_the_limit_is_kept(host: Host) -> Steps:
 
 
 @scenario
-def empty_uploads_are_legal_and_change_nothing(host: Host) -> Steps:
-    """No rooms, no sessions, or rooms with no sessions: 200, same etag and count."""
+def empty_uploads_are_accepted_and_change_nothing(host: Host) -> Steps:
+    """An upload without rooms or sessions is a 200 with an unchanged etag and count."""
     client, version = yield new_backup(host)
     for rooms in ({}, {"!r:h": {"s": key()}}):
         yield client.upload(version, rooms)
@@ -161,8 +166,9 @@ def empty_uploads_are_legal_and_change_nothing(host: Host) -> Steps:
 
 
 @scenario
-def the_better_of_two_keys_stays(host: Host) -> Steps:
-    """Verified wins, then the lower index, then the lower forwarded count: 64 pairs."""
+def the_better_of_two_keys_is_stored(host: Host) -> Steps:
+    """The verified key wins, then the lower index, then the lower forwarded count, in
+    all 64 pairs of grades."""
     client, version = yield new_backup(host)
     start: tuple[int, int] = yield client.tally()
     pairs = {f"{old} then {new}": (old, new) for old, new in product(GRADES, GRADES)}
@@ -180,8 +186,9 @@ def the_better_of_two_keys_stays(host: Host) -> Steps:
 
 
 @scenario
-def a_single_upload_and_a_rooms_merge_as_a_whole_one_does(host: Host) -> Steps:
-    """The rule of the better key holds for all three uploads."""
+def uploads_by_room_and_single_uploads_store_the_better_key(host: Host) -> Steps:
+    """Uploads of a room or a single key replace only worse keys, as an upload of all
+    rooms does."""
     client, version = yield new_backup(host)
     held = (False, 5, 5)
     rows = [
@@ -210,7 +217,8 @@ def a_single_upload_and_a_rooms_merge_as_a_whole_one_does(host: Host) -> Steps:
 
 @scenario
 def a_mixed_upload_moves_the_etag_once(host: Host) -> Steps:
-    """New, better, worse and equal keys of one upload are each judged by themselves.
+    """New, better, worse and equal keys of one upload are compared one by one, and the
+    etag grows by one.
 
     A session of the same id in another room is another session.
     """
@@ -232,8 +240,9 @@ def a_mixed_upload_moves_the_etag_once(host: Host) -> Steps:
 
 
 @scenario
-def an_upload_may_be_sent_again(host: Host) -> Steps:
-    """The same upload, or a worse one, stores nothing and moves no etag."""
+def a_repeated_upload_changes_nothing(host: Host) -> Steps:
+    """The same upload, or an upload of worse keys, stores no key and leaves the etag
+    unchanged."""
     client, version = yield new_backup(host)
     rooms = {f"!{r}:h": {f"s{s}": key(s) for s in range(5)} for r in range(3)}
     first: tuple[int, int] = yield client.upload(version, rooms)
@@ -245,8 +254,8 @@ def an_upload_may_be_sent_again(host: Host) -> Steps:
 
 
 @scenario
-def uploads_at_once_lose_nothing(host: Host) -> Steps:
-    """Two uploads that run side by side end as one after the other would."""
+def concurrent_uploads_lose_no_key(host: Host) -> Steps:
+    """Two concurrent uploads have the same result as two sequential uploads."""
     client, version = yield new_backup(host)
     for turn in range(5):
         before: tuple[int, int] = yield client.tally()
@@ -264,7 +273,7 @@ def uploads_at_once_lose_nothing(host: Host) -> Steps:
         same(rooms[room], {**two, **one, "b": two["b"]}, room)
 
 
-ODD = {
+AMBIGUOUS_JSON = {
     "a session twice": b'{"sessions":{"s":%(k)s,"s":%(k)s}}',
     "a session twice, once bad": b'{"sessions":{"s":{},"s":%(k)s}}',
     "sessions twice": b'{"sessions":{"s":%(k)s},"sessions":{"s":%(k)s}}',
@@ -283,12 +292,13 @@ ODD = {
 
 
 @scenario
-def odd_json_is_stored_or_refused_but_does_no_harm(host: Host) -> Steps:
-    """JSON whose meaning is open is taken or refused; the backup still works after."""
+def ambiguous_json_is_stored_or_refused_without_damage(host: Host) -> Steps:
+    """JSON of ambiguous meaning is accepted or refused, and the backup works
+    afterwards."""
     client, version = yield new_backup(host)
     text = encoded(key()) or b""
     fields = {b"k": text, b"f": text[1:-1]}
-    for number, (name, body) in enumerate(ODD.items()):
+    for number, (name, body) in enumerate(AMBIGUOUS_JSON.items()):
         path = keys_path(version, f"!{number}:h")
         answer: Answer = yield client.put(path, body % fields)
         assert answer.status in (200, 400), f"{name}: {answer}"

@@ -1,4 +1,4 @@
-"""Backups: making, reading, changing and deleting their versions."""
+"""Scenarios of backup versions: creation, reads, changes and deletion."""
 
 from __future__ import annotations
 
@@ -51,7 +51,8 @@ NOT_STRINGS: list[Any] = [None, 1, 1.5, True, [], {}]
 
 @scenario
 def a_version_is_the_time_or_one_more_than_the_last(host: Host) -> Steps:
-    """A number is a string, the Unix time or the last one plus one if larger."""
+    """A version number is a string: the Unix time, or the user's last number plus one
+    if that is larger."""
     client = Client(host, host.new_user())
     last = 0
     for number in range(6):
@@ -73,8 +74,8 @@ def a_version_is_the_time_or_one_more_than_the_last(host: Host) -> Steps:
 
 
 @scenario
-def versions_made_at_once_differ(host: Host) -> Steps:
-    """Requests for a new version that run side by side each get their own."""
+def concurrently_created_versions_differ(host: Host) -> Steps:
+    """Concurrent requests for a new version each get their own number."""
     client = Client(host, host.new_user())
     made = [client.create_version({"number": number}) for number in range(4)]
     versions: list[str] = yield gatherResults(made, consumeErrors=True)
@@ -88,7 +89,8 @@ def versions_made_at_once_differ(host: Host) -> Steps:
 
 @scenario
 def a_version_is_described_by_five_fields(host: Host) -> Steps:
-    """GET /version and GET /version/{v} tell algorithm, data, count, etag, version."""
+    """GET /version and GET /version/{v} answer algorithm, auth_data, count, etag and
+    version."""
     client = Client(host, host.new_user())
     version: str = yield client.create_version({"n": 1}, "org.example.one")
     other: str = yield client.create_version({"n": 2}, "org.example.two")
@@ -107,7 +109,8 @@ def a_version_is_described_by_five_fields(host: Host) -> Steps:
 
 @scenario
 def auth_data_is_opaque(host: Host) -> Steps:
-    """Any JSON value but null comes back as the same value, created or changed."""
+    """Any JSON value but null is returned as the same value, after creation and after a
+    change."""
     client = Client(host, host.new_user())
     created: str = yield client.create_version()
     for value in OPAQUE:
@@ -121,8 +124,8 @@ def auth_data_is_opaque(host: Host) -> Steps:
 
 
 @scenario
-def members_that_an_endpoint_does_not_take_are_ignored(host: Host) -> Steps:
-    """POST /version ignores `version`, and every endpoint an unknown member."""
+def unknown_members_are_ignored(host: Host) -> Steps:
+    """POST /version ignores `version`, and every endpoint ignores unknown members."""
     client = Client(host, host.new_user())
     good = {"algorithm": ALGORITHM, "auth_data": AUTH_DATA}
     for value in (*NOT_STRINGS, "1", "nonsense"):
@@ -148,7 +151,7 @@ def members_that_an_endpoint_does_not_take_are_ignored(host: Host) -> Steps:
 
 @scenario
 def changing_a_version_changes_auth_data_alone(host: Host) -> Steps:
-    """PUT /version/{v} is {} and moves neither the etag nor anything else."""
+    """PUT /version/{v} answers {} and changes auth_data alone, not the etag."""
     client, version = yield new_backup(host)
     yield client.upload(version, {"!r:h": {"s": key()}})
     before: dict[str, Any] = yield client.info()
@@ -165,7 +168,8 @@ def changing_a_version_changes_auth_data_alone(host: Host) -> Steps:
 
 @scenario
 def a_refused_change_changes_nothing(host: Host) -> Steps:
-    """PUT /version/{v} with another algorithm or version, or a bad field, is 400."""
+    """PUT /version/{v} with another algorithm, another version or a bad field is a
+    400."""
     client, version = yield new_backup(host)
     before: dict[str, Any] = yield client.info()
     new = {"n": 1}
@@ -190,8 +194,8 @@ def a_refused_change_changes_nothing(host: Host) -> Steps:
 
 
 @scenario
-def a_refused_version_is_not_made(host: Host) -> Steps:
-    """POST /version needs an algorithm that is text and auth_data that is not null."""
+def a_refused_version_is_not_created(host: Host) -> Steps:
+    """POST /version without a text as algorithm, or with a null auth_data, is a 400."""
     client = Client(host, host.new_user())
     bodies: list[dict[str, Any]] = [
         {},
@@ -212,8 +216,8 @@ def a_refused_version_is_not_made(host: Host) -> Steps:
 
 
 @scenario
-def changing_or_deleting_no_version_in_particular_is_400(host: Host) -> Steps:
-    """PUT and DELETE /version must say which version they mean."""
+def changing_or_deleting_without_a_version_is_400(host: Host) -> Steps:
+    """PUT and DELETE /version without a version in the path are answered 400."""
     client, version = yield new_backup(host)
     body = {"algorithm": ALGORITHM, "auth_data": {"n": 1}, "version": version}
     refused((yield client.put("/version", body)), 400, "M_MISSING_PARAM")
@@ -223,8 +227,9 @@ def changing_or_deleting_no_version_in_particular_is_400(host: Host) -> Steps:
 
 
 @scenario
-def deleting_a_version_takes_its_keys_and_may_be_repeated(host: Host) -> Steps:
-    """DELETE /version/{v} is {} each time; the version and its keys are gone."""
+def deleting_a_version_deletes_its_keys_and_is_repeatable(host: Host) -> Steps:
+    """DELETE /version/{v} answers {} each time; afterwards the version and its keys are
+    404."""
     client, version = yield new_backup(host)
     yield client.upload(version, {"!r:h": {"s": key()}})
     other: str = yield client.create_version()
@@ -241,8 +246,9 @@ def deleting_a_version_takes_its_keys_and_may_be_repeated(host: Host) -> Steps:
 
 
 @scenario
-def the_newest_version_left_is_the_current_one(host: Host) -> Steps:
-    """Deleting the current version makes the newest one left current, keys and all."""
+def the_newest_remaining_version_is_current(host: Host) -> Steps:
+    """After the current version is deleted, the newest remaining version is current,
+    with its keys."""
     client, first = yield new_backup(host)
     rooms = {"!r:h": {"s": key(5)}}
     yield client.upload(first, rooms)
@@ -275,7 +281,8 @@ def the_newest_version_left_is_the_current_one(host: Host) -> Steps:
 
 @scenario
 def a_new_version_starts_empty_and_leaves_the_old_one_readable(host: Host) -> Steps:
-    """Keys belong to one version: they don't show in another, nor get lost for it."""
+    """A new version has no keys, and the keys of the old version stay readable there
+    alone."""
     client, old = yield new_backup(host)
     rooms = {"!r:h": {"s": key(1, data="old")}}
     yield client.upload(old, rooms)
@@ -291,8 +298,9 @@ def a_new_version_starts_empty_and_leaves_the_old_one_readable(host: Host) -> St
 
 
 @scenario
-def a_user_without_a_backup_is_told_so(host: Host) -> Steps:
-    """With no backup at all, everything but making one is 404 M_NOT_FOUND."""
+def every_request_without_a_backup_is_404(host: Host) -> Steps:
+    """For a user without a backup, every request except the creation of a version is
+    404 M_NOT_FOUND."""
     client = Client(host, host.new_user())
     version = str(int(time.time()))
     body = {"algorithm": ALGORITHM, "auth_data": {}}
@@ -315,7 +323,7 @@ def a_user_without_a_backup_is_told_so(host: Host) -> Steps:
         refused(answer, 404, "M_NOT_FOUND", error=NO_VERSION, row=row)
 
 
-ODD = {
+AMBIGUOUS_JSON = {
     "a lone surrogate in the algorithm": b'{"algorithm":"m.\\ud800","auth_data":{}}',
     "a lone surrogate in auth_data": b'{"algorithm":"m","auth_data":{"\\udc00":1}}',
     "algorithm twice": b'{"algorithm":"m","algorithm":"n","auth_data":{}}',
@@ -325,9 +333,10 @@ ODD = {
 
 
 @scenario
-def an_odd_version_is_made_or_refused_but_does_no_harm(host: Host) -> Steps:
-    """JSON whose meaning is open is taken or refused; the backups still work after."""
-    for name, body in ODD.items():
+def ambiguous_json_creates_a_version_or_is_refused(host: Host) -> Steps:
+    """JSON of ambiguous meaning is accepted or refused, and the backups work
+    afterwards."""
+    for name, body in AMBIGUOUS_JSON.items():
         client, version = yield new_backup(host)
         for method, path in (("POST", "/version"), ("PUT", version_path(version))):
             row = f"{name}: {method}"

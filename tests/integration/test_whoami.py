@@ -33,7 +33,7 @@ from synapse_roomkeys.whoami import WhoamiAuth
 from ..contract.base import Steps, quoted
 from ..faulty_homeserver import (
     FAULTS,
-    FakeHomeserver,
+    FaultyHomeserver,
     Fault,
     client_request,
     stall,
@@ -71,7 +71,7 @@ class ListeningHomeserver:
     """
 
     def __init__(self) -> None:
-        self.homeserver = FakeHomeserver()
+        self.homeserver = FaultyHomeserver()
         self.homeserver.answers["token"] = 200, attrs.asdict(USER)
         self._number = free_port()
         self.url = f"http://127.0.0.1:{self._number}"

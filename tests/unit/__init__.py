@@ -1,1 +1,1 @@
-"""Tests without a socket, a thread or a file; trial and pytest run them alike."""
+"""Unit tests: everything in memory, without sockets; trial runs them."""

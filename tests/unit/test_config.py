@@ -1,4 +1,4 @@
-"""The operator's options."""
+"""Tests of the module's options."""
 
 from twisted.trial.unittest import SynchronousTestCase
 
@@ -7,14 +7,14 @@ from synapse_roomkeys.types import Limits
 
 
 class ParseModuleConfigTests(SynchronousTestCase):
-    """`parse_module_config`."""
+    """Tests of `parse_module_config`."""
 
-    def test_nothing_is_needed(self) -> None:
-        """Every option has a default."""
+    def test_every_option_has_a_default(self) -> None:
+        """An empty configuration is valid, because every option has a default."""
         self.assertEqual(parse_module_config({}), ModuleConfig())
 
-    def test_all_options(self) -> None:
-        """Each option ends up where it belongs."""
+    def test_every_option_is_parsed(self) -> None:
+        """Each option sets its own field of `ModuleConfig`."""
         config = parse_module_config(
             {
                 "stalled_download_seconds": 1,
@@ -26,14 +26,16 @@ class ParseModuleConfigTests(SynchronousTestCase):
         self.assertEqual(config, ModuleConfig(1, Limits(2, 3, 4)))
 
     def test_an_unknown_option_is_named(self) -> None:
-        """A typing error is not passed over."""
+        """An unknown option is an error that names the option and the similar known
+        option."""
         error = self.assertRaises(OptionError, parse_module_config, {"max_bytes": 1})
         self.assertEqual(error.option, "max_bytes")
         self.assertIn("max_bytes", str(error))
         self.assertIn("max_body_bytes", str(error))
 
     def test_a_wrong_value_is_named(self) -> None:
-        """A number must be a positive integer, and true is none."""
+        """A value other than a positive integer, such as true, is an error that names
+        the option."""
         values: list[object] = [0, -1, 1.5, True, None, "1", []]
         for value in values:
             error = self.assertRaises(
@@ -41,6 +43,6 @@ class ParseModuleConfigTests(SynchronousTestCase):
             )
             self.assertIn("max_body_bytes", str(error))
 
-    def test_a_list_is_no_config(self) -> None:
-        """What isn't a mapping is refused."""
+    def test_a_list_is_refused(self) -> None:
+        """A configuration that is not a mapping is refused."""
         self.assertRaises(OptionError, parse_module_config, ["max_body_bytes"])

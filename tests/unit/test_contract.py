@@ -1,4 +1,4 @@
-"""The contract, scenario by scenario, through a `Site` in memory."""
+"""The scenarios of the contract on a `Site` in memory."""
 
 from collections.abc import Callable
 
@@ -9,10 +9,11 @@ from ..memory import MemoryHost
 
 
 class ContractTests(SynchronousTestCase):
-    """Each scenario on a server of its own."""
+    """One test for each scenario, on a new server."""
 
 
 def _test(scenario: Scenario) -> Callable[[SynchronousTestCase], None]:
+    """Return a test method that runs a scenario and has the scenario's docstring."""
     def test(self: SynchronousTestCase) -> None:
         self.successResultOf(scenario(MemoryHost()))
 

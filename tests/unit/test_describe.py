@@ -1,4 +1,4 @@
-"""Errors in one line for operators."""
+"""Tests of the one-line error texts for operators."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from twisted.trial.unittest import SynchronousTestCase
 from synapse_roomkeys.describe import error_line
 
 SECRET = "hunter2"
-#: Messages of libpq 17 and of servers that quote an argument of the connection, and the
-#: line that is left of each.
+#: Messages of libpq 17 and of servers that quote an argument of the connection, with
+#: the expected line for each.
 CONNECTION_ERRORS = {
     f'could not translate host name "{SECRET}@h" to address: Name not known': (
         'could not translate host name "..." to address: Name not known'
@@ -54,27 +54,30 @@ CONNECTION_ERRORS = {
 
 
 class StatementError(UndefinedTable):
-    """An error of a statement, with its SQLSTATE as the server sends it."""
+    """An error of a statement, with the SQLSTATE that the server sends."""
 
     pgcode = "42P01"
 
 
 class ErrorLineTests(SynchronousTestCase):
-    """`error_line`."""
+    """Tests of `error_line`."""
 
     def test_an_error_of_a_connection(self) -> None:
-        """It says what is wrong, and quotes no value."""
+        """The line of a connection error names the cause and quotes no value of the
+        connection."""
         for text, line in CONNECTION_ERRORS.items():
             self.assertEqual(error_line(OperationalError(text)), line)
 
     def test_an_error_of_a_statement(self) -> None:
-        """Its first line, with the names of tables; the row is on the next one."""
+        """The line of a statement's error is its first line with the names of tables,
+        without the row on the next line."""
         text = f'relation "e2e_room_keys" does not exist\nDETAIL: {SECRET}'
         self.assertEqual(
             error_line(StatementError(text)), 'relation "e2e_room_keys" does not exist'
         )
 
     def test_any_other_error(self) -> None:
-        """Its first line, or the name of its class."""
+        """The line of any other error is the first line of its message, or the name of
+        its class."""
         self.assertEqual(error_line(ValueError('a "b"\nc')), 'a "b"')
         self.assertEqual(error_line(TimeoutError()), "TimeoutError")

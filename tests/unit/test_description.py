@@ -1,4 +1,5 @@
-"""``docs/openapi.yaml`` says what the contract's scenarios see, and no more."""
+"""Tests that ``docs/openapi.yaml`` describes exactly the answers of the contract's
+scenarios."""
 
 from __future__ import annotations
 
@@ -12,8 +13,8 @@ from ..contract.base import PREFIX
 from ..description import DescribedHost, Description
 from ..memory import MemoryHost
 
-#: Statuses that no scenario sees: those of a body over the limit where none is needed,
-#: of a user who floods the server, and of a database that is away.
+#: Statuses that occur in no scenario: 413 for a body over the limit at an endpoint that
+#: needs no body, 429 for a user who floods the server, and 503 for a database outage.
 UNSEEN = {413, 429, 503}
 JSON = {"content-type": "application/json"}
 
@@ -24,10 +25,11 @@ def error(errcode: str, **members: Any) -> dict[str, Any]:
 
 
 class DescriptionTests(SynchronousTestCase):
-    """`Description`, and what it describes."""
+    """Tests of `Description` and of the document."""
 
     def test_all_answers_are_described(self) -> None:
-        """Each scenario's, and each status that is described is some scenario's."""
+        """The answers of every scenario are described, and each described status except
+        those in `UNSEEN` occurs in a scenario."""
         description = Description()
         for scenario in SCENARIOS.values():
             host = DescribedHost(MemoryHost(), description)
@@ -41,8 +43,9 @@ class DescriptionTests(SynchronousTestCase):
         unseen = description.described() - seen
         self.assertEqual({row for row in unseen if row[1] not in UNSEEN}, set())
 
-    def test_what_is_not_described(self) -> None:
-        """Another status, errcode, type or member than the contract has is found."""
+    def test_answers_that_are_not_described_are_refused(self) -> None:
+        """An answer with a status, errcode, type or member that the document lacks
+        fails the check."""
         description = Description()
         good = {"etag": "1", "count": 0}
         for method, path, status, body in (
@@ -68,8 +71,9 @@ class DescriptionTests(SynchronousTestCase):
             with self.assertRaises((AssertionError, KeyError), msg=row):
                 description.check(method, PREFIX + path, b"{}", answer)
 
-    def test_a_request_that_is_not_described(self) -> None:
-        """What is taken must be described as well."""
+    def test_accepted_requests_must_be_described(self) -> None:
+        """The body of an accepted request that the document does not allow fails the
+        check."""
         answer = Answer(200, JSON, b'{"etag": "1", "count": 0}')
         check = Description().check
         check("PUT", PREFIX + "/keys", b'{"rooms": {}}', answer)

@@ -1,4 +1,5 @@
-"""One user's requests wait for each other, and hardly for anybody else's."""
+"""Tests of the per-user queues, of the permits for downloads, of the lane for
+transactions, and of the pauses of long steps."""
 
 import gc
 import time
@@ -15,7 +16,7 @@ from ..memory import FakeReactor
 
 
 class FairSemaphoreTests(SynchronousTestCase):
-    """`FairSemaphore` with three permits, two for each user."""
+    """Tests of `FairSemaphore` with three permits, of which each user may hold two."""
 
     def setUp(self) -> None:
         self.reactor = FakeReactor()
@@ -24,17 +25,19 @@ class FairSemaphoreTests(SynchronousTestCase):
         self.served: list[str] = []
 
     def acquire(self, name: str) -> None:
-        """Ask for a permit; the user is the name's first letter."""
+        """Ask for a permit for the user whose name is the first letter, and note the
+        name when the permit is granted."""
         taken = self.semaphore.acquire(name[0])
         taken.addCallback(lambda _: self.served.append(name))
 
     def release(self, user: str) -> None:
-        """Give a permit back, and let the reactor run."""
+        """Return a permit of a user, and let the reactor run."""
         self.semaphore.release(user)
         self.reactor.advance(0)
 
     def test_one_user_never_holds_all_permits(self) -> None:
-        """The user's next request waits, though another user's is served at once."""
+        """A user's request for a permit above the user's share waits, while another
+        user's request is granted."""
         for name in ("a1", "a2", "a3", "b1"):
             self.acquire(name)
         self.assertEqual(self.served, ["a1", "a2", "b1"])
@@ -46,23 +49,25 @@ class FairSemaphoreTests(SynchronousTestCase):
         self.assertFalse(self.semaphore.is_contended)
 
     def test_users_take_turns(self) -> None:
-        """A permit goes to the user who was served least recently, however many of
-        another user's requests came before."""
+        """A free permit goes to the user who was served least recently, however many
+        requests of another user came before."""
         for name in ("x", "x", "y", "a1", "a2", "b1"):
             self.acquire(name)
         for user in ("x", "y", "x"):
             self.release(user)
         self.assertEqual(self.served[3:], ["a1", "b1", "a2"])
 
-    def test_there_are_no_more_permits_than_were_given_back(self) -> None:
-        """A user whose turn it is may hold no more, so the next user is served."""
+    def test_a_user_at_the_limit_is_skipped(self) -> None:
+        """If the next user holds the largest number of permits already, the free permit
+        goes to the user after."""
         for name in ("a1", "a2", "b1", "a3", "c1"):
             self.acquire(name)
         self.release("b")
         self.assertEqual(self.served, ["a1", "a2", "b1", "c1"])
 
-    def test_a_queue_has_an_end(self) -> None:
-        """A user's request above `max_waiting` is refused, another user's is not."""
+    def test_a_request_above_max_waiting_is_refused(self) -> None:
+        """A user's request above `max_waiting` is refused, and another user's request
+        is not."""
         for name in ("a1", "a2", "b1", "a3", "a4"):
             self.acquire(name)
         self.assertRaises(LimitExceededError, self.semaphore.acquire, "a")
@@ -72,7 +77,7 @@ class FairSemaphoreTests(SynchronousTestCase):
 
 
 class UserQueuesTests(SynchronousTestCase):
-    """`UserQueues` with calls that end when the test says so."""
+    """Tests of `UserQueues`, with calls that the test ends."""
 
     def setUp(self) -> None:
         self.reactor = FakeReactor()
@@ -81,7 +86,8 @@ class UserQueuesTests(SynchronousTestCase):
         self.ends: dict[str, Deferred[str]] = {}
 
     def call(self, name: str) -> Callable[[], Deferred[str]]:
-        """A call that notes that it has begun, and ends with its own name."""
+        """A function that notes the call's name in `begun` and returns an unfired
+        Deferred."""
 
         def begin() -> Deferred[str]:
             self.begun.append(name)
@@ -91,11 +97,12 @@ class UserQueuesTests(SynchronousTestCase):
         return begin
 
     def run_call(self, user: str, name: str) -> Deferred[str]:
-        """Have a call made in a user's turn."""
+        """Queue a call for a user."""
         return self.queues.run(user, self.call(name))
 
-    def test_calls_begin_in_order_as_others_end(self) -> None:
-        """One runs at a time; the next begins when it has ended."""
+    def test_calls_of_a_user_run_one_at_a_time(self) -> None:
+        """The calls of a user run one at a time, in order: each begins after the
+        previous call ended."""
         done = [self.run_call("a", name) for name in "123"]
         for count, name in enumerate("123", 1):
             self.assertEqual(self.begun, list("123"[:count]))
@@ -104,22 +111,24 @@ class UserQueuesTests(SynchronousTestCase):
         self.assertEqual([self.successResultOf(d) for d in done], list("123"))
 
     def test_users_do_not_wait_for_each_other(self) -> None:
-        """Another user's calls begin at once."""
+        """A call does not wait for other users' calls."""
         for name in "123":
             self.run_call("a", name)
         self.run_call("b", "other")
         self.assertEqual(self.begun, ["1", "other"])
 
-    def test_a_failing_call_gives_its_turn_on(self) -> None:
-        """The error reaches its own caller, and the next call begins."""
+    def test_a_failed_call_starts_the_next_call(self) -> None:
+        """The error of a call fires the Deferred of that call alone, and the next call
+        begins."""
         done = [self.run_call("a", name) for name in "12"]
         self.ends["1"].errback(ZeroDivisionError())
         self.reactor.advance(0)
         self.failureResultOf(done[0], ZeroDivisionError)
         self.assertEqual(self.begun, ["1", "2"])
 
-    def test_an_outage_is_found_once(self) -> None:
-        """Those who have waited all the while are told too; others have a try."""
+    def test_an_outage_fails_the_calls_queued_before(self) -> None:
+        """If a call fails with an `OutageError`, the calls that were queued before the
+        call began fail too, and calls that were queued later are tried."""
         done = [self.run_call("a", name) for name in "123"]
         self.ends["1"].callback("1")
         self.reactor.advance(0)
@@ -133,8 +142,9 @@ class UserQueuesTests(SynchronousTestCase):
         self.assertEqual(self.successResultOf(late), "4")
         self.assertEqual(self.begun, ["1", "2", "4"])
 
-    def test_what_is_no_outage_is_tried_by_each(self) -> None:
-        """One that failed by itself, as at a time limit, is nothing to the others."""
+    def test_an_error_other_than_an_outage_fails_one_call(self) -> None:
+        """If a call fails for itself, for example at a time limit, the queued calls are
+        tried."""
         done = [self.run_call("a", name) for name in "123"]
         self.ends["1"].callback("1")
         self.reactor.advance(0)
@@ -144,8 +154,9 @@ class UserQueuesTests(SynchronousTestCase):
         self.ends["3"].callback("3")
         self.assertEqual(self.successResultOf(done[2]), "3")
 
-    def test_a_long_queue_is_refused(self) -> None:
-        """A call too many fails, and those before it are not harmed."""
+    def test_a_call_to_a_full_queue_is_429(self) -> None:
+        """A call to a full queue fails with a 429 and Retry-After, and the queued calls
+        are unaffected."""
         done = [self.run_call("a", name) for name in "1234"]
         error = self.failureResultOf(done[3], LimitExceededError).value
         self.assertEqual(error.code, 429)
@@ -158,8 +169,9 @@ class UserQueuesTests(SynchronousTestCase):
             self.reactor.advance(0)
         self.assertEqual([self.successResultOf(d) for d in done[:3]], list("123"))
 
-    def test_nothing_is_kept_of_users_who_are_done(self) -> None:
-        """Memory doesn't grow with the number of users."""
+    def test_an_empty_queue_is_removed(self) -> None:
+        """A queue is removed when it is empty, so memory does not grow with the number
+        of users."""
         done = [self.run_call("a", name) for name in "123"]
         for name in "123":
             self.ends[name].callback(name)
@@ -169,20 +181,20 @@ class UserQueuesTests(SynchronousTestCase):
 
 
 class LaneTests(SynchronousTestCase):
-    """`Lane` with two places."""
+    """Tests of `Lane` with two places."""
 
     def setUp(self) -> None:
         self.reactor = FakeReactor()
         self.lane = Lane(Clock(self.reactor), width=2)
 
     def wait(self, seconds: float) -> Deferred[None]:
-        """Wait for a place, none of which is free."""
+        """Wait for a place, of which none is free."""
         turn = self.lane.enter(seconds)
         assert turn is not None
         return turn
 
     def test_places_are_given_in_order(self) -> None:
-        """A place that is given back goes to the transaction that waited longest."""
+        """A returned place goes to the transaction that has waited longest."""
         self.assertEqual([self.lane.enter(10), self.lane.enter(10)], [None, None])
         first, second = self.wait(10), self.wait(10)
         self.lane.leave()
@@ -194,8 +206,9 @@ class LaneTests(SynchronousTestCase):
         self.successResultOf(second)
         self.assertFalse(self.reactor.getDelayedCalls())
 
-    def test_no_wait_is_longer_than_asked_for(self) -> None:
-        """A transaction without a place in time is a 503; its place isn't lost."""
+    def test_a_wait_has_a_timeout(self) -> None:
+        """A transaction that gets no place before its timeout fails with a 503, and no
+        place is lost."""
         self.assertEqual([self.lane.enter(10), self.lane.enter(10)], [None, None])
         late, patient = self.wait(1), self.wait(3)
         self.reactor.advance(2)
@@ -208,7 +221,7 @@ class LaneTests(SynchronousTestCase):
 
 
 class ForEachTests(SynchronousTestCase):
-    """`Clock.for_each`, where two values take more than a slice."""
+    """Tests of `Clock.for_each`, where two values take longer than a slice."""
 
     def setUp(self) -> None:
         self.reactor = FakeReactor()
@@ -216,24 +229,26 @@ class ForEachTests(SynchronousTestCase):
         self.got: list[int] = []
 
     def values(self, slices: float = 0.52) -> Iterator[int]:
-        """Ten values, each of which takes so many slices."""
+        """Ten values; the computation of each takes `slices` slices."""
         for number in range(1, 11):
             self.reactor.rightNow += slices * SLICE
             yield number
 
     def for_each(self, values: Iterable[int]) -> Deferred[None]:
-        """Take the values."""
+        """Call `for_each` with the values."""
         return Clock(self.reactor).for_each(self.got.append, values)
 
     def pause(self, seconds: float) -> None:
-        """Nothing is done for so long, and then it is."""
+        """Check that no value is handled before a time, and let a little more than that
+        time pass."""
         got = len(self.got)
         self.reactor.advance(0.99 * seconds)
         self.assertEqual(len(self.got), got)
         self.reactor.advance(0.02 * seconds)
 
-    def test_others_have_their_turn(self) -> None:
-        """A few values are taken at one go, and then others have as long."""
+    def test_a_pause_follows_each_slice(self) -> None:
+        """After each slice of work, `for_each` pauses for the time of the work plus
+        `PRICE` times the excess over a slice."""
         done = self.for_each(self.values())
         for taken in (2, 4, 6, 8, 10):
             self.assertNoResult(done)
@@ -242,12 +257,14 @@ class ForEachTests(SynchronousTestCase):
         self.successResultOf(done)
         self.assertEqual(self.got, list(range(1, 11)))
 
-    def test_what_is_short_is_done_at_once(self) -> None:
-        """Ordinary uploads wait for nothing."""
+    def test_short_work_has_no_pause(self) -> None:
+        """Work that takes less than a slice, like an ordinary upload, is done without a
+        pause."""
         self.successResultOf(self.for_each(self.values(0.09)))
 
-    def test_a_long_step_is_paid_for(self) -> None:
-        """Others have many times as long, also where it is the only one."""
+    def test_a_pause_grows_with_the_excess_of_a_step(self) -> None:
+        """A step longer than a slice is followed by a pause of `PRICE` times the
+        excess, even if no other step follows."""
 
         def values() -> Iterator[int]:
             self.reactor.rightNow += 1.5 * SLICE
@@ -259,8 +276,9 @@ class ForEachTests(SynchronousTestCase):
         self.reactor.advance(2 * SLICE)
         self.successResultOf(done)
 
-    def test_no_pause_is_endless(self) -> None:
-        """Nobody waits for longer than clients do, however slow the machine."""
+    def test_a_pause_is_bounded(self) -> None:
+        """A pause is at most `MAX_PAUSE`, less than the timeout of clients, however
+        slow the machine is."""
 
         def values() -> Iterator[int]:
             self.reactor.rightNow += 1
@@ -272,8 +290,9 @@ class ForEachTests(SynchronousTestCase):
         self.reactor.advance(0.2)
         self.successResultOf(done)
 
-    def test_no_garbage_is_collected_meanwhile(self) -> None:
-        """That would be paid for; afterwards it is as it was."""
+    def test_garbage_collection_is_disabled_during_a_step(self) -> None:
+        """Garbage collection is disabled during a step, because its time would lengthen
+        the pause, and restored afterwards."""
         found: list[bool] = []
 
         def values() -> Iterator[int]:
@@ -287,16 +306,16 @@ class ForEachTests(SynchronousTestCase):
             self.assertEqual(gc.isenabled(), enabled)
         self.assertEqual(found, [False, False])
 
-    def test_waiting_for_another_thread_is_not_paid_for(self) -> None:
-        """A step that didn't use the processor is no reason to wait."""
+    def test_time_of_other_threads_causes_no_pause(self) -> None:
+        """A step that waited without using the CPU is followed by no pause."""
         self.patch(time, "thread_time", lambda: 0.0)
         done = self.for_each(self.values(100))
         for _ in range(10):
             self.reactor.advance(0)
         self.successResultOf(done)
 
-    def test_an_error_ends_it(self) -> None:
-        """What the iterator raises comes out."""
+    def test_an_error_of_the_iterator_is_raised(self) -> None:
+        """An exception of the iterator fires the errback of `for_each`."""
 
         def values() -> Iterator[int]:
             yield from self.values()
@@ -307,8 +326,9 @@ class ForEachTests(SynchronousTestCase):
             self.reactor.advance(20 * SLICE)
         self.failureResultOf(done, KeyError)
 
-    def test_a_long_error_is_paid_for(self) -> None:
-        """A body that is refused after a long look costs its sender as much."""
+    def test_a_pause_precedes_the_error_of_a_long_step(self) -> None:
+        """An exception after a long step is reported after the pause, so that the
+        sender of a refused body waits as well."""
 
         def values() -> Iterator[int]:
             self.reactor.rightNow += 1.5 * SLICE

@@ -1,4 +1,4 @@
-"""Which key is the better one."""
+"""Tests of the merge rule."""
 
 from itertools import product
 
@@ -11,7 +11,7 @@ VALUES = [
     KeyMetadata(index, forwarded, verified)
     for index, forwarded, verified in product((1, 2), (3, 4), (False, True))
 ]
-#: What may be wrong with a row that was let in long ago.
+#: Stored rows that older servers accepted: with a NULL, or without session data.
 UNSOUND = [
     StoredKey(KeyMetadata(None, 0, True), True, 8),
     StoredKey(KeyMetadata(0, None, True), True, 8),
@@ -23,7 +23,7 @@ WORST = KeyMetadata(2**31 - 1, 2**31 - 1, False)
 
 
 def wins(new: KeyMetadata, old: KeyMetadata) -> bool:
-    """The rule, spelt out in the order in which it decides."""
+    """The merge rule, written as three comparisons in their order."""
     if new.is_verified != old.is_verified:
         return bool(new.is_verified)
     if new.first_message_index != old.first_message_index:
@@ -32,22 +32,24 @@ def wins(new: KeyMetadata, old: KeyMetadata) -> bool:
 
 
 def room_key(session_id: str, metadata: KeyMetadata) -> RoomKey:
-    """A key of one room."""
+    """A key of a room with this session id and metadata."""
     return RoomKey("!room", session_id, metadata, '"data"')
 
 
 class IsBetterTests(SynchronousTestCase):
-    """`is_better`, for one key against another."""
+    """Tests of `is_better`, which compares two keys."""
 
-    def test_all_pairs(self) -> None:
-        """Verified first, then the lower index, then the lower forwarded count."""
+    def test_the_rule_holds_for_all_pairs(self) -> None:
+        """A verified key is better, then the lower index, then the lower forwarded
+        count."""
         for new, old in product(VALUES, VALUES):
             self.assertEqual(
                 is_better(new, StoredKey(old, True, 8)), wins(new, old), f"{new} {old}"
             )
 
-    def test_at_most_one_of_two_is_better(self) -> None:
-        """No two keys replace each other in turn, and an equal one replaces nothing."""
+    def test_two_keys_never_replace_each_other(self) -> None:
+        """Of two different keys, exactly one is better than the other, and of two equal
+        keys none is."""
         for one, other in product(VALUES, VALUES):
             both = [
                 is_better(one, StoredKey(other, True, 8)),
@@ -56,11 +58,11 @@ class IsBetterTests(SynchronousTestCase):
             self.assertEqual(sum(both), 0 if one == other else 1)
 
     def test_any_key_beats_an_unsound_row(self) -> None:
-        """A row with a NULL or without session data gives way to any key."""
+        """Any key is better than a stored row with a NULL or without session data."""
         for old in UNSOUND:
             self.assertTrue(is_better(WORST, old), old)
 
-    def test_null_reads_as_nothing(self) -> None:
+    def test_null_ranks_as_zero(self) -> None:
         """A NULL ranks as 0 or false."""
         self.assertEqual(
             rank(KeyMetadata(None, None, None)), rank(KeyMetadata(0, 0, False))
@@ -68,10 +70,11 @@ class IsBetterTests(SynchronousTestCase):
 
 
 class MergeTests(SynchronousTestCase):
-    """`merge`, for a whole upload."""
+    """Tests of `merge`, which compares the keys of an upload with the stored keys."""
 
-    def test_each_key_is_decided_for_itself(self) -> None:
-        """New keys and better ones are written, in the order of the upload."""
+    def test_new_and_better_keys_are_written(self) -> None:
+        """New keys and better keys are written in the order of the upload, and worse
+        and equal keys are counted as unchanged."""
         good, bad = KeyMetadata(0, 0, True), KeyMetadata(5, 5, False)
         stored = {
             0: StoredKey(bad, True, 8),

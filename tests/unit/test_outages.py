@@ -1,4 +1,4 @@
-"""An outage in the log."""
+"""Tests of the log lines of an outage."""
 
 from __future__ import annotations
 
@@ -11,24 +11,25 @@ FULL = Cause("full", "Make room", settle_seconds=15.0)
 
 
 class OutagesTests(SynchronousTestCase):
-    """`Outages`."""
+    """Tests of `Outages`."""
 
     def setUp(self) -> None:
         self.now = 100.0
         self.outages = Outages("Server a:1", lambda: self.now)
-        self.seen = 0
+        self.position = 0
         watched = self.assertLogs("synapse_roomkeys.outages", "DEBUG")
         self.lines: list[str] = watched.__enter__().output
         self.addCleanup(watched.__exit__, None, None, None)
 
     def logged(self) -> list[str]:
-        """The lines since the last call."""
-        lines = self.lines[self.seen :]
-        self.seen = len(self.lines)
+        """The lines logged since the last call."""
+        lines = self.lines[self.position :]
+        self.position = len(self.lines)
         return [line.replace(":synapse_roomkeys.outages", "") for line in lines]
 
-    def test_a_beginning_reminders_and_an_end(self) -> None:
-        """A minute of failing requests is four lines, with all that failed."""
+    def test_an_outage_logs_beginning_reminders_and_end(self) -> None:
+        """A minute of failed requests logs four lines with the numbers of retries and
+        of failed requests."""
         for _ in range(60):
             self.now += 1
             self.outages.note_failure(AWAY, "refused.")
@@ -48,9 +49,9 @@ class OutagesTests(SynchronousTestCase):
             ],
         )
 
-    def test_others_succeed_meanwhile(self) -> None:
-        """A success soon after a failure ends nothing; the time that is told ends with
-        the first success after the last failure."""
+    def test_a_success_soon_after_a_failure_ends_no_outage(self) -> None:
+        """A success within `settle_seconds` of a failure does not end the outage; the
+        logged duration ends at the first success after the last failure."""
         for _ in range(5):
             self.outages.note_failure(FULL, "no room")
             self.now += 10
@@ -61,8 +62,8 @@ class OutagesTests(SynchronousTestCase):
         (line,) = self.logged()
         self.assertIn("is back (full) after 50.0 s: 5 retries", line)
 
-    def test_causes_are_told_apart(self) -> None:
-        """Each has a beginning and an end of its own."""
+    def test_each_cause_is_an_outage_of_its_own(self) -> None:
+        """Each cause has its own beginning and end in the log."""
         self.outages.note_failure(AWAY, "a")
         self.outages.note_failure(FULL, "b")
         self.assertEqual(len(self.logged()), 2)
@@ -75,14 +76,15 @@ class OutagesTests(SynchronousTestCase):
         (line,) = self.logged()
         self.assertIn("still fails (full)", line)
 
-    def test_a_refusal_alone(self) -> None:
-        """A request that isn't tried again begins an outage too."""
+    def test_a_failure_without_a_retry_begins_an_outage(self) -> None:
+        """A request that fails without a retry begins an outage too."""
         self.outages.note_refusal(AWAY, "gone")
         (line,) = self.logged()
         self.assertIn("giving up: gone. Look for it", line)
 
-    def test_what_was_met(self) -> None:
-        """A cause is known for as long as somebody asks for, over or not."""
+    def test_a_cause_is_remembered(self) -> None:
+        """`has_failure` is true for a cause that failed within the given number of seconds,
+        even after the outage is over."""
         self.assertFalse(self.outages.has_failure([AWAY, FULL], 5))
         self.outages.note_failure(FULL, "no room")
         self.now += 5

@@ -1,4 +1,4 @@
-"""The files around the code agree with each other."""
+"""Tests that the files around the code agree."""
 
 from pathlib import Path
 
@@ -9,9 +9,9 @@ COMMAND = "python3 -m venv .venv && .venv/bin/pip -q install tox && .venv/bin/to
 
 
 class RepositoryTests(SynchronousTestCase):
-    """What a newcomer is told to run is what decides."""
+    """Tests of the documented command that decides whether a change is good."""
 
-    def test_the_readmes_command_is_the_one_that_decides(self) -> None:
+    def test_readme_contributing_and_ci_run_have_one_command(self) -> None:
         """README, CONTRIBUTING and .ci/run have the same command."""
         for name in ("README.rst", "CONTRIBUTING.rst", ".ci/run"):
             lines = (ROOT / name).read_text(encoding="utf-8").splitlines()

@@ -1,4 +1,4 @@
-"""The servlets as Twisted resources."""
+"""Tests of the servlets as Twisted resources."""
 
 from unittest import mock
 
@@ -20,10 +20,10 @@ VERSION = "/_matrix/client/v3/room_keys/version"
 
 
 class MountTests(SynchronousTestCase):
-    """Where the servlets can be put."""
+    """Tests of the places where the servlets can be mounted."""
 
-    def test_any_site_can_have_them_as_a_child(self) -> None:
-        """The root resource answers for its paths below any other resource."""
+    def test_the_root_resource_can_be_a_child_of_any_resource(self) -> None:
+        """The root resource answers its paths below any other resource."""
         host = MemoryHost()
         root, matrix, own = Resource(), Resource(), JsonResource()
         register_servlets(host.hs, own)
@@ -37,7 +37,7 @@ class MountTests(SynchronousTestCase):
         self.assertEqual(answer.json["errcode"], "M_NOT_FOUND")
 
     def test_a_servlet_is_a_resource_of_its_own(self) -> None:
-        """One servlet alone answers for its paths, and for no others."""
+        """A servlet alone answers its own paths, and no other path or method."""
         host = MemoryHost()
         host.site = Site(RoomKeysVersionServlet(host.hs))
         token = host.new_user().access_token
@@ -49,10 +49,11 @@ class MountTests(SynchronousTestCase):
 
 
 class FaultTests(SynchronousTestCase):
-    """What is answered when something goes wrong."""
+    """Tests of answers to faulty requests and after internal errors."""
 
-    def test_a_defect_is_500_and_tells_nothing(self) -> None:
-        """An unexpected error is logged, and the client reads no more than its code."""
+    def test_an_unexpected_error_is_500_without_details(self) -> None:
+        """An unexpected error is logged, and the client receives a 500 without the
+        message of the error."""
         host = MemoryHost()
         host.database.fault = ZeroDivisionError("secret detail")
         token = host.new_user().access_token
@@ -64,7 +65,7 @@ class FaultTests(SynchronousTestCase):
         self.assertIn("ZeroDivisionError", logged.output[0])
 
     def test_a_body_over_the_limit_is_413(self) -> None:
-        """An upload larger than the operator allows is refused before it is read."""
+        """An upload over `max_body_bytes` is refused before the body is parsed."""
         host = MemoryHost(Limits(max_body_bytes=1000))
         client = Client(host, host.new_user())
         version = self.successResultOf(client.create_version())
@@ -72,8 +73,9 @@ class FaultTests(SynchronousTestCase):
         answer = self.successResultOf(client.put(f"/keys?version={version}", body))
         self.assertEqual((answer.status, answer.json["errcode"]), (413, "M_TOO_LARGE"))
 
-    def test_a_client_that_leaves_while_its_user_is_asked_for(self) -> None:
-        """Its body is gone with it, which is no defect."""
+    def test_a_disconnect_during_authentication_logs_no_error(self) -> None:
+        """If a client disconnects during authentication, the lost request body is not
+        logged as an error."""
         host = MemoryHost()
         user = host.new_user()
         version = self.successResultOf(Client(host, user).create_version())
@@ -87,8 +89,9 @@ class FaultTests(SynchronousTestCase):
                 asked.callback(Requester(user.user_id, None))
         self.assertEqual(transport.value(), b"")
 
-    def test_a_client_that_left_is_not_answered(self) -> None:
-        """A connection that closes before the answer does no harm."""
+    def test_a_disconnect_before_the_answer_logs_no_error(self) -> None:
+        """If a client disconnects before the answer, no bytes are written and no
+        warning is logged."""
         host = MemoryHost()
         user = host.new_user()
         version = self.successResultOf(Client(host, user).create_version())
@@ -105,7 +108,7 @@ class FaultTests(SynchronousTestCase):
             self.assertEqual(transport.value(), b"")
 
     def test_options_need_no_token(self) -> None:
-        """A browser's preflight is answered to anyone."""
+        """A preflight request of a browser is answered without a token."""
         transport = MemoryHost().send("OPTIONS", VERSION, token=None)
         answer = read_answer(transport.value(), "OPTIONS")
         self.assertEqual(answer.status, 204)
@@ -113,14 +116,15 @@ class FaultTests(SynchronousTestCase):
 
 
 class MetricsTests(SynchronousTestCase):
-    """What a host without measures of its own counts of each request."""
+    """Tests of the request metrics of a host without request metrics of its own."""
 
     def sample(self, name: str, **labels: str) -> float:
-        """The value of a series, 0 where there is none yet."""
+        """The value of a time series, or 0 if the series does not exist yet."""
         return REGISTRY.get_sample_value(f"synapse_roomkeys_{name}", labels) or 0
 
     def test_a_request_is_in_flight_until_it_is_answered_or_dropped(self) -> None:
-        """And those that wait for their user's others are counted meanwhile."""
+        """A request counts as in flight until its answer or its disconnect, and as
+        waiting while it waits for other requests of the user."""
         host = MemoryHost()
         servlet = {"servlet": "RoomKeysVersionServlet", "method": "GET"}
         names = ("404", "dropped")
@@ -145,8 +149,9 @@ class MetricsTests(SynchronousTestCase):
         self.assertEqual(after, [count + 1 for count in before])
         self.assertEqual(self.sample("request_seconds_count", **servlet), timed + 2)
 
-    def test_what_nobody_knows_has_few_labels(self) -> None:
-        """However many paths and methods clients come up with."""
+    def test_unknown_methods_and_paths_share_one_label(self) -> None:
+        """All unknown methods and paths share one label each, so clients cannot add
+        series."""
         host = MemoryHost()
         unknown = {"servlet": "none", "method": "other", "status": "404"}
         before = self.sample("requests_total", **unknown)

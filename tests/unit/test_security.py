@@ -1,4 +1,4 @@
-"""``SECURITY.md`` names tests, and they are there."""
+"""Tests that the tests named in ``SECURITY.md`` exist."""
 
 import re
 from pathlib import Path
@@ -6,17 +6,17 @@ from pathlib import Path
 from twisted.trial.unittest import SynchronousTestCase
 
 TESTS = Path(__file__).parents[1]
-#: A file, and the tests in it that are named.
+#: A file, and the names of tests in that file.
 NAMED = re.compile(r"`([\w/]+\.py)`(?::((?:,?\s+`\w+`)+))?")
-#: Fewer means that they aren't found.
+#: If fewer names are found, `NAMED` no longer matches the format of the tables.
 LEAST_NAMES = 30
 
 
 class SecurityTests(SynchronousTestCase):
-    """The tables of who is kept from what."""
+    """Tests of the tables in ``SECURITY.md``."""
 
-    def test_the_tests_are_there(self) -> None:
-        """Under the name and in the file that a row says."""
+    def test_every_named_test_exists(self) -> None:
+        """Each test that a row names is defined in the file that the row names."""
         found = 0
         for path, names in NAMED.findall((TESTS.parent / "SECURITY.md").read_text()):
             source = (TESTS / path).read_text()

@@ -1,4 +1,4 @@
-"""The configuration of the service."""
+"""Tests of the service's configuration."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ DEFAULTS = ServiceConfig(HomeserverOptions(URL))
 
 
 class ConfigTests(SynchronousTestCase):
-    """`load_config`."""
+    """Tests of `load_config` and `load_database`."""
 
     def setUp(self) -> None:
         directory = TemporaryDirectory()
@@ -39,33 +39,36 @@ class ConfigTests(SynchronousTestCase):
         self.numbers = count()
 
     def file(self, content: str) -> Path:
-        """A file with this content."""
+        """Create a file with this content and return its path."""
         path = self.directory / f"{next(self.numbers)}.yaml"
         path.write_text(content)
         return path
 
     def load(self, content: Any = None, **variables: str) -> ServiceConfig:
-        """What a file and the environment come to, beside the homeserver's address."""
+        """Load a file and environment variables, with the homeserver's address
+        given."""
         paths = [] if content is None else [self.file(yaml.safe_dump(content))]
         environ = {f"ROOMKEYS_{name}": value for name, value in variables.items()}
         return load_config(paths, {**environ, "PATH": "/bin"}, URL)
 
     def refused(self, content: Any, *names: str, **variables: str) -> None:
-        """An error that names these in one line, and no secret."""
+        """Check that loading fails with a single-line error that contains these names
+        but no secret."""
         error = self.assertRaises(OptionError, self.load, content, **variables)
         for name in names:
             self.assertIn(name, str(error))
         self.assertNotIn("\n", str(error))
         self.assertNotIn(SECRET, str(error))
 
-    def test_only_the_homeserver_is_needed(self) -> None:
-        """Everything else has a default."""
+    def test_only_the_homeserver_url_is_required(self) -> None:
+        """Every option but the URL of the homeserver has a default."""
         self.assertEqual(load_config([], {}, URL), DEFAULTS)
         error = self.assertRaises(OptionError, load_config, [], {}, None)
         self.assertIn("homeserver.url", str(error))
 
-    def test_the_example_is_the_defaults(self) -> None:
-        """It names each option, with its default; one without is commented out."""
+    def test_the_example_names_every_option_and_default(self) -> None:
+        """The example names every option with its default; an option without a default
+        is commented out."""
         path = self.file(example())
         self.assertEqual(load_config([path], {}, None), DEFAULTS)
         content = yaml.safe_load(example())
@@ -78,8 +81,8 @@ class ConfigTests(SynchronousTestCase):
                     break
                 value = value[key]
 
-    def test_all_options(self) -> None:
-        """Each option of a file ends up where it belongs."""
+    def test_every_option_is_parsed(self) -> None:
+        """Each option of a file sets its own field of `ServiceConfig`."""
         config = self.load(
             {
                 "homeserver": {"timeout_seconds": 1, "cache_entries": 2},
@@ -114,7 +117,7 @@ class ConfigTests(SynchronousTestCase):
         )
 
     def test_each_option_has_a_variable(self) -> None:
-        """The environment can say all that a file can."""
+        """Each option of a file can be set by an environment variable."""
         values: Mapping[str, tuple[str, Any]] = {
             "homeserver.url": ("http://hs:8008/", "http://hs:8008"),
             "homeserver.has_guests": ("False", False),
@@ -139,7 +142,8 @@ class ConfigTests(SynchronousTestCase):
         self.assertEqual(len(config.trusted_proxies), 2)
 
     def test_the_arguments_of_the_database_have_variables(self) -> None:
-        """Any of them, in lower case; only the pool's are numbers."""
+        """Each database argument can be set by a variable, in lower case; only the
+        sizes of the pool become numbers."""
         config = self.load(
             DATABASE_NAME="psycopg2",
             DATABASE_ARGS_PORT="5432",
@@ -150,9 +154,9 @@ class ConfigTests(SynchronousTestCase):
         self.assertEqual(config.database, DatabaseConfig("psycopg2", args))
         self.assertNotIn("17", repr(config))
 
-    def test_a_synapse_s_database_is_accepted(self) -> None:
-        """The whole section can be copied: options of Synapse's that the service has no
-        use for are left out, and the pool's numbers may be strings."""
+    def test_a_database_section_of_synapse_is_accepted(self) -> None:
+        """A database section copied from Synapse is accepted: options that only Synapse
+        uses are ignored, and pool sizes may be strings."""
         options = {
             "txn_limit": 10000,
             "allow_unsafe_locale": True,
@@ -181,16 +185,17 @@ class ConfigTests(SynchronousTestCase):
         config = load_database([path], {})
         self.assertEqual(config, DatabaseConfig("sqlite3", {"database": "a.db"}))
 
-    def test_what_neither_synapse_nor_libpq_knows_is_named(self) -> None:
-        """An option of the section, of the pool, or of the connection."""
+    def test_unknown_database_options_are_named(self) -> None:
+        """An option of the database section, of the pool or of the connection that
+        neither Synapse nor libpq knows is an error that names the option."""
         self.refused({"database": {"txn_limits": 1}}, "database.txn_limits")
         for argument in ("cp_size", "hots", "async", "cursor_factory"):
             database = {"name": "psycopg2", "args": {argument: 1}}
             self.refused({"database": database}, f"database.args.{argument}")
 
     def test_a_connection_string_is_checked(self) -> None:
-        """A wrong one is refused before anything is connected to, with the name of the
-        option and no part of the string."""
+        """A malformed connection string is refused before any connection is made, with
+        an error that names the option and quotes no part of the string."""
         for dsn in (
             f"host=h password=my {SECRET} pass",
             f"host=h password=my {SECRET}=pass",
@@ -221,9 +226,10 @@ class ConfigTests(SynchronousTestCase):
             path = self.file(yaml.safe_dump({"database": database}))
             self.assertEqual(load_database([path], {}).args, {"dsn": dsn})
 
-    def test_the_end_of_a_password_is_no_name(self) -> None:
-        """YAML takes the text after a comma for a name, which isn't shown. Nor is a
-        password in the place of the name of its file."""
+    def test_no_part_of_a_password_is_quoted_as_a_name(self) -> None:
+        """A text after a comma in an unquoted YAML password, which YAML parses as a
+        name, is not quoted in the error, and neither is a password given as the name of
+        its file."""
         path = self.file(
             f"database: {{name: psycopg2, args: {{password: a, {SECRET}}}}}"
         )
@@ -233,8 +239,9 @@ class ConfigTests(SynchronousTestCase):
         for variable in ("DATABASE_ARGS_PASSWORD_FILE", "DATABASE_ARGS_DSN_FILE"):
             self.refused(None, variable, **{variable: SECRET})
 
-    def test_later_files_win_option_by_option(self) -> None:
-        """And the environment wins over all of them, the command line over that."""
+    def test_later_files_override_single_options(self) -> None:
+        """A later file overrides single options of an earlier file, the environment
+        overrides all files, and the command line overrides the environment."""
         first = self.file(
             "{log: {format: json, level: DEBUG}, shutdown_seconds: 1,"
             " database: {name: psycopg2, args: {user: a, host: b}}}"
@@ -255,8 +262,9 @@ class ConfigTests(SynchronousTestCase):
         config = load_config([first, second], variables, "http://c")
         self.assertEqual(config.homeserver.url, "http://c")
 
-    def test_a_value_can_be_in_a_file_of_its_own(self) -> None:
-        """Without the newline at its end; not with the variable itself as well."""
+    def test_a_value_can_be_read_from_a_file(self) -> None:
+        """A variable with the suffix _FILE reads the option's value from a file,
+        without the final newline; setting both variables is an error."""
         path = str(self.file(f"{SECRET}\n"))
         config = self.load(DATABASE_NAME="psycopg2", DATABASE_ARGS_PASSWORD_FILE=path)
         self.assertEqual(config.database.args, {"password": SECRET})
@@ -266,8 +274,9 @@ class ConfigTests(SynchronousTestCase):
         self.refused(None, "ROOMKEYS_DATABASE_ARGS_PASSWORD_FILE", **both)
         self.refused(None, "ROOMKEYS_LOG_LEVEL_FILE", LOG_LEVEL_FILE="/nowhere")
 
-    def test_what_is_unknown_is_named(self) -> None:
-        """An option, a variable, or an argument of SQLite's."""
+    def test_unknown_options_and_variables_are_named(self) -> None:
+        """The error for an unknown option, variable or argument of SQLite names the
+        option, variable or argument."""
         self.refused({"listener": ["tcp:1"]}, "listener", "listeners")
         self.refused({"log": {"file": "a"}}, "log.file", "log.format")
         self.refused({"limits": {"max_body": 1}}, "limits.max_body")
@@ -277,8 +286,9 @@ class ConfigTests(SynchronousTestCase):
         self.refused(None, "ROOMKEYS_LISTENER_FILE", LISTENER_FILE="/a")
         self.refused({1: 2}, "1: unknown")
 
-    def test_what_kubernetes_sets_is_no_option(self) -> None:
-        """A Service named roomkeys has variables like ours in all containers."""
+    def test_variables_of_kubernetes_are_ignored(self) -> None:
+        """The variables that Kubernetes sets in all containers for a Service named
+        roomkeys are not taken for options."""
         config = self.load(
             SERVICE_HOST="10.0.0.1",
             SERVICE_PORT="8009",
@@ -291,7 +301,8 @@ class ConfigTests(SynchronousTestCase):
         self.assertEqual(config, DEFAULTS)
 
     def test_a_wrong_value_is_named(self) -> None:
-        """With the file or the variable that has it."""
+        """A wrong value is an error that names the option and the file or variable of
+        the value."""
         wrong: Mapping[str, list[Any]] = {
             "homeserver.url": [
                 1,
@@ -331,8 +342,9 @@ class ConfigTests(SynchronousTestCase):
         self.refused({"log": "json"}, "log: must be a mapping")
         self.refused(["log"], "must be a mapping")
 
-    def test_an_address_has_no_more_than_it_needs(self) -> None:
-        """No user, no query: nothing that could be a secret."""
+    def test_a_homeserver_url_holds_no_credentials(self) -> None:
+        """A homeserver URL with a user, a query or blanks is refused, and the error
+        quotes no part that could be a secret."""
         for url in (f"https://a:{SECRET}@hs", f"https://hs?a={SECRET}", "https://h s"):
             error = self.assertRaises(OptionError, load_config, [], {}, url)
             self.assertNotIn(SECRET, str(error))
@@ -340,8 +352,9 @@ class ConfigTests(SynchronousTestCase):
             config = load_config([], {}, url)
             self.assertEqual(config.homeserver.url, url.rstrip("/"))
 
-    def test_a_file_that_cannot_be_read(self) -> None:
-        """The error names it, and the line, but nothing that stands in it."""
+    def test_an_unreadable_file_is_named(self) -> None:
+        """The error of an unreadable file names the file and the line, and quotes no
+        content."""
         for content in (f"password: *{SECRET}", f"a: b: {SECRET}", "\x00", "a: ]"):
             path = self.file(content)
             error = self.assertRaises(OptionError, load_config, [path], {}, URL)
@@ -352,13 +365,13 @@ class ConfigTests(SynchronousTestCase):
         error = self.assertRaises(OptionError, load_config, [missing], {}, URL)
         self.assertIn(f"{missing}: can't be read: No such file", str(error))
 
-    def test_an_empty_file_says_nothing(self) -> None:
-        """Nor does one that holds comments."""
+    def test_an_empty_file_changes_no_default(self) -> None:
+        """A file that is empty or holds only comments changes no default."""
         self.assertEqual(load_config([self.file("# no\n")], {}, URL), DEFAULTS)
 
-    def test_the_database_alone(self) -> None:
-        """It needs no homeserver, but a name: the default depends on the working
-        directory."""
+    def test_the_database_section_is_loaded_alone(self) -> None:
+        """`load_database` requires no homeserver, but requires a name, because the
+        default depends on the working directory."""
         path = self.file("database: {args: {database: a.db}}")
         found = load_database([path], {})
         self.assertEqual(found, DatabaseConfig("sqlite3", {"database": "a.db"}))

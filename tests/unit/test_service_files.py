@@ -1,4 +1,4 @@
-"""The limit of open files."""
+"""Tests of the limit of open files."""
 
 from __future__ import annotations
 
@@ -11,29 +11,34 @@ from synapse_roomkeys.service.files import raise_file_limit, room_for_connection
 
 
 class RaiseFileLimitTests(SynchronousTestCase):
-    """`raise_file_limit`; ``integration/test_file_limit.py`` has a real limit."""
+    """Tests of `raise_file_limit`; ``integration/test_file_limit.py`` tests a real
+    limit."""
 
     def raised(
         self, soft: int, hard: int, error: Exception | None = None
     ) -> tuple[int, list[mock._Call]]:
-        """The limit in force afterwards, and what the system was asked for."""
+        """Call `raise_file_limit`; return the limit in force afterwards and the calls
+        to the system."""
         with (
             mock.patch.object(resource, "getrlimit", return_value=(soft, hard)),
             mock.patch.object(resource, "setrlimit", side_effect=error) as setrlimit,
         ):
             return raise_file_limit(), setrlimit.mock_calls
 
-    def test_it_is_raised_to_the_hard_limit(self) -> None:
-        """That is as far as a process may go."""
+    def test_the_soft_limit_is_raised_to_the_hard_limit(self) -> None:
+        """The soft limit is raised to the hard limit, the highest that an unprivileged
+        process may set."""
         want = mock.call(resource.RLIMIT_NOFILE, (4096, 4096))
         self.assertEqual(self.raised(1024, 4096), (4096, [want]))
 
-    def test_nothing_is_asked_for_in_vain(self) -> None:
-        """A filter of system calls may kill who asks."""
+    def test_a_sufficient_limit_is_left(self) -> None:
+        """If the soft limit equals the hard limit, the system call is not made, because
+        a system call filter may kill the caller."""
         self.assertEqual(self.raised(4096, 4096), (4096, []))
 
-    def test_it_may_be_forbidden(self) -> None:
-        """Then the limit stays, and the log says so."""
+    def test_a_forbidden_raise_is_logged(self) -> None:
+        """If the system refuses to raise the limit, the limit stays and a warning is
+        logged."""
         for error in (PermissionError("no"), ValueError("not allowed")):
             with self.assertLogs("synapse_roomkeys", "WARNING") as logged:
                 limit, _ = self.raised(1024, 4096, error)
@@ -42,10 +47,11 @@ class RaiseFileLimitTests(SynchronousTestCase):
 
 
 class RoomForConnectionsTests(SynchronousTestCase):
-    """`room_for_connections`."""
+    """Tests of `room_for_connections`."""
 
-    def test_each_may_have_a_file_for_its_body(self) -> None:
-        """Two more files are one more connection; the database takes three each."""
+    def test_each_connection_takes_two_files(self) -> None:
+        """A client connection takes two files, its socket and a temporary file for the
+        body; a database connection takes three files."""
 
         def room(files: int, database: int) -> int:
             return room_for_connections(

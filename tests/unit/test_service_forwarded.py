@@ -1,4 +1,4 @@
-"""Who sends a request."""
+"""Tests of the client's address and of request ids behind trusted proxies."""
 
 from __future__ import annotations
 
@@ -18,23 +18,25 @@ TRUSTED = (ip_network("10.0.0.0/8"), ip_network("fd00::/8"))
 
 
 def peer(host: str) -> IAddress:
-    """A connection's other end."""
+    """The address of the other end of a connection."""
     kind = IPv6Address if ":" in host else IPv4Address
     return kind("TCP", host, 40000)
 
 
 class ClientAddressTests(SynchronousTestCase):
-    """`client_address` and `is_trusted`."""
+    """Tests of `client_address` and `is_trusted`."""
 
-    def test_a_stranger_is_who_it_is(self) -> None:
-        """Whatever it says of itself."""
+    def test_the_header_of_a_stranger_is_ignored(self) -> None:
+        """For an untrusted client, the address is that of the connection, whatever
+        X-Forwarded-For claims."""
         for host in ("192.0.2.1", "2001:db8::1", "::ffff:192.0.2.1"):
             self.assertFalse(is_trusted(peer(host), TRUSTED))
             found = client_address(peer(host), [b"203.0.113.9"], TRUSTED)
             self.assertEqual(found, host)
 
-    def test_a_proxy_tells_who_it_was(self) -> None:
-        """The last address that isn't a proxy's; those before it are claims."""
+    def test_a_trusted_proxy_names_the_client(self) -> None:
+        """The client is the last address in X-Forwarded-For that belongs to no trusted
+        proxy; the addresses before are unverified claims."""
         for forwarded, client in (
             ([b"203.0.113.9"], "203.0.113.9"),
             ([b"1.2.3.4, 203.0.113.9"], "203.0.113.9"),
@@ -60,7 +62,7 @@ class ClientAddressTests(SynchronousTestCase):
             self.assertEqual(found, "203.0.113.9", host)
 
     def test_a_zone_is_no_part_of_an_address(self) -> None:
-        """A link-local peer is told without its interface, and can be trusted."""
+        """A link-local address is used without its interface, and can be trusted."""
         local = peer("fe80::1%eth0")
         networks = (ip_network("fe80::/10"),)
         self.assertFalse(is_trusted(local, TRUSTED))
@@ -69,8 +71,9 @@ class ClientAddressTests(SynchronousTestCase):
         found = client_address(local, [b"203.0.113.9"], networks)
         self.assertEqual(found, "203.0.113.9")
 
-    def test_a_unix_socket_is_the_proxys(self) -> None:
-        """Whoever else is trusted."""
+    def test_a_unix_socket_is_trusted(self) -> None:
+        """A peer on a unix socket is trusted as a proxy, whichever networks are
+        trusted."""
         unix = UNIXAddress(None)
         self.assertTrue(is_trusted(unix, ()))
         self.assertEqual(client_address(unix, [b"203.0.113.9"], ()), "203.0.113.9")
@@ -78,15 +81,16 @@ class ClientAddressTests(SynchronousTestCase):
 
 
 class RequestIdTests(SynchronousTestCase):
-    """`choose_request_id`."""
+    """Tests of `choose_request_id`."""
 
-    def test_a_sane_one_is_kept(self) -> None:
-        """Letters, digits, dots, dashes and underscores, 64 at most."""
+    def test_a_valid_request_id_is_kept(self) -> None:
+        """A request id of at most 64 letters, digits, dots, dashes and underscores is
+        kept."""
         for sent in ("a", "A-1_b.c", "x" * 64):
             self.assertEqual(choose_request_id(sent.encode()), sent)
 
-    def test_any_other_is_made_anew(self) -> None:
-        """Each another one."""
+    def test_an_invalid_request_id_is_replaced(self) -> None:
+        """An invalid or missing request id is replaced by a new random id."""
         made = {
             choose_request_id(sent)
             for sent in (

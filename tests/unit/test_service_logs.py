@@ -1,4 +1,4 @@
-"""The lines that the service logs."""
+"""Tests of the service's log lines."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FORMATTERS = (TextFormatter(), JsonFormatter())
 
 
 def record(message: str, *args: object, error: bool = False) -> logging.LogRecord:
-    """What a call of a logger makes; its time is 2001-09-09T01:46:40.123Z."""
+    """A log record; its time is 2001-09-09T01:46:40.123Z."""
     found = logging.LogRecord(
         *("synapse_roomkeys.test", logging.INFO, "test.py", 1, message, args),
         exc_info=sys.exc_info() if error else None,
@@ -34,10 +34,10 @@ def record(message: str, *args: object, error: bool = False) -> logging.LogRecor
 
 
 class FormatterTests(SynchronousTestCase):
-    """`TextFormatter` and `JsonFormatter`."""
+    """Tests of `TextFormatter` and `JsonFormatter`."""
 
-    def test_text(self) -> None:
-        """Time, level, logger, request and message."""
+    def test_a_line_of_text(self) -> None:
+        """A line of text has time, level, logger, request id and message."""
         line = TextFormatter().format(record("%d keys", 3))
         start = "2001-09-09T01:46:40.123Z INFO synapse_roomkeys.test"
         self.assertEqual(line, f"{start} [-] 3 keys")
@@ -46,8 +46,9 @@ class FormatterTests(SynchronousTestCase):
         line = TextFormatter().format(record("%d keys", 3))
         self.assertEqual(line, f"{start} [abc] 3 keys")
 
-    def test_json(self) -> None:
-        """The same, as an object; an exception only where there is one."""
+    def test_a_line_of_json(self) -> None:
+        """A line of JSON is an object of time, level, logger, message and request id,
+        with an exception only if the record has an exception."""
         token = request_id.set("abc")
         self.addCleanup(request_id.reset, token)
         self.assertEqual(
@@ -61,8 +62,9 @@ class FormatterTests(SynchronousTestCase):
             },
         )
 
-    def test_json_has_fields_of_their_own(self) -> None:
-        """Numbers as they are, long texts cut; the line is one line, and bounded."""
+    def test_fields_of_a_record_are_members_in_json(self) -> None:
+        """Extra fields of a record are members in JSON: numbers stay numbers, long
+        texts are cut, and the line stays one line of bounded length."""
         found: Any = record("%s", "x" * 5000)
         fields = {"status": 200, "seconds": 0.5, "user": "@a:b", "device": None}
         found.fields = fields
@@ -79,7 +81,8 @@ class FormatterTests(SynchronousTestCase):
             self.assertIn("xxx", json.loads(whole)["message"])
 
     def test_a_message_is_one_bounded_line(self) -> None:
-        """Whatever a client has had put there."""
+        """A message of any text that a client may send is one printable line of bounded
+        length."""
         for text in ("a\nb\r\x1b[1m\u2028c\x85", "é☃\udc80", "x" * 9999, '"\\' * 4000):
             for formatter in FORMATTERS:
                 line = formatter.format(record("Refused: %s", text))
@@ -89,7 +92,7 @@ class FormatterTests(SynchronousTestCase):
                 self.assertIn("Refused: ", line)
 
     def test_no_line_has_a_token(self) -> None:
-        """Though somebody logs the address or the header that it came in."""
+        """A token in a logged address or header is not in the line."""
         for text in (
             f"GET /a?b=c&access_token={SECRET}&d=e",
             f"{{'Authorization': 'Bearer {SECRET}'}}",
@@ -102,8 +105,9 @@ class FormatterTests(SynchronousTestCase):
                 self.assertNotIn(SECRET, line)
                 self.assertIn("ValueError", line)
 
-    def test_an_exception_tells_its_first_line(self) -> None:
-        """The driver of a database puts parameters of the statement on the others."""
+    def test_an_exception_is_logged_with_its_first_line(self) -> None:
+        """Only the first line of an exception's message is logged, because database
+        drivers put the parameters of a statement on the other lines."""
         for formatter in FORMATTERS:
             try:
                 try:
@@ -118,7 +122,8 @@ class FormatterTests(SynchronousTestCase):
             self.assertNotIn(SECRET, text)
 
     def test_an_exception_in_json_is_on_the_same_line(self) -> None:
-        """One object a line, always."""
+        """The exception of a record is a member of the JSON object, so a line is always
+        a whole object."""
         try:
             raise ValueError("why")
         except ValueError:
@@ -130,10 +135,11 @@ class FormatterTests(SynchronousTestCase):
 
 
 class RareLineTests(SynchronousTestCase):
-    """`RareLine`."""
+    """Tests of `RareLine`."""
 
-    def test_it_is_logged_once_in_a_while(self) -> None:
-        """And says how often it was left out."""
+    def test_a_rare_line_is_logged_once_a_period(self) -> None:
+        """A line is logged at most once in 60 seconds, and the next line states how
+        many were left out."""
         now = 100.0
         logger = logging.getLogger("synapse_roomkeys.test")
         line = RareLine(logger, lambda: now, seconds=60)
@@ -152,10 +158,11 @@ class RareLineTests(SynchronousTestCase):
 
 
 class ContextTests(SynchronousTestCase):
-    """`request_id`."""
+    """Tests of `request_id`."""
 
-    def test_it_outlasts_waits(self) -> None:
-        """Two that wait in turns each find their own, whoever ends their wait."""
+    def test_a_request_id_survives_waits(self) -> None:
+        """Two generators that wait by turns each read their own request id, whichever
+        code fires their Deferreds."""
         waits: list[Deferred[None]] = []
         found: list[tuple[str, str | None]] = []
 

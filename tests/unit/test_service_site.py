@@ -1,4 +1,4 @@
-"""The service's connections, on a clock of the tests' own."""
+"""Tests of the service's connections, with a fake clock."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ from synapse_roomkeys.service.site import (
 
 LIMIT = 100
 HEALTH = b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n"
-#: How many connections there may be, and how many more to ask for the status.
+#: Largest number of connections, and of additional connections for the status.
 MOST, SPARE = 8, 6
 GET = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n"
 PUT = b"PUT / HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n"
 
 
-class Resources(Resource):
-    """Keeps its requests, for the tests to answer."""
+class PendingRequests(Resource):
+    """A resource that keeps its requests for the test to answer."""
 
     isLeaf = True
 
@@ -52,34 +52,40 @@ class Resources(Resource):
         self.requests: list[Request] = []
 
     def render(self, request: Request) -> int:
+        """Keep a request; `Resource` calls this method."""
         self.requests.append(request)
         return NOT_DONE_YET
 
 
 class Transport(StringTransportWithDisconnection):
-    """A connection of which one direction can be closed."""
+    """A connection of which the writing half can be closed."""
 
     half_closed = False
 
     def loseConnection(self) -> None:
-        """As `ITransport.loseConnection`."""
+        """Close the connection, as `ITransport.loseConnection` does."""
         self.disconnecting = True
         super().loseConnection()
 
     def loseWriteConnection(self) -> None:
-        """As `ITCPTransport.loseWriteConnection`."""
+        """Close the writing half, as `ITCPTransport.loseWriteConnection` does."""
         self.half_closed = True
 
 
 class FullFile:
-    """A file on a disk that takes some bytes still."""
+    """A file on a disk with little free space.
+
+    Attributes:
+        is_closed: whether the file is closed.
+    """
 
     def __init__(self, room: int) -> None:
         self.is_closed = False
         self._room = room
 
     def write(self, data: memoryview) -> int:
-        """As `RawIOBase.write`: take a part, then nothing."""
+        """Take as many bytes as fit, as `RawIOBase.write` does, and then raise
+        ENOSPC."""
         taken = min(self._room, len(data))
         self._room -= taken
         if not taken:
@@ -87,23 +93,23 @@ class FullFile:
         return taken
 
     def close(self) -> None:
-        """As `RawIOBase.close`."""
+        """Close the file."""
         self.is_closed = True
 
 
 class SiteTests(SynchronousTestCase):
-    """`ServiceSite` and `Channel`."""
+    """Tests of `ServiceSite` and `Channel`."""
 
     def setUp(self) -> None:
         self.reactor = FakeReactor()
-        self.resource = Resources()
+        self.resource = PendingRequests()
         time = cast(IReactorTime, self.reactor)
         self.site = ServiceSite(
             self.resource, time, LIMIT, (), ConnectionLimits(MOST, SPARE)
         )
 
     def connect(self) -> tuple[Channel, Transport]:
-        """A connection to the site."""
+        """Connect to the site; return the channel and the transport."""
         address = IPv4Address("TCP", "192.0.2.1", 40000)
         channel: Any = self.site.buildProtocol(address)
         transport = Transport(peerAddress=address)
@@ -112,7 +118,8 @@ class SiteTests(SynchronousTestCase):
         return channel, transport
 
     def dribble(self, channel: Channel, transport: Transport, most: int) -> int:
-        """Send a byte every ten seconds; for how many the connection lasts."""
+        """Send a byte every ten seconds; return the seconds until the connection is
+        closed."""
         for seconds in range(0, 2 * most, 10):
             if not transport.connected:
                 return seconds
@@ -126,8 +133,9 @@ class SiteTests(SynchronousTestCase):
         request.write(b"done")
         request.finish()
 
-    def test_headers_may_take_a_minute(self) -> None:
-        """However steadily they come."""
+    def test_headers_have_a_timeout(self) -> None:
+        """The headers must arrive within a minute, however steadily their bytes
+        arrive."""
         for start in (b"", b"G", b"GET / HTTP/1.1\r\n", b"GET / HTTP/1.1\r\nA: "):
             channel, transport = self.connect()
             if start:
@@ -135,16 +143,17 @@ class SiteTests(SynchronousTestCase):
             lasted = self.dribble(channel, transport, HEADERS_SECONDS)
             self.assertEqual(lasted, HEADERS_SECONDS)
 
-    def test_a_body_may_take_five(self) -> None:
-        """It counts from the end of the headers."""
+    def test_a_body_has_a_timeout(self) -> None:
+        """The body must arrive within five minutes after the headers."""
         channel, transport = self.connect()
         channel.dataReceived(PUT % LIMIT)
         lasted = self.dribble(channel, transport, BODY_SECONDS)
         self.assertEqual(lasted, BODY_SECONDS)
         self.assertEqual(self.resource.requests, [])
 
-    def test_an_answer_may_take_its_time(self) -> None:
-        """And the next request has all of its own."""
+    def test_an_answer_has_no_timeout(self) -> None:
+        """An answer has no timeout, and the next request on the connection has its full
+        timeouts."""
         channel, transport = self.connect()
         for _ in range(3):
             channel.dataReceived(PUT[:10])
@@ -160,8 +169,9 @@ class SiteTests(SynchronousTestCase):
         self.reactor.advance(1)
         self.assertFalse(transport.connected)
 
-    def test_a_request_that_came_early_has_no_less_time(self) -> None:
-        """It waited for the one before it, through no fault of its own."""
+    def test_a_pipelined_request_has_its_full_timeout(self) -> None:
+        """The timeout of a pipelined request begins after the answer to the previous
+        request, because the wait is not caused by the client."""
         channel, transport = self.connect()
         channel.dataReceived(GET + GET[:10])
         self.reactor.advance(10 * HEADERS_SECONDS)
@@ -172,8 +182,9 @@ class SiteTests(SynchronousTestCase):
         self.answer()
         self.assertEqual(transport.value().count(b"200 OK"), 2)
 
-    def test_a_refused_client_is_heard_out(self) -> None:
-        """For a while: the rest of its body goes nowhere."""
+    def test_the_rest_of_a_refused_body_is_discarded(self) -> None:
+        """After a body is refused, the rest of the body is discarded for
+        `LINGER_SECONDS`, so that the client can read the answer."""
         channel, transport = self.connect()
         channel.dataReceived(PUT % (LIMIT + 1))
         self.assertIn(b"413 Request Entity Too Large", transport.value())
@@ -187,8 +198,8 @@ class SiteTests(SynchronousTestCase):
         self.assertFalse(transport.connected)
         self.assertEqual(self.site.channels, set())
 
-    def test_a_body_of_unknown_length_is_cut_off(self) -> None:
-        """As soon as it is over the limit."""
+    def test_a_chunked_body_over_the_limit_is_refused(self) -> None:
+        """A body of unknown length is refused as soon as its size exceeds the limit."""
         channel, transport = self.connect()
         channel.dataReceived(
             b"PUT / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -201,8 +212,8 @@ class SiteTests(SynchronousTestCase):
         self.assertEqual(transport.value().count(b"HTTP/1.1"), 1)
         self.assertEqual(self.resource.requests, [])
 
-    def test_a_form_is_not_taken_apart(self) -> None:
-        """A body is the servlets' to read, and the query alone has parameters."""
+    def test_a_form_body_is_not_parsed(self) -> None:
+        """A form body is left to the servlets, and only the query has parameters."""
         channel, _ = self.connect()
         channel.dataReceived(
             b"POST /?a=1 HTTP/1.1\r\nHost: a\r\nContent-Length: 3\r\n"
@@ -211,8 +222,8 @@ class SiteTests(SynchronousTestCase):
         (request,) = self.resource.requests
         self.assertEqual(request.args, {b"a": [b"1"]})
 
-    def test_the_clients_address(self) -> None:
-        """A request has the address of its client, as trusted proxies tell it."""
+    def test_a_request_has_the_address_of_its_client(self) -> None:
+        """A request's address is the client's, as trusted proxies state it."""
         unix, near = UNIXAddress("/s"), IPv4Address("TCP", "192.0.2.1", 40000)
         self.site.trusted_proxies = (ip_network("192.0.2.1"),)
         for peer, header, host in (
@@ -233,7 +244,8 @@ class SiteTests(SynchronousTestCase):
         self.assertEqual(self.resource.requests.pop().getClientAddress(), unix)
 
     def test_a_header_may_be_any_bytes(self) -> None:
-        """Also of a trusted proxy: each request is answered."""
+        """A request with a header of any bytes is answered, also from a trusted
+        proxy."""
         self.site.trusted_proxies = (ip_network("192.0.2.0/24"),)
         for name in (b"X-Forwarded-For", b"X-Request-ID", b"Authorization", b"Cookie"):
             for value in (b"\xff", b"\xed\xa0\x80", b"\x01\x1b[31m", b"", b"%" * 999):
@@ -244,15 +256,16 @@ class SiteTests(SynchronousTestCase):
                 self.assertIn(b" 200 OK\r\n", transport.value(), (name, value))
                 channel.drop()
 
-    def test_a_length_of_very_many_digits(self) -> None:
-        """Python doesn't read it as a number; it is a bad request all the same."""
+    def test_a_very_long_content_length_is_400(self) -> None:
+        """A Content-Length of more digits than Python parses is a bad request."""
         channel, transport = self.connect()
         channel.dataReceived(PUT.replace(b"%d", b"5" * 5000) + GET)
         self.assertEqual(transport.value(), b"HTTP/1.1 400 Bad Request\r\n\r\n")
         self.assertFalse(transport.connected)
 
-    def test_a_defect_is_answered(self) -> None:
-        """In JSON, wherever it is; the log has it."""
+    def test_an_unexpected_error_is_answered_and_logged(self) -> None:
+        """An unexpected error in the resource is a 500 in JSON, and in the channel a
+        400; both are logged."""
         channel, transport = self.connect()
         with (
             mock.patch.object(self.resource, "render", side_effect=ZeroDivisionError),
@@ -271,7 +284,8 @@ class SiteTests(SynchronousTestCase):
         self.assertFalse(transport.connected)
 
     def refuse_body(self, file: Callable[..., Any], sent: bytes) -> Transport:
-        """Send an upload whose temporary file is this; the connection's other end."""
+        """Send an upload with this function to create its temporary file, check the
+        503, and return the transport."""
         self.site.max_body_bytes = 10 * MEMORY_BYTES
         channel, transport = self.connect()
         with mock.patch.object(tempfile, "TemporaryFile", file):
@@ -286,8 +300,8 @@ class SiteTests(SynchronousTestCase):
         self.assertEqual(self.resource.requests, [])
         return transport
 
-    def test_a_body_that_has_no_room(self) -> None:
-        """It is answered 503, whether the file can't be made, or gets no further."""
+    def test_a_body_without_disk_space_is_503(self) -> None:
+        """A body is answered 503 if its temporary file cannot be created or is full."""
         large = PUT % MEMORY_BYTES
         chunked = b"PUT / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n"
         files: list[FullFile] = []
@@ -307,7 +321,7 @@ class SiteTests(SynchronousTestCase):
         self.assertIn("Too many open files", line)
 
     def test_a_small_body_needs_no_file(self) -> None:
-        """It is kept in memory."""
+        """A small body is kept in memory, without a temporary file."""
         self.site.max_body_bytes = MEMORY_BYTES
         channel, _ = self.connect()
         with mock.patch.object(tempfile, "TemporaryFile", side_effect=OSError):
@@ -317,12 +331,13 @@ class SiteTests(SynchronousTestCase):
         self.assertEqual(content.read(), bytes(MEMORY_BYTES - 1))
 
     def fill(self) -> None:
-        """Open as many connections as there may be."""
+        """Open the largest number of connections."""
         for _ in range(MOST):
             self.connect()
 
-    def test_too_many_connections(self) -> None:
-        """One more is answered 503 and closed, or told the status; one less isn't."""
+    def test_a_connection_over_the_limit_is_503(self) -> None:
+        """A connection over the limit is answered 503 and closed, or serves a request
+        for the status; a connection below the limit is served."""
         self.fill()
         channel, transport = self.connect()
         channel.dataReceived(PUT % LIMIT)
@@ -342,8 +357,9 @@ class SiteTests(SynchronousTestCase):
         self.assertIn(b" 200 OK\r\n", transport.value())
         self.assertTrue(transport.connected)
 
-    def test_a_flood_of_connections(self) -> None:
-        """It keeps nobody from the status, and is one line in the log."""
+    def test_a_flood_of_connections_leaves_the_status_reachable(self) -> None:
+        """During a flood of connections the status stays reachable, and the log has a
+        single line."""
         self.fill()
         counter = "synapse_roomkeys_refused_connections_total"
         before = REGISTRY.get_sample_value(counter) or 0
@@ -366,8 +382,9 @@ class SiteTests(SynchronousTestCase):
             self.connect()
         self.assertIn("200 times more since", logged.output[0])
 
-    def test_more_than_the_spare_connections(self) -> None:
-        """They are closed at once while the ones before are being closed."""
+    def test_connections_over_the_spare_ones_are_closed(self) -> None:
+        """A connection over the spare connections is closed without a byte while the
+        connections before are being closed."""
         self.fill()
         with mock.patch.object(Transport, "abortConnection"):
             for _ in range(SPARE):
@@ -375,8 +392,9 @@ class SiteTests(SynchronousTestCase):
             address = IPv4Address("TCP", "192.0.2.1", 40000)
             self.assertIsNone(self.site.buildProtocol(address))
 
-    def test_the_end(self) -> None:
-        """It fires when the last connection is closed, idle ones a little later."""
+    def test_a_drain_fires_after_the_last_connection(self) -> None:
+        """`drain` closes idle connections after `LAST_CALL_SECONDS`, and fires when the
+        last connection is closed."""
         idle = self.connect()[1]
         busy, transport = self.connect()
         busy.dataReceived(GET)
@@ -389,12 +407,13 @@ class SiteTests(SynchronousTestCase):
         self.assertIn(b"Connection: close", transport.value())
         self.assertIsNone(self.successResultOf(drained))
 
-    def test_the_end_with_nobody_there(self) -> None:
-        """It is reached at once."""
+    def test_a_drain_without_connections_fires_immediately(self) -> None:
+        """`drain` fires immediately if there are no connections."""
         self.assertIsNone(self.successResultOf(self.site.drain()))
 
-    def test_what_comes_after_the_end_began(self) -> None:
-        """It is told to come again; the status is answered."""
+    def test_a_request_during_a_drain_is_503(self) -> None:
+        """A request during a drain is a 503, except a request for the status, which is
+        answered."""
         for path, status in ((b"/a", b"503 "), (b"/health", b"200 ")):
             self.site.draining = False
             channel, transport = self.connect()

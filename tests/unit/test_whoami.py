@@ -1,4 +1,5 @@
-"""Who a token belongs to, asked of a homeserver over connections in memory."""
+"""Tests of authentication by the whoami endpoint of a homeserver, over connections in
+memory."""
 
 import gc
 import logging
@@ -39,7 +40,7 @@ from ..faulty_homeserver import (
     FAULTS,
     VERSIONS,
     WHOAMI,
-    FakeHomeserver,
+    FaultyHomeserver,
     TokenBucket,
     answering,
     client_request,
@@ -53,7 +54,7 @@ USER = {"user_id": "@User:test.example", "device_id": "DEVICE"}
 
 @implementer(IHostnameResolver)
 class Resolver:
-    """Finds every name at one address, at once."""
+    """A resolver that returns one address for every name, immediately."""
 
     def resolveHostName(
         self,
@@ -63,7 +64,7 @@ class Resolver:
         addressTypes: Any = None,
         transportSemantics: str = "TCP",
     ) -> Any:
-        """As `IHostnameResolver.resolveHostName`."""
+        """Resolve a name, as `IHostnameResolver.resolveHostName` does."""
         resolutionReceiver.resolutionBegan(None)
         resolutionReceiver.addressResolved(IPv4Address("TCP", "192.0.2.1", portNumber))
         resolutionReceiver.resolutionComplete()
@@ -80,14 +81,14 @@ class MemoryNetwork(MemoryReactorClock):
 
     def __init__(self, resource: Resource) -> None:
         super().__init__()
-        # That of an older Twisted has none.
+        # `MemoryReactorClock` of older versions of Twisted has no resolver.
         self.nameResolver: Any = Resolver()
         self.site = Site(resource, reactor=self)
         self.refusing = False
         self._pumps: list[Any] = []
 
     def callFromThread(self, callable: Any, *args: Any, **kwargs: Any) -> None:
-        """As the reactor's, at once."""
+        """Call a function immediately; the tests have one thread."""
         callable(*args, **kwargs)
 
     def connectTCP(
@@ -98,7 +99,7 @@ class MemoryNetwork(MemoryReactorClock):
         timeout: Any = 30,
         bindAddress: Any = None,
     ) -> Any:
-        """As the reactor's, to the site."""
+        """Connect to the site, whatever the host and the port."""
         connector = super().connectTCP(host, port, factory, timeout, bindAddress)
         if self.refusing:
             factory.clientConnectionFailed(connector, ConnectionRefusedError())
@@ -110,11 +111,14 @@ class MemoryNetwork(MemoryReactorClock):
 
     @property
     def connections(self) -> int:
-        """How many are open."""
+        """Number of open connections."""
         return sum(not pump.clientIO.disconnected for pump in self._pumps)
 
     def turn(self, seconds: float = 0) -> None:
-        """Have time pass, from one call that is due to the next, and bytes flow."""
+        """Let time pass and deliver all bytes.
+
+        The time stops at each delayed call that is due, so that calls run in order.
+        """
         end = self.seconds() + seconds
         self._flow()
         while due := [
@@ -125,6 +129,7 @@ class MemoryNetwork(MemoryReactorClock):
         self.rightNow = end
 
     def _flow(self) -> None:
+        """Deliver bytes until no connection has bytes left to deliver."""
         moved = True
         while moved:
             self.advance(0)
@@ -132,7 +137,7 @@ class MemoryNetwork(MemoryReactorClock):
 
 
 def outcomes() -> dict[str, float]:
-    """How often each outcome was counted."""
+    """Number of token lookups by outcome, from the metrics."""
     return {
         outcome: REGISTRY.get_sample_value(
             "synapse_roomkeys_whoami_requests_total", {"outcome": outcome}
@@ -143,16 +148,16 @@ def outcomes() -> dict[str, float]:
 
 
 class WhoamiTests(SynchronousTestCase):
-    """`WhoamiAuth` and a homeserver, without a socket."""
+    """Tests of `WhoamiAuth` with a homeserver, without a socket."""
 
     def setUp(self) -> None:
-        self.homeserver = FakeHomeserver()
+        self.homeserver = FaultyHomeserver()
         self.homeserver.answers[TOKEN] = 200, USER
         self.network = MemoryNetwork(self.homeserver)
         self.auth = self.new_auth()
 
     def new_auth(self, **options: Any) -> WhoamiAuth:
-        """One that remembers nothing yet."""
+        """A `WhoamiAuth` with an empty cache."""
         return WhoamiAuth(
             self.network,
             Clock(self.network),
@@ -162,60 +167,63 @@ class WhoamiTests(SynchronousTestCase):
     def begin(
         self, token: str | None = TOKEN, *args: Any, **query: Any
     ) -> Deferred[Requester]:
-        """Authenticate a request, and have the bytes flow."""
+        """Authenticate a request and deliver all bytes; return the Deferred."""
         done = self.auth.get_user_by_req(client_request(token, *args, **query))
         self.network.turn()
         return done
 
     def user(self, *args: Any, **query: Any) -> str:
-        """Whose request it is."""
+        """Authenticate a request and return its user id."""
         return self.successResultOf(self.begin(*args, **query)).user_id
 
     def error(self, done: Deferred[Requester]) -> dict[str, Any]:
-        """The answer to a client who isn't let in, with the status."""
+        """The status and the body of a failed authentication's answer, without the
+        token."""
         error = self.failureResultOf(done, TokenError).value
         self.assertNotIn(TOKEN, str(error.error_dict()))
         return {"status": error.code, **error.error_dict()}
 
     def refusal(self, *args: Any, **query: Any) -> tuple[int, str]:
-        """With what status and errcode a request is refused."""
+        """Authenticate a request that is refused; return status and errcode."""
         error = self.error(self.begin(*args, **query))
         return error["status"], error["errcode"]
 
     def tokens(self) -> list[str | None]:
-        """The tokens that the homeserver was asked about."""
+        """The tokens of the received requests, in order."""
         return [asked.token for asked in self.homeserver.asked]
 
     def begin_and_wait(self, seconds: float) -> Deferred[Requester]:
-        """Authenticate a request, and have time pass."""
+        """Authenticate a request and let time pass; return the Deferred."""
         done = self.begin()
         self.network.turn(seconds)
         return done
 
     # Tokens
 
-    def test_user_and_device(self) -> None:
-        """The homeserver is asked with the token in the header, nowhere else."""
+    def test_a_known_token_has_user_and_device(self) -> None:
+        """A known token is resolved to user and device, and is sent to the homeserver
+        in the header alone."""
         found = self.successResultOf(self.begin())
         self.assertEqual(found, Requester("@User:test.example", "DEVICE"))
         (asked,) = self.homeserver.asked
         self.assertEqual((asked.path, asked.token, asked.query), (WHOAMI, TOKEN, {}))
 
-    def test_no_device(self) -> None:
-        """A token needs no device."""
+    def test_a_token_without_a_device(self) -> None:
+        """A token without a device is accepted."""
         self.homeserver.answers[TOKEN] = 200, {"user_id": "@bot:test.example"}
         found = self.successResultOf(self.begin())
         self.assertEqual(found, Requester("@bot:test.example", None))
 
-    def test_token_of_the_query(self) -> None:
-        """It goes to the homeserver in the header as well."""
+    def test_a_token_in_the_query_is_accepted(self) -> None:
+        """A token in the query is accepted, and is sent to the homeserver in the
+        header."""
         self.assertEqual(self.user(None, access_token=TOKEN), USER["user_id"])
         (asked,) = self.homeserver.asked
         self.assertEqual((asked.token, asked.query), (TOKEN, {}))
 
-    def test_two_tokens(self) -> None:
-        """A request with two tokens is refused, as Synapse does it: a proxy may have
-        checked the other one."""
+    def test_two_tokens_are_refused(self) -> None:
+        """A request with two tokens is refused, as Synapse refuses it, because a proxy
+        may have checked the other token."""
         two_headers = client_request(TOKEN)
         two_headers.requestHeaders.addRawHeader(b"Authorization", b"Bearer other")
         same_twice = client_request(TOKEN)
@@ -239,13 +247,15 @@ class WhoamiTests(SynchronousTestCase):
             self.assertEqual(error["error"], msg)
         self.assertEqual(self.homeserver.asked, [])
 
-    def test_bearer_in_any_case(self) -> None:
-        """The name of an authentication scheme has no case (RFC 9110, 11.1)."""
+    def test_the_authentication_scheme_is_case_insensitive(self) -> None:
+        """The name of the authentication scheme is case-insensitive (RFC 9110,
+        11.1)."""
         for scheme in ("Bearer", "bearer", "BEARER", "bEARER "):
             self.assertEqual(self.user(None, f"{scheme} {TOKEN}"), USER["user_id"])
 
-    def test_no_token(self) -> None:
-        """A request without a token that could be one isn't asked about."""
+    def test_a_request_without_a_token_is_refused(self) -> None:
+        """A request without a token, or with a text that cannot be a token, is refused
+        without a request to the homeserver."""
         for header in (
             None,
             "",
@@ -262,15 +272,17 @@ class WhoamiTests(SynchronousTestCase):
             )
         self.assertEqual(self.homeserver.asked, [])
 
-    def test_unknown_token(self) -> None:
-        """The homeserver's status and errcode are passed on, not its text."""
+    def test_an_unknown_token_is_401(self) -> None:
+        """Status and errcode of the homeserver for an unknown token are passed on,
+        without its text."""
         error = self.error(self.begin("another"))
         self.assertEqual((error["status"], error["errcode"]), (401, "M_UNKNOWN_TOKEN"))
         self.assertNotIn("another", error["error"])
         self.assertNotIn("soft_logout", error)
 
-    def test_refusals(self) -> None:
-        """Whatever the homeserver says of the user is passed on."""
+    def test_refusals_of_the_homeserver_are_passed_on(self) -> None:
+        """Every refusal of the homeserver about the user is passed on with status,
+        errcode and soft_logout."""
         for code, errcode, soft_logout in (
             (401, "M_UNKNOWN_TOKEN", True),
             (401, "M_UNKNOWN_TOKEN", False),
@@ -286,8 +298,8 @@ class WhoamiTests(SynchronousTestCase):
             self.assertEqual((error["status"], error["errcode"]), (code, errcode))
             self.assertEqual(error.get("soft_logout"), soft_logout)
 
-    def test_guests(self) -> None:
-        """Guests are refused; ``is_guest`` may be left out, null or a number."""
+    def test_guests_are_refused(self) -> None:
+        """Guests are refused; ``is_guest`` may be missing, null or a number."""
         for is_guest in (True, 1):
             self.homeserver.answers[TOKEN] = 200, {**USER, "is_guest": is_guest}
             self.assertEqual(self.refusal(), (403, "M_GUEST_ACCESS_FORBIDDEN"))
@@ -296,14 +308,15 @@ class WhoamiTests(SynchronousTestCase):
             self.homeserver.answers[f"token{number}"] = answer
             self.assertEqual(self.user(f"token{number}"), USER["user_id"])
 
-    def test_a_homeserver_without_guests(self) -> None:
-        """With `has_guests` off, a user whom the homeserver calls a guest is let in."""
+    def test_guests_are_accepted_without_has_guests(self) -> None:
+        """If `has_guests` is false, a user whom the homeserver calls a guest is
+        accepted."""
         self.homeserver.answers[TOKEN] = 200, {**USER, "is_guest": True}
         self.auth = self.new_auth(has_guests=False)
         self.assertEqual(self.user(), USER["user_id"])
 
-    def test_no_refusal_ends_a_backup(self) -> None:
-        """No client sees an errcode at which it turns its backup off."""
+    def test_no_refusal_disables_a_backup(self) -> None:
+        """No answer has an errcode at which clients disable their backup."""
         for code, errcode in (
             (404, "M_NOT_FOUND"),
             (400, "M_NOT_FOUND"),
@@ -318,8 +331,8 @@ class WhoamiTests(SynchronousTestCase):
 
     # The client's address
 
-    def test_the_clients_address(self) -> None:
-        """The homeserver hears of the client's address and user agent."""
+    def test_the_homeserver_receives_address_and_user_agent(self) -> None:
+        """The homeserver receives the client's address and user agent."""
         for peer, host in (
             (IPv4Address("TCP", "192.0.2.7", 1), [b"192.0.2.7"]),
             (IPv6Address("TCP", "2001:db8::7", 1), [b"2001:db8::7"]),
@@ -337,8 +350,9 @@ class WhoamiTests(SynchronousTestCase):
             self.assertEqual(asked.forwarded_for, host)
             self.assertEqual(asked.user_agent, [b"Element/1.2 \xe2\x9c"])
 
-    def test_user_agents(self) -> None:
-        """A user agent has a bounded length and no control characters."""
+    def test_the_user_agent_is_bounded_and_printable(self) -> None:
+        """The user agent sent to the homeserver has a bounded length and no control
+        characters."""
         for sent, passed_on in (
             ([], []),
             ([b""], []),
@@ -356,9 +370,9 @@ class WhoamiTests(SynchronousTestCase):
             self.assertEqual(self.homeserver.asked[-1].user_agent, passed_on)
             self.auth = self.new_auth()
 
-    def test_each_address_is_asked_about(self) -> None:
-        """An answer is remembered, and a request shared, for one address only: the
-        homeserver hears of each address that a token is used from."""
+    def test_each_address_is_sent_to_the_homeserver(self) -> None:
+        """A cached answer and a shared request are for one client address, so the
+        homeserver receives each address that uses a token."""
         done = []
         for _ in range(2):
             for host in ("192.0.2.7", "192.0.2.8", "192.0.2.7"):
@@ -373,9 +387,9 @@ class WhoamiTests(SynchronousTestCase):
 
     # Application services
 
-    def test_masks(self) -> None:
-        """Whom an application service acts as is the homeserver's to allow; each is
-        remembered apart."""
+    def test_the_user_of_an_application_service_is_cached_separately(self) -> None:
+        """The homeserver decides which user an application service may act as, and each
+        user and device is cached separately."""
         queries = [
             {},
             {"user_id": "@a&b:test.example"},
@@ -390,14 +404,16 @@ class WhoamiTests(SynchronousTestCase):
             [dict(asked.query) for asked in self.homeserver.asked], queries
         )
 
-    def test_nobody_becomes_another(self) -> None:
-        """The user is the one that the homeserver names."""
+    def test_the_homeserver_names_the_user(self) -> None:
+        """The user of a request is the user that the homeserver names, not the user in
+        the query."""
         self.assertEqual(self.user(user_id="@victim:test.example"), USER["user_id"])
 
-    # Memory
+    # Cache
 
-    def test_remembered(self) -> None:
-        """A token is asked about again after its time, and refused once revoked."""
+    def test_an_answer_is_cached(self) -> None:
+        """An answer is cached for `cache_seconds`; afterwards a revoked token is
+        refused."""
         self.assertEqual(self.user(), USER["user_id"])
         del self.homeserver.answers[TOKEN]
         self.network.turn(59.9)
@@ -405,8 +421,9 @@ class WhoamiTests(SynchronousTestCase):
         self.network.turn(0.2)
         self.assertEqual(self.refusal(), (401, "M_UNKNOWN_TOKEN"))
 
-    def test_remembered_since_it_was_asked(self) -> None:
-        """The time that the answer took isn't given on top."""
+    def test_the_cache_time_begins_with_the_request(self) -> None:
+        """The cache time of an answer begins when the request to the homeserver is
+        sent, not when the answer arrives."""
         waiting: list[Request] = []
 
         def wait(request: Request) -> int | bytes:
@@ -425,9 +442,10 @@ class WhoamiTests(SynchronousTestCase):
         self.network.turn(51.2)
         self.assertEqual(self.refusal(), (401, "M_UNKNOWN_TOKEN"))
 
-    def test_refusals_are_remembered_shorter(self) -> None:
-        """An unknown token may become known: the application service's is added, or a
-        replica of the homeserver's database is behind."""
+    def test_an_unknown_token_is_cached_for_a_shorter_time(self) -> None:
+        """An unknown token is cached for a shorter time, because the token may become
+        known: an application service is added, or a database replica of the homeserver
+        lags."""
         del self.homeserver.answers[TOKEN]
         self.assertEqual(self.refusal(), (401, "M_UNKNOWN_TOKEN"))
         self.homeserver.answers[TOKEN] = 200, USER
@@ -437,9 +455,10 @@ class WhoamiTests(SynchronousTestCase):
         self.network.turn(0.2)
         self.assertEqual(self.user(), USER["user_id"])
 
-    def test_refusals_that_may_end(self) -> None:
-        """Only an unknown token is remembered, and not with a mask: who asked for a
-        user, a device or an unlocked account may get it and ask again at once."""
+    def test_only_an_unknown_token_is_cached(self) -> None:
+        """Of the refusals only that of an unknown token without user_id or device_id is
+        cached, because the client may create the user or device, or unlock the account,
+        and retry immediately."""
         for code, errcode, query in (
             (403, "M_FORBIDDEN", {"user_id": "@new:test.example"}),
             (400, "ORG.MATRIX.MSC4326.M_UNKNOWN_DEVICE", {"device_id": "NEW"}),
@@ -462,16 +481,16 @@ class WhoamiTests(SynchronousTestCase):
             self.homeserver.answers[TOKEN] = 200, USER
             self.assertEqual(self.user(**query), USER["user_id"], errcode)
 
-    def test_time_set_back(self) -> None:
-        """What was remembered in the future is forgotten."""
+    def test_the_cache_expires_when_the_clock_is_set_back(self) -> None:
+        """An answer cached at a time in the future is expired."""
         self.network.turn(1)
         self.user()
         self.network.rightNow -= 3600
         self.user()
         self.assertEqual(len(self.homeserver.asked), 2)
 
-    def test_memory_is_bounded(self) -> None:
-        """The oldest answer is the first to go."""
+    def test_the_cache_is_bounded(self) -> None:
+        """The oldest answer is removed from a full cache."""
         self.auth = self.new_auth(cache_entries=2)
         self.homeserver.answers["2"] = 200, USER
         for token in (TOKEN, "2", "3", "2", "3", TOKEN):
@@ -479,8 +498,8 @@ class WhoamiTests(SynchronousTestCase):
             self.assertLessEqual(len(self.auth._answers), 2)
         self.assertEqual(self.tokens(), [TOKEN, "2", "3", TOKEN])
 
-    def test_asked_again_is_new(self) -> None:
-        """An answer that was renewed isn't the oldest."""
+    def test_a_renewed_answer_is_the_newest(self) -> None:
+        """An answer that was renewed is not the oldest in the cache."""
         self.auth = self.new_auth(cache_entries=2)
         self.user()
         self.network.turn(40)
@@ -492,8 +511,9 @@ class WhoamiTests(SynchronousTestCase):
         self.user()
         self.assertEqual(len(self.homeserver.asked), asked)
 
-    def test_no_token_is_kept(self) -> None:
-        """Neither tokens nor requests stay in memory after the answer."""
+    def test_no_token_is_kept_in_memory(self) -> None:
+        """Neither tokens nor requests stay in memory after the answer; the cache holds
+        hashes."""
         requests = [
             client_request(TOKEN),
             client_request("other"),
@@ -512,26 +532,28 @@ class WhoamiTests(SynchronousTestCase):
         self.assertNotIn(TOKEN, held)
         self.assertNotIn("other", held)
 
-    # Many at once
+    # Concurrent requests
 
-    def test_one_question(self) -> None:
-        """Requests with one token at once are one question."""
+    def test_concurrent_requests_share_one_request(self) -> None:
+        """Concurrent requests with one token cause a single request to the
+        homeserver."""
         done = [self.auth.get_user_by_req(client_request(TOKEN)) for _ in range(50)]
         self.network.turn()
         found = {self.successResultOf(one) for one in done}
         self.assertEqual(found, {Requester("@User:test.example", "DEVICE")})
         self.assertEqual(len(self.homeserver.asked), 1)
 
-    def test_one_refusal_each(self) -> None:
-        """Each of those who wait has an error of its own."""
+    def test_each_waiting_request_has_its_own_error(self) -> None:
+        """Requests that share a refusal each fail with a separate exception object."""
         done = [self.auth.get_user_by_req(client_request("other")) for _ in range(3)]
         self.network.turn()
         errors = [self.failureResultOf(one, TokenError).value for one in done]
         self.assertEqual(len({id(error) for error in errors}), 3)
         self.assertEqual(len(self.homeserver.asked), 1)
 
-    def test_waiters_share_a_failure(self) -> None:
-        """Those who wait for a homeserver that is away are told so with the first."""
+    def test_waiting_requests_share_a_failure(self) -> None:
+        """Requests that share a request to an unreachable homeserver all fail after the
+        last retry."""
         self.network.refusing = True
         done = [self.auth.get_user_by_req(client_request(TOKEN)) for _ in range(3)]
         self.network.turn(5.5)
@@ -540,8 +562,8 @@ class WhoamiTests(SynchronousTestCase):
         self.assertEqual(self.auth._questions, {})
 
     def test_connections_are_bounded(self) -> None:
-        """Users who come all at once wait for a connection; those who wait too long
-        are told that the homeserver is away."""
+        """Requests of many users wait for one of `MAX_CONNECTIONS` connections; after a
+        timeout they fail with a 503."""
         self.homeserver.fault = stall
         done = [self.begin(f"token{number}") for number in range(50)]
         self.assertEqual(len(self.homeserver.asked), MAX_CONNECTIONS)
@@ -554,9 +576,9 @@ class WhoamiTests(SynchronousTestCase):
         self.homeserver.fault = None
         self.assertEqual(self.user(), USER["user_id"])
 
-    def test_connections_are_kept(self) -> None:
-        """One after the other, questions take the same connection, until it is
-        closed."""
+    def test_a_connection_is_reused_until_close(self) -> None:
+        """Sequential requests reuse one connection, until `close` closes the
+        connection."""
         for number in range(5):
             self.begin(f"token{number}").addErrback(lambda _: None)
         self.assertEqual(len(self.network.tcpClients), 1)
@@ -565,17 +587,17 @@ class WhoamiTests(SynchronousTestCase):
         self.successResultOf(closed)
         self.assertEqual(self.network.connections, 0)
 
-    def test_cookies_are_nobodys(self) -> None:
-        """What is set in one user's answer isn't sent with the next question."""
+    def test_cookies_are_not_sent_back(self) -> None:
+        """A cookie in one user's answer is not sent with the next request."""
         self.homeserver.fault = answering(200, USER, Set_Cookie="a=b; Path=/")
         self.user()
         self.user("other")
         self.assertEqual([asked.cookie for asked in self.homeserver.asked], [None] * 2)
 
-    # A homeserver that is away
+    # A faulty homeserver
 
-    def faults(self) -> Iterator[str]:
-        """Put each fault in force, with nothing remembered."""
+    def inject_faults(self) -> Iterator[str]:
+        """Inject each fault in turn, each with an empty cache, and yield its name."""
         for name, fault in FAULTS.items():
             self.auth = self.new_auth(timeout_seconds=2, retry_seconds=1)
             self.homeserver.fault = fault
@@ -586,10 +608,11 @@ class WhoamiTests(SynchronousTestCase):
         self.auth = self.new_auth(timeout_seconds=2, retry_seconds=1)
         yield "refusing"
 
-    def test_away_is_503(self) -> None:
-        """A homeserver that says nothing of the user leaves them neither in nor out,
-        and is asked again by the next request."""
-        for name in self.faults():
+    def test_a_faulty_homeserver_is_503(self) -> None:
+        """If the homeserver gives no valid answer about the user, the request is
+        neither accepted nor refused but a 503, and the next request asks the homeserver
+        again."""
+        for name in self.inject_faults():
             done = self.begin()
             self.assertNoResult(done)
             self.network.turn(1.5)
@@ -602,9 +625,9 @@ class WhoamiTests(SynchronousTestCase):
             self.network.refusing = False
             self.assertEqual(self.user(), USER["user_id"], name)
 
-    def test_recovery(self) -> None:
-        """A homeserver that comes back in time costs a moment."""
-        for name in self.faults():
+    def test_a_homeserver_that_recovers_answers_the_request(self) -> None:
+        """A request is answered if the homeserver recovers before the retries end."""
+        for name in self.inject_faults():
             done = self.begin()
             self.network.turn(0.5)
             self.assertNoResult(done)
@@ -614,8 +637,9 @@ class WhoamiTests(SynchronousTestCase):
             found = self.successResultOf(done)
             self.assertEqual(found, Requester("@User:test.example", "DEVICE"), name)
 
-    def test_delays_grow(self) -> None:
-        """It is asked a few times in the seconds there are, the last at their end."""
+    def test_retries_have_growing_delays(self) -> None:
+        """The delays between retries double, and the last retry is at the end of
+        `retry_seconds`."""
         times: list[float] = []
 
         def note_time(request: Request) -> int | bytes:
@@ -628,8 +652,9 @@ class WhoamiTests(SynchronousTestCase):
         self.failureResultOf(done, UnavailableError)
         self.assertEqual(times, [0, 0.1, 0.3, 0.7, 1.5, 3.1, 5])
 
-    def test_stalled(self) -> None:
-        """A homeserver that says no more has its connection closed in time."""
+    def test_a_stalled_connection_is_closed(self) -> None:
+        """The connection to a homeserver that sends no more bytes is closed after the
+        timeout."""
         for fault in (stall, stall_in_body):
             self.auth = self.new_auth(timeout_seconds=2, retry_seconds=1)
             self.homeserver.fault = fault
@@ -641,8 +666,9 @@ class WhoamiTests(SynchronousTestCase):
             self.failureResultOf(done, UnavailableError)
             self.assertEqual(self.network.connections, 0)
 
-    def test_too_long(self) -> None:
-        """A homeserver that says too much isn't listened to until the end."""
+    def test_a_response_over_the_limit_closes_the_connection(self) -> None:
+        """The connection to a homeserver that sends too long a response is closed
+        before the end of the response."""
 
         def say_much(request: Request) -> int:
             for _ in range(3):
@@ -656,8 +682,8 @@ class WhoamiTests(SynchronousTestCase):
         self.network.turn(0.1)
         self.successResultOf(done)
 
-    def test_check(self) -> None:
-        """It is there when it answers 200, and away otherwise."""
+    def test_the_check_requires_a_200(self) -> None:
+        """`check` succeeds if the homeserver answers 200, and fails otherwise."""
         done = self.auth.check()
         self.network.turn()
         self.assertIsNone(self.successResultOf(done))
@@ -668,7 +694,7 @@ class WhoamiTests(SynchronousTestCase):
             self.network.turn(10.1)
             self.failureResultOf(done, UnavailableError)
 
-    def test_what_is_wrong(self) -> None:
+    def test_the_log_names_the_fault_and_the_option(self) -> None:
         """The log names the homeserver's address, its response, and the option to
         change."""
         api = "https://matrix.example.org/_matrix/client"
@@ -709,7 +735,8 @@ class WhoamiTests(SynchronousTestCase):
                 self.assertLess(len(line), 700)
 
     def test_a_check_names_the_target_of_a_redirect(self) -> None:
-        """``check`` says how to set the homeserver's address."""
+        """The log of ``check`` names the value for `homeserver.url` after a
+        redirect."""
         target = "https://matrix.example.org/_matrix/client/versions"
         self.homeserver.fault = answering(301, b"", Location=target)
         with self.assertLogs(level=logging.WARNING) as logs:
@@ -723,7 +750,8 @@ class WhoamiTests(SynchronousTestCase):
     # A homeserver that throttles
 
     def throttle(self, times: int, value: Any = b"", **headers: str) -> None:
-        """Have the homeserver answer 429 some times, and then as it knows."""
+        """Let the homeserver answer 429 a number of times, and valid answers
+        afterwards."""
         left = times
 
         def answer(request: Request) -> int | bytes:
@@ -736,7 +764,7 @@ class WhoamiTests(SynchronousTestCase):
         self.homeserver.fault = answer
 
     def throttled(self, done: Deferred[Requester]) -> int:
-        """How many seconds a client is told to wait."""
+        """Check the 429 of a request and return the seconds of its Retry-After."""
         error = self.failureResultOf(done, LimitExceededError).value
         seconds = int(error.headers()["Retry-After"])
         body = {
@@ -747,8 +775,9 @@ class WhoamiTests(SynchronousTestCase):
         self.assertEqual((error.code, error.error_dict()), (429, body))
         return seconds
 
-    def test_a_pause_that_fits(self) -> None:
-        """A request waits as long as the 429 says, and is then answered."""
+    def test_a_request_waits_for_a_short_pause(self) -> None:
+        """A request waits as long as the 429 of the homeserver says, and is then
+        answered."""
         date = "Sun, 06 Nov 1994 08:49:37 GMT"
         later = "Sun, 06 Nov 1994 08:49:40 GMT"
         body = {"errcode": "M_LIMIT_EXCEEDED", "retry_after_ms": 2500}
@@ -774,9 +803,9 @@ class WhoamiTests(SynchronousTestCase):
             self.assertEqual(self.successResultOf(done).user_id, USER["user_id"])
             self.assertEqual(len(self.homeserver.asked), 2)
 
-    def test_a_pause_that_does_not_fit(self) -> None:
-        """A pause that ends after `retry_seconds` is a 429 at once, for everybody, and
-        one of `MAX_PAUSE` at most."""
+    def test_a_long_pause_is_429_for_all_requests(self) -> None:
+        """If a pause ends after `retry_seconds`, all requests are answered 429
+        immediately; a pause is at most `MAX_PAUSE`."""
         for named, told in (("6", 6), ("60", 60), ("86400", 60), ("9" * 400, 60)):
             self.homeserver.asked.clear()
             self.auth = self.new_auth()
@@ -789,15 +818,15 @@ class WhoamiTests(SynchronousTestCase):
             self.network.turn(5.6)
             self.assertEqual(self.user(), USER["user_id"])
 
-    def test_one_question_each_throttled(self) -> None:
-        """Requests that share a request to the homeserver share its 429."""
+    def test_requests_share_a_429(self) -> None:
+        """Requests that share a request to the homeserver share a 429 as well."""
         self.throttle(1, Retry_After="9")
         done = [self.auth.get_user_by_req(client_request(TOKEN)) for _ in range(3)]
         self.network.turn()
         self.assertEqual([self.throttled(one) for one in done], [9] * 3)
 
-    def test_a_throttling_homeserver_is_there(self) -> None:
-        """A check doesn't take a 429 for an outage, and sends nothing in a pause."""
+    def test_a_429_is_no_outage(self) -> None:
+        """`check` succeeds on a 429, and sends no request during a pause."""
         self.throttle(1, Retry_After="3")
         for _ in range(2):
             done = self.auth.check()
@@ -805,17 +834,17 @@ class WhoamiTests(SynchronousTestCase):
             self.assertIsNone(self.successResultOf(done))
         self.assertEqual(len(self.homeserver.asked), 1)
 
-    def test_time_set_back_in_a_pause(self) -> None:
-        """A pause doesn't last longer because the reactor's time was set back."""
+    def test_a_pause_ends_when_the_clock_is_set_back(self) -> None:
+        """A pause does not last longer if the reactor's time is set back."""
         self.throttle(1, Retry_After="9")
         self.throttled(self.begin())
         self.network.rightNow -= 3600
         self.assertEqual(self.user(), USER["user_id"])
 
-    def test_300_users_at_once(self) -> None:
+    def test_300_concurrent_users_of_a_throttling_homeserver(self) -> None:
         """A homeserver that allows 20 requests a second serves at least 80 users in the
         5 seconds of `retry_seconds`, and refuses two full sets of connections at most.
-        The other users are told to wait."""
+        The other users receive a 429 with a Retry-After."""
         self.homeserver.fault = bucket = TokenBucket(
             self.network.seconds, 20, answering(200, USER), Retry_After="1"
         )
@@ -839,8 +868,9 @@ class WhoamiTests(SynchronousTestCase):
         self.assertLessEqual(bucket.refused, 2 * MAX_CONNECTIONS)
         self.assertGreaterEqual(len(set(told)), 3)
 
-    def test_requests_leave_apart(self) -> None:
-        """After a pause the requests of many users leave one at a time."""
+    def test_requests_after_a_pause_are_spaced(self) -> None:
+        """After a pause, the requests of many users are sent one at a time, with
+        gaps."""
         times: list[float] = []
         knows = answering(200, USER)
 
@@ -860,10 +890,10 @@ class WhoamiTests(SynchronousTestCase):
         gaps = [later - time for time, later in pairwise(times)]
         self.assertGreaterEqual(min(gaps), FIRST_INTERVAL / 2)
 
-    # What is told of it
+    # Metrics and log
 
-    def test_counted(self) -> None:
-        """Every token that is looked up is counted by its outcome."""
+    def test_every_lookup_is_counted_by_outcome(self) -> None:
+        """Every token lookup is counted by its outcome."""
         before = outcomes()
         for token in (TOKEN, TOKEN, "other"):
             self.begin(token).addErrback(lambda _: None)
@@ -879,9 +909,9 @@ class WhoamiTests(SynchronousTestCase):
         self.assertEqual(counted, {**expected, "throttled": 0})
 
     def test_no_token_is_logged(self) -> None:
-        """The log says why the homeserver is away, and holds no token."""
+        """The log names the fault of the homeserver, and holds no token."""
         with self.assertLogs(level=logging.DEBUG) as logs:
-            for _ in self.faults():
+            for _ in self.inject_faults():
                 done = self.begin(), self.begin(None, access_token=TOKEN + "2")
                 self.network.turn(1.5)
                 for one in done:

@@ -1,4 +1,4 @@
-"""Bodies in and out."""
+"""Tests of the parser and the encoder of bodies."""
 
 import json
 from unittest import mock
@@ -37,33 +37,36 @@ BEFORE = b'{"first_message_index":1,"forwarded_count":2,"is_verified":true,'
 def parse(
     body: bytes, room_id: str | None, session_id: str | None, limits: Limits
 ) -> list[RoomKey]:
-    """The keys of an upload."""
+    """Return the keys of an upload as a list."""
     return list(parse_upload(body, room_id, session_id, limits))
 
 
 def parse_key(session_data: bytes) -> RoomKey:
-    """A key with this session data."""
+    """Return the only key of an upload with these session data."""
     body = BEFORE + b'"session_data":' + session_data + b"}"
     [key] = parse(body, "!r", "s", LIMITS)
     return key
 
 
 class ParseUploadTests(SynchronousTestCase):
-    """`parse_upload`, beyond what the contract's scenarios send."""
+    """Tests of `parse_upload` that the contract's scenarios do not cover."""
 
-    def test_session_data_is_the_text_that_came(self) -> None:
-        """White space, escapes and the order of members stay as they were."""
+    def test_session_data_is_stored_unchanged(self) -> None:
+        """White space, escapes and the order of members in session_data are stored
+        unchanged."""
         for text in (r'{ "b" : 1e3, "a":"\u00e9\/é" }', "-0", "[]", '"é"', "0.10"):
             self.assertEqual(parse_key(text.encode()).session_data, text)
 
-    def test_the_limit_is_of_bytes(self) -> None:
-        """A session data of as many bytes as the limit is taken, and no more."""
+    def test_the_limit_of_session_data_counts_bytes(self) -> None:
+        """A session_data of exactly `max_session_data_bytes` bytes is accepted, and a
+        longer session_data is refused."""
         self.assertEqual(len(parse_key(b'"' + b"x" * 98 + b'"').session_data), 100)
         self.assertRaises(TooLargeError, parse_key, b'"' + b"x" * 99 + b'"')
         self.assertRaises(TooLargeError, parse_key, f'"{"é" * 50}"'.encode())
 
-    def test_numbers_that_no_double_holds(self) -> None:
-        """They are refused wherever they stand; digits in strings are just text."""
+    def test_numbers_outside_of_doubles_are_refused(self) -> None:
+        """A number that a double cannot hold is refused anywhere in session_data;
+        digits in strings are text."""
         for number in (
             b"1e999",
             b"-1E+0400",
@@ -95,8 +98,9 @@ class ParseUploadTests(SynchronousTestCase):
             [key] = parse(body, "!r", "s", Limits())
             self.assertEqual(key.session_data, text.decode())
 
-    def test_deep_nesting(self) -> None:
-        """What is nested deeper than anyone reads is refused, at any place."""
+    def test_deep_nesting_is_refused(self) -> None:
+        """Nesting deeper than the parser accepts is refused anywhere in a body, with a
+        short message."""
         deep = b"[" * 100_000 + b"]" * 100_000
         for body in (deep, BEFORE + b'"session_data":' + deep + b"}", deep[:100_000]):
             error = self.assertRaises(
@@ -104,9 +108,10 @@ class ParseUploadTests(SynchronousTestCase):
             )
             self.assertLess(len(str(error)), 200)
 
-    def test_a_large_body_is_not_read_at_length(self) -> None:
-        """To read a value costs a hundred times its bytes: no more is read of a large
-        body than is needed, and the message says less of what is wrong."""
+    def test_a_large_body_is_parsed_only_as_far_as_needed(self) -> None:
+        """Values of a large body are parsed only as far as needed, because a parsed
+        value takes a hundred times its bytes of memory; the message of an error then
+        has less detail."""
         lists = b"[" + b"[]," * 300_000 + b"[]]"
         before = BEFORE + b'"session_data":1,"more":'
         for body, error, says in (
@@ -124,8 +129,8 @@ class ParseUploadTests(SynchronousTestCase):
                     raised = self.assertRaises(error, parse, body, "!r", "s", Limits())
                     self.assertIn(says, str(raised))
 
-    def test_more_objects_than_a_real_body_has(self) -> None:
-        """An upload may be large, or hold many small things, but not both."""
+    def test_many_objects_in_a_large_body_are_refused(self) -> None:
+        """An upload may be large or hold many small objects, but not both."""
         empty = b'{"rooms":{%b}}'
         rooms = [b'"%d":{"sessions":{}}' % n for n in range(20_000)]
         few, many = (empty % b",".join(rooms[:n]) for n in (4_000, 20_000))
@@ -139,8 +144,9 @@ class ParseUploadTests(SynchronousTestCase):
         body = b'{"sessions":{%b}}' % sessions
         self.assertEqual(len(parse(body, "!r", None, Limits())), 20_000)
 
-    def test_messages_name_what_is_wrong(self) -> None:
-        """Room, session and field, in ASCII, however odd they are."""
+    def test_messages_name_room_session_and_field(self) -> None:
+        """The message of an error names room, session and field in ASCII, whatever
+        their characters."""
         body = '{"rooms":{"!é":{"sessions":{"s\\n":' + BEFORE.decode() + '"x":1}}}}}'
         error = self.assertRaises(
             BadJsonError, parse, body.encode(), None, None, Limits()
@@ -152,15 +158,15 @@ class ParseUploadTests(SynchronousTestCase):
         )
 
     def test_messages_are_short(self) -> None:
-        """A long id is cut in what is said of it."""
+        """A long id is cut in the message of an error."""
         body = b'{"rooms":{"' + b"x" * 900 + b'":{"sessions":{}}, "":1}}'
         error = self.assertRaises(
             (BadJsonError, InvalidParamError), parse, body, None, None, LIMITS
         )
         self.assertLess(len(str(error)), 400)
 
-    def test_messages_are_short_whatever_the_characters(self) -> None:
-        """An escape is longer than the character that it stands for."""
+    def test_messages_are_short_with_escaped_characters(self) -> None:
+        """A message is short even if each character of an id is escaped to several."""
         for id_ in ("\U0001f511" * 255, "\u00e9" * 255, "\ud800" * 255, "\0" * 255):
             self.assertLess(len(shown(id_)), 610)
             self.assertTrue(shown(id_).endswith('..."'))
@@ -168,10 +174,11 @@ class ParseUploadTests(SynchronousTestCase):
 
 
 class ParseVersionTests(SynchronousTestCase):
-    """`parse_version`, `parse_new_version` and `parse_version_info`."""
+    """Tests of `parse_version`, `parse_new_version` and `parse_version_info`."""
 
-    def test_only_numbers_that_were_issued_are_versions(self) -> None:
-        """A version is written in one way."""
+    def test_a_version_has_one_notation(self) -> None:
+        """A version number is accepted only in the notation in which versions are
+        issued."""
         self.assertEqual(parse_version("1795421234"), 1795421234)
         self.assertEqual(parse_version(str(2**63 - 1)), 2**63 - 1)
         for text in (
@@ -188,20 +195,21 @@ class ParseVersionTests(SynchronousTestCase):
         ):
             self.assertRaises(NotFoundError, parse_version, text)
 
-    def test_auth_data_is_the_text_that_came(self) -> None:
-        """It is opaque as session data is."""
+    def test_auth_data_is_stored_unchanged(self) -> None:
+        """auth_data is opaque like session_data, and stored unchanged."""
         body = b'{"auth_data": { "a" : [1.0] },"algorithm":"m"}'
         info = parse_version_info(body, LIMITS)
         self.assertEqual(info.auth_data, '{ "a" : [1.0] }')
         self.assertIsNone(info.version)
 
-    def test_a_large_body(self) -> None:
-        """It is refused before it is read."""
+    def test_a_large_version_body_is_refused(self) -> None:
+        """A body of a version over the limit is refused before parsing."""
         body = b'{"auth_data":{},"algorithm":"m","more":[' + b"[]," * 22_000 + b"1]}"
         self.assertRaises(TooLargeError, parse_version_info, body, Limits())
 
-    def test_a_version_of_the_wrong_type(self) -> None:
-        """An update names its version as a string; a new version has no name yet."""
+    def test_the_version_of_an_update_must_be_a_string(self) -> None:
+        """An update with a version other than a string is refused; a new version
+        ignores the member."""
         for version in (b"1", b"null", b"[{}]"):
             body = b'{"auth_data":{},"algorithm":"m","version":' + version + b"}"
             self.assertRaises(BadJsonError, parse_version_info, body, LIMITS)
@@ -209,10 +217,11 @@ class ParseVersionTests(SynchronousTestCase):
 
 
 class EncodeTests(SynchronousTestCase):
-    """What goes out."""
+    """Tests of the encoder."""
 
-    def test_chunks_make_one_object(self) -> None:
-        """Wherever the pages end, the same object comes out."""
+    def test_pages_are_encoded_as_one_object(self) -> None:
+        """Pages are encoded as one JSON object, wherever one page ends and the next
+        begins."""
         rows = [
             ("!a", '"1":{"d":', "1"),
             ("!a", '"2":{"d":', "2"),
@@ -229,8 +238,9 @@ class EncodeTests(SynchronousTestCase):
                 ).encode(),
             )
 
-    def test_one_key_comes_alone(self) -> None:
-        """Its data as it is, whatever that is; a NULL of an old row is 0 or false."""
+    def test_a_single_key_is_encoded(self) -> None:
+        """A key is encoded with its unchanged session data; a NULL in a field is
+        encoded as 0 or false."""
         for given, wanted in (
             (
                 (3, 2, True),
@@ -246,8 +256,8 @@ class EncodeTests(SynchronousTestCase):
             text = b'{%b,"session_data":%b}' % (wanted, data.encode())
             self.assertEqual(encode_key(key), text)
 
-    def test_nothing_is_an_empty_object(self) -> None:
-        """A backup or a room without keys has no members."""
+    def test_no_keys_are_an_empty_object(self) -> None:
+        """A backup or room without keys is encoded as an object without members."""
         for with_rooms, whole in ((True, b'{"rooms":{}}'), (False, b'{"sessions":{}}')):
             encoder = BackupEncoder(with_rooms)
             self.assertEqual(
@@ -255,7 +265,7 @@ class EncodeTests(SynchronousTestCase):
             )
 
     def test_numbers_of_a_version_are_strings(self) -> None:
-        """Clients stumble over an etag or a version that is a number."""
+        """Etag and version are encoded as strings, because clients fail on numbers."""
         self.assertEqual(
             encode_backup_info(BackupInfo(7, 'a"b', "{}", 3, 5)),
             b'{"algorithm":"a\\"b","auth_data":{},"count":5,"etag":"3","version":"7"}',
