@@ -233,7 +233,7 @@ def check_signature(
     )
 
 
-def sealed(session: Session, public_key: str, **metadata: Any) -> dict[str, Any]:
+def encrypt_session(session: Session, public_key: str, **metadata: Any) -> dict[str, Any]:
     """Encrypt a session for the holder of the private key; return the key to upload."""
     plaintext = {
         "algorithm": MEGOLM,
@@ -249,7 +249,7 @@ def sealed(session: Session, public_key: str, **metadata: Any) -> dict[str, Any]
     return key(session.first_index, data=data, **metadata)
 
 
-def unsealed(
+def decrypt_session(
     room_id: str, session_id: str, backed_up: Mapping[str, Any], private_key: str
 ) -> Session:
     """Decrypt a backed-up key and return its session.
@@ -287,7 +287,7 @@ def back_up(
         rooms: Rooms = {}
         for session in batch:
             room = rooms.setdefault(session.room_id, {})
-            room[session.session_id] = sealed(session, public_key, **metadata)
+            room[session.session_id] = encrypt_session(session, public_key, **metadata)
         state = api.upload(version, rooms)
     return state
 
@@ -295,7 +295,7 @@ def back_up(
 def restored(rooms: Rooms, private_key: str) -> dict[str, Session]:
     """Decrypt all keys of a download and return the sessions by session id."""
     return {
-        session_id: unsealed(room_id, session_id, backed_up, private_key)
+        session_id: decrypt_session(room_id, session_id, backed_up, private_key)
         for room_id, room in rooms.items()
         for session_id, backed_up in room.items()
     }

@@ -86,12 +86,14 @@ class SecretSearch(logging.Handler):
 
         A last line without a newline is searched now, and again after it has grown.
         """
-        offset = self._offsets.get(path, 0)
         size = path.stat().st_size
+        offset = self._offsets.get(path, 0)
         if size == offset:
             return
+        if size < offset:
+            offset = 0
         with path.open("rb") as log:
-            log.seek(offset if offset < size else 0)
+            log.seek(offset)
             for line in log:
                 self._search_line(str(path), line, when)
                 if line.endswith(b"\n"):

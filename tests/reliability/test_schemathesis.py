@@ -20,7 +20,7 @@ from schemathesis.specs.openapi.checks import (
 )
 
 from ..contract.base import PREFIX
-from ..description import PATH
+from ..openapi import PATH
 from ..servers.fake_homeserver import Homeserver
 from ..servers.service import Service
 from . import SOAK

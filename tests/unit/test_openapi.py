@@ -10,7 +10,7 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from ..contract import SCENARIOS, Answer
 from ..contract.base import PREFIX
-from ..description import DescribedHost, Description
+from ..openapi import DescribedHost, Description
 from ..memory import MemoryHost
 
 #: Statuses that occur in no scenario: 413 for a body over the limit at an endpoint that
