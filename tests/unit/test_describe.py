@@ -62,13 +62,13 @@ class StatementError(UndefinedTable):
 class ErrorLineTests(SynchronousTestCase):
     """Tests of `error_line`."""
 
-    def test_an_error_of_a_connection(self) -> None:
+    def test_a_connection_error_quotes_no_value(self) -> None:
         """The line of a connection error names the cause and quotes no value of the
         connection."""
         for text, line in CONNECTION_ERRORS.items():
             self.assertEqual(error_line(OperationalError(text)), line)
 
-    def test_an_error_of_a_statement(self) -> None:
+    def test_a_statement_error_keeps_its_table_names(self) -> None:
         """The line of a statement's error is its first line with the names of tables,
         without the row on the next line."""
         text = f'relation "e2e_room_keys" does not exist\nDETAIL: {SECRET}'
@@ -76,7 +76,7 @@ class ErrorLineTests(SynchronousTestCase):
             error_line(StatementError(text)), 'relation "e2e_room_keys" does not exist'
         )
 
-    def test_any_other_error(self) -> None:
+    def test_any_other_error_is_its_first_line(self) -> None:
         """The line of any other error is the first line of its message, or the name of
         its class."""
         self.assertEqual(error_line(ValueError('a "b"\nc')), 'a "b"')

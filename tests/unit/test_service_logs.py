@@ -36,7 +36,7 @@ def record(message: str, *args: object, error: bool = False) -> logging.LogRecor
 class FormatterTests(SynchronousTestCase):
     """Tests of `TextFormatter` and `JsonFormatter`."""
 
-    def test_a_line_of_text(self) -> None:
+    def test_a_line_of_text_has_all_fields(self) -> None:
         """A line of text has time, level, logger, request id and message."""
         line = TextFormatter().format(record("%d keys", 3))
         start = "2001-09-09T01:46:40.123Z INFO synapse_roomkeys.test"
@@ -46,7 +46,7 @@ class FormatterTests(SynchronousTestCase):
         line = TextFormatter().format(record("%d keys", 3))
         self.assertEqual(line, f"{start} [abc] 3 keys")
 
-    def test_a_line_of_json(self) -> None:
+    def test_a_line_of_json_has_all_fields(self) -> None:
         """A line of JSON is an object of time, level, logger, message and request id,
         with an exception only if the record has an exception."""
         token = request_id.set("abc")

@@ -208,7 +208,7 @@ class WhoamiTests(SynchronousTestCase):
         (asked,) = self.homeserver.asked
         self.assertEqual((asked.path, asked.token, asked.query), (WHOAMI, TOKEN, {}))
 
-    def test_a_token_without_a_device(self) -> None:
+    def test_a_token_without_a_device_is_accepted(self) -> None:
         """A token without a device is accepted."""
         self.homeserver.answers[TOKEN] = 200, {"user_id": "@bot:test.example"}
         found = self.successResultOf(self.begin())
