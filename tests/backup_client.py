@@ -233,7 +233,9 @@ def check_signature(
     )
 
 
-def encrypt_session(session: Session, public_key: str, **metadata: Any) -> dict[str, Any]:
+def encrypt_session(
+    session: Session, public_key: str, **metadata: Any
+) -> dict[str, Any]:
     """Encrypt a session for the holder of the private key; return the key to upload."""
     plaintext = {
         "algorithm": MEGOLM,

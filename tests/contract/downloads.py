@@ -175,8 +175,8 @@ def a_user_cannot_access_another_users_backup(host: Host) -> Steps:
     change = {"algorithm": ALGORITHM, "auth_data": {"from": "bert"}}
     upload = {"!a:h": {"one": key(0, 0, True, "from bert")}}
     for own in (False, True):
-        # Anna's two versions differ even if both were created in one second, so at least
-        # one of the two numbers is not a version of Bert's.
+        # Anna's two versions differ even if both were created in one second, so at
+        # least one of the two numbers is not a version of Bert's.
         number: str | None = (yield bert.create_version()) if own else None
         version = first if number == second else second
         for method, path, body in (
