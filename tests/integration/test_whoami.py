@@ -33,8 +33,8 @@ from synapse_roomkeys.whoami import WhoamiAuth
 from ..contract.base import Steps, quoted
 from ..faulty_homeserver import (
     FAULTS,
-    FaultyHomeserver,
     Fault,
+    FaultyHomeserver,
     client_request,
     stall,
     stall_in_body,

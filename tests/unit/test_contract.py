@@ -14,6 +14,7 @@ class ContractTests(SynchronousTestCase):
 
 def _test(scenario: Scenario) -> Callable[[SynchronousTestCase], None]:
     """Return a test method that runs a scenario and has the scenario's docstring."""
+
     def test(self: SynchronousTestCase) -> None:
         self.successResultOf(scenario(MemoryHost()))
 

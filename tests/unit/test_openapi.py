@@ -10,8 +10,8 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from ..contract import SCENARIOS, Answer
 from ..contract.base import PREFIX
-from ..openapi import DescribedHost, Description
 from ..memory import MemoryHost
+from ..openapi import DescribedHost, Description
 
 #: Statuses that occur in no scenario: 413 for a body over the limit at an endpoint that
 #: needs no body, 429 for a user who floods the server, and 503 for a database outage.
