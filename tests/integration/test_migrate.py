@@ -571,7 +571,7 @@ def test_a_database_that_is_away(
     for config, address in (
         (
             DatabaseConfig("psycopg2", {"host": "127.0.0.1", "port": 1, "dbname": "d"}),
-            "PostgreSQL database d on 127.0.0.1, port 1",
+            "PostgreSQL on 127.0.0.1, port 1",
         ),
         (
             DatabaseConfig("sqlite3", {"database": f"{tmp_path}/none/x.db"}),

@@ -83,8 +83,8 @@ class OutagesTests(SynchronousTestCase):
         self.assertIn("giving up: gone. Look for it", line)
 
     def test_a_cause_is_remembered(self) -> None:
-        """`has_failure` is true for a cause that failed within the given number of seconds,
-        even after the outage is over."""
+        """`has_failure` is true for a cause that failed within the given seconds, even
+        after the outage is over."""
         self.assertFalse(self.outages.has_failure([AWAY, FULL], 5))
         self.outages.note_failure(FULL, "no room")
         self.now += 5
