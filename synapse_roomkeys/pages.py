@@ -1,6 +1,6 @@
 """Downloads, a few keys at a time."""
 
-from bisect import bisect_left
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable
 from itertools import accumulate, compress
@@ -19,7 +19,7 @@ from .wire import are_json, is_json, session_id_of
 #: that rare.
 TIME_SLICE = 1.0
 #: Seconds for which a download whose client doesn't read keeps its pages. A client that
-#: takes 64 KiB a second never pauses for longer, so it has no page read twice.
+#: takes 128 KiB a second never pauses for longer, so it has no page read twice.
 HOLD_SECONDS = 1.0
 #: The same while others wait for a permit. A client that reads as fast as the database
 #: gives pauses for some milliseconds.
@@ -146,8 +146,8 @@ class KeyPages:
         """Take the next keys, in their order, out of the page.
 
         Args:
-            size: how many bytes of memory the keys take together, but for the last one,
-                which may go beyond it, and for the end of the page.
+            size: bytes of memory that the keys take together at most. A single key may
+                be larger.
 
         Returns:
             At least one key, unless the data of all of them isn't JSON. Its `last` is
@@ -155,7 +155,9 @@ class KeyPages:
         """
         first = self._taken
         before = self._ends[first - 1] if first else 0
-        end = min(bisect_left(self._ends, before + size) + 1, len(self._ends))
+        end = bisect_right(self._ends, before + size, first)
+        if end == first and self.has_keys:
+            end += 1
         self._taken = end
         rows, sizes = self._page.rows[first:end], self._page.sizes[first:end]
         if are_json([data for _, _, data in rows]):

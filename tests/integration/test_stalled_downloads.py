@@ -49,9 +49,9 @@ PROCESS_BOUND = 70 * 1024 * 1024
 #: in bytes: glibc gives a thread an arena of its own, unless MALLOC_ARENA_MAX is set,
 #: and the first statement of a download reads 6 MB of these keys, twice.
 ARENA_BOUND = 12 * 1024 * 1024
-#: What each connection may keep in the kernel, in bytes: 128 KiB that it can't send
+#: What each connection may keep in the kernel, in bytes: 256 KiB that it can't send
 #: yet, one write more, and what is on its way.
-KERNEL_BOUND = 256 * 1024
+KERNEL_BOUND = 400 * 1024
 #: For how long an honest download may take meanwhile, in seconds. A busy machine needs
 #: ten for what all of them read of the database.
 PATIENCE = 30.0
@@ -65,12 +65,12 @@ STALL_SECONDS = 1
 #: For how long and how often a slow client reads, in seconds.
 SLOW_SECONDS = 2.5
 SLOW_PAUSE = 0.1
-#: How many bytes it reads each time. By TCP, the transport is empty after 3 seconds; a
+#: How many bytes it reads each time. By TCP, the transport is empty after 6 seconds; a
 #: Unix socket tells only when one of the kernel's buffers, of some 100 kB, was read.
 SLOW_BYTES = {"tcp": 2000, "unix": 15_000}
 #: The idle timeout of a site, in seconds: Twisted's own is 60.
 IDLE_SECONDS = 1.5
-#: How many writes of 64 KiB are more than the kernel takes.
+#: How many writes are more than the kernel takes.
 LAST_WRITES = 4
 
 
