@@ -1,4 +1,4 @@
-"""Waiting, in a way that suits the host."""
+"""Time, timers and waiting for Deferreds, in a form that works in either host."""
 
 import gc
 import time
@@ -12,55 +12,60 @@ from .inline import Inline
 
 T = TypeVar("T")
 
-#: For how long the reactor is kept at one go by what may be interrupted, in seconds.
+#: Longest time for which interruptible work runs without yielding to the reactor, in
+#: seconds.
 SLICE = 0.005
-#: A step may take longer. What it takes of the processor above that is paid for by a
-#: pause so many times as long: so one user keeps others waiting for longer less than
-#: one time in a hundred, however often it is asked for.
+#: Factor of the pause after a step that used more than SLICE seconds of CPU: the pause
+#: is the excess times PRICE. With 200, one user delays others for longer than SLICE
+#: less than 1 % of the time, however often the user repeats the request.
 PRICE = 200
-#: No pause is longer, in seconds.
+#: Longest pause of `Clock.for_each`, in seconds.
 MAX_PAUSE = 10.0
 
 
 class DelayedCall(Protocol):
-    """A call that the reactor makes later: Twisted's ``IDelayedCall``."""
+    """A call scheduled with the reactor: Twisted's ``IDelayedCall``."""
 
     def cancel(self) -> None:
-        """Have it not made."""
+        """Cancel the call before the reactor makes it."""
 
 
 class Reactor(Protocol):
-    """A reactor: Twisted's ``IReactorTime``, and what threads call of it."""
+    """A reactor: Twisted's ``IReactorTime``, and ``callFromThread``."""
 
     def callLater(
         self, delay: float, callable: Callable[..., object], *args: object
     ) -> DelayedCall:
-        """Call something after a number of seconds."""
+        """Call a function after `delay` seconds."""
 
     def seconds(self) -> float:
         """The system's time, in seconds."""
 
     def callFromThread(self, callable: Callable[..., object], *args: object) -> None:
-        """Call something in the reactor's thread, soon."""
+        """Schedule a call in the reactor's thread, as soon as possible. Any thread may
+        call this method."""
 
 
 def as_it_is(deferred: "Deferred[T]") -> "Deferred[T]":
-    """The ``yieldable`` of a host that follows no log contexts."""
+    """Return the Deferred unchanged: the ``yieldable`` of a host without log
+    contexts."""
     return deferred
 
 
 def at_once(call: "Callable[..., Deferred[T]]", *args: Any) -> "Deferred[T]":
-    """The ``background`` of a host that follows no log contexts."""
+    """Make the call immediately and return the call's Deferred: the ``background`` of a
+    host without log contexts."""
     return call(*args)
 
 
 class Clock:
-    """The host's time, and the one way to wait for a Deferred of our own.
+    """The host's time, and the only way to wait for a Deferred made by this package.
 
-    Synapse keeps a log context for each request. A coroutine that waits must leave
-    none behind and find its own again, and whoever ends its wait must not be left
-    with it. So every Deferred that the plugin makes itself is waited for through
-    `wait`, and fired from the reactor, never from another request's code.
+    Synapse keeps a log context for each request. A coroutine that waits must clear
+    the current context and restore its own context afterwards. Code that fires the
+    Deferred must not continue in the waiting coroutine's context. Therefore each
+    Deferred made by this package is waited for through `wait`, and fired from the
+    reactor, never from another request's code.
     """
 
     def __init__(
@@ -71,41 +76,45 @@ class Clock:
     ) -> None:
         """
         Args:
-            yieldable: what the host does to a Deferred before it is waited for:
-                Synapse's ``make_deferred_yieldable``.
-            background: how the host makes a call that isn't waited for at once:
-                Synapse's ``run_in_background``.
+            yieldable: wraps a Deferred before a coroutine waits for the Deferred; in
+                Synapse ``make_deferred_yieldable``.
+            background: makes a call whose Deferred is not waited for immediately; in
+                Synapse ``run_in_background``.
         """
         self._reactor = reactor
         self._yieldable = yieldable
         self._background = background
 
     def wait(self, deferred: "Deferred[T]") -> "Deferred[T]":
-        """A Deferred that fires as the given one does, in the waiter's context."""
+        """Return a Deferred that fires with the same result as the given Deferred, in
+        the log context of the waiting coroutine."""
         return self._yieldable(deferred)
 
     def begin(self, call: "Callable[..., Deferred[T]]", *args: Any) -> "Deferred[T]":
-        """Make a call whose Deferred is waited for later, through `wait`."""
+        """Make a call, and return a Deferred for its result. The caller waits for the
+        Deferred later, through `wait`."""
         return self._background(call, *args)
 
     def seconds(self) -> float:
-        """The reactor's time in seconds, by which `call_later` goes."""
+        """The reactor's time in seconds, as used by `call_later`."""
         return self._reactor.seconds()
 
     def call_later(self, seconds: float, call: Callable[[], object]) -> DelayedCall:
-        """Have the reactor call something, outside of any request's context."""
+        """Schedule a call after `seconds`, outside any request's log context."""
         return self._reactor.callLater(seconds, call)
 
     def from_thread(self, call: Callable[[T], object], value: T) -> None:
-        """Have the reactor call something, from any thread, as `call_later` does."""
+        """Schedule ``call(value)`` in the reactor's thread, outside any request's log
+        context. Any thread may call this method."""
         self._reactor.callFromThread(call, value)
 
     def fire(self, deferred: "Deferred[None]") -> None:
-        """Fire a Deferred that somebody else waits for, in the reactor's next turn."""
+        """Fire a Deferred with None in the reactor's next iteration, for another
+        coroutine that waits for the Deferred."""
         self._reactor.callLater(0, deferred.callback, None)
 
     def sleep(self, seconds: float) -> "Deferred[None]":
-        """A Deferred that fires with None after a time."""
+        """Return a Deferred that fires with None after `seconds`."""
         slept: Deferred[None] = Deferred()
         self._reactor.callLater(seconds, slept.callback, None)
         return self.wait(slept)
@@ -114,13 +123,13 @@ class Clock:
     def for_each(
         self, call: Callable[[T], object], values: "Iterable[T]"
     ) -> Inline[None]:
-        """Call something with each value; others have their turn while it takes long.
+        """Call a function with each value, yielding to the reactor after each `SLICE`.
 
-        They have the reactor for as long afterwards, and for longer after a step that
-        can't be interrupted.
+        The pause is as long as the CPU time of the slice. After a step that exceeded
+        `SLICE` (a single step can't be interrupted) the pause is longer: see `PRICE`.
 
         Raises:
-            Exception: what the call or the iterator raises.
+            Exception: any exception of the function or of the iterator.
         """
         steps = map(call, values)
         goes_on = True
@@ -137,8 +146,8 @@ class Clock:
 
 @contextmanager
 def _uncollected() -> Iterator[None]:
-    """Put the garbage collector off: its work isn't to be paid for by whoever is being
-    served when it comes."""
+    """Context in which the garbage collector is disabled, because a collection would
+    otherwise count as CPU time of the user served at the moment."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -149,5 +158,5 @@ def _uncollected() -> Iterator[None]:
 
 
 def _pause(taken: float) -> float:
-    """For how long others have the reactor, after so much processor time: seconds."""
+    """Seconds for which to yield to the reactor after `taken` seconds of CPU time."""
     return min(taken + PRICE * max(0, taken - SLICE), MAX_PAUSE)

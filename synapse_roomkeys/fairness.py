@@ -1,4 +1,4 @@
-"""Queues, lanes and permits, so that one user's requests can't starve others."""
+"""Queues, lanes and permits that keep one user's requests from starving others."""
 
 import math
 import time
@@ -20,11 +20,13 @@ P = ParamSpec("P")
 
 @attrs.define
 class _Queue:
-    """A user's calls: one that runs, and those that wait.
+    """One user's calls: the running call and the waiting calls.
 
     Attributes:
-        outage: when the last call began that found an outage, in seconds of a clock
-            that nobody sets.
+        waiting: a Deferred for each waiting call, in order of arrival; firing the
+            Deferred starts the call.
+        outage: start time of the most recent call that failed with `OutageError`, in
+            seconds of the monotonic clock.
     """
 
     waiting: deque[Deferred[None]] = attrs.Factory(deque)
@@ -32,19 +34,20 @@ class _Queue:
 
 
 class UserQueues:
-    """Lets one of each user's calls run at a time, and the others wait in order.
+    """Runs one call per user at a time; the user's other calls wait in order.
 
-    Waiting calls hold nothing but their own memory: no thread and no connection.
+    A waiting call holds only its own memory: no thread and no connection.
     """
 
     def __init__(self, clock: Clock, max_waiting: int) -> None:
         """
         Args:
-            max_waiting: how many of one user's calls may wait; the next one is refused.
+            max_waiting: number of one user's calls that may wait; a further call is
+                refused.
         """
         self._clock = clock
         self._max_waiting = max_waiting
-        #: Of each user who has a call that runs.
+        #: By user id. A user is in the dictionary while a call of this user runs.
         self._queues: dict[str, _Queue] = {}
 
     @inlineCallbacks
@@ -55,13 +58,14 @@ class UserQueues:
         *args: P.args,
         **kwargs: P.kwargs,
     ) -> Inline[T]:
-        """Make the call when it is the user's turn, and fire with its result.
+        """Make the call after the user's earlier calls, and fire with its result.
 
         Raises:
             LimitExceededError: too many calls of this user are waiting.
-            UnavailableError: another call of the user failed with `OutageError`, and
-                this one was waiting before that call began. A try of its own would
-                take some seconds and meet the same outage or lock.
+            UnavailableError: this call was waiting already when another call of the
+                user began, and the other call failed with `OutageError`. This call is
+                not made: an attempt would take some seconds and fail on the same
+                outage or lock.
         """
         came = time.monotonic()
         queue = self._queues.get(user_id)
@@ -88,7 +92,7 @@ class UserQueues:
             self._end_turn(user_id, queue)
 
     def _end_turn(self, user_id: str, queue: _Queue) -> None:
-        """Let the user's next call run, if there is one."""
+        """Start the user's next waiting call; without any, remove the queue."""
         if queue.waiting:
             self._clock.fire(queue.waiting.popleft())
         else:
@@ -96,29 +100,30 @@ class UserQueues:
 
 
 class Lane:
-    """Limits how many transactions run at once; the others wait in order of arrival.
+    """Limit on concurrent transactions; further ones wait in order of arrival.
 
-    A transaction that waits holds neither a thread nor a connection.
+    A waiting transaction holds neither a thread nor a connection.
     """
 
     def __init__(self, clock: Clock, width: int) -> None:
         """
         Args:
-            width: number of transactions that may run at once.
+            width: number of transactions that may run concurrently.
         """
         self._clock = clock
         self._free = width
         self._waiting: deque[tuple[Deferred[None], DelayedCall]] = deque()
 
     def enter(self, seconds: float) -> "Deferred[None] | None":
-        """Take a place, which the caller gives back with `leave`.
+        """Take a place in the lane. The caller must return the place with `leave`.
 
         Args:
             seconds: longest wait for a place.
 
         Returns:
-            None if a place was free. Else a Deferred that fires with None when the
-            caller has one, or fails with `UnavailableError` if none was free in time.
+            None if a place was free. Otherwise a Deferred: the Deferred fires with None
+            when the caller has a place, or fails with `UnavailableError` if no place
+            became free within `seconds`.
         """
         if self._free:
             self._free -= 1
@@ -130,7 +135,8 @@ class Lane:
         return self._clock.wait(turn)
 
     def leave(self) -> None:
-        """Give the place to the transaction that has waited longest, if any waits."""
+        """Pass the place to the transaction that has waited longest, or free the place
+        if no transaction waits."""
         if self._waiting:
             turn, timer = self._waiting.popleft()
             timer.cancel()
@@ -144,11 +150,11 @@ class Lane:
 
 
 class FairSemaphore:
-    """A counting semaphore, shared between users in turn (round robin).
+    """Counting semaphore with permits shared between users in turn (round robin).
 
-    A user holds `permits_per_user` permits at most, so one user alone never takes them
-    all. Where several users wait, a released permit goes to the user who was served
-    least recently. Requests of one user are served in the order of their arrival.
+    A user holds at most `permits_per_user` permits, so a single user never holds all
+    permits. If several users wait, a released permit goes to the user who was served
+    least recently. Requests of the same user are served in order of arrival.
     """
 
     def __init__(
@@ -156,18 +162,19 @@ class FairSemaphore:
     ) -> None:
         """
         Args:
-            permits: how many permits there are in the process.
-            permits_per_user: how many permits one user may hold at once.
-            max_waiting: how many of one user's requests may wait; `acquire` refuses
-                the next one.
+            permits: number of permits in the process.
+            permits_per_user: number of permits a user may hold at the same time.
+            max_waiting: number of a user's requests that may wait; `acquire` refuses
+                a further request.
         """
         self._clock = clock
         self._free = permits
         self._permits_per_user = permits_per_user
         self._max_waiting = max_waiting
-        #: Number of permits that each user holds.
+        #: Number of permits held, by user id.
         self._held: Counter[str] = Counter()
-        #: Requests that wait, by user. The first user is served next.
+        #: Waiting requests, by user id. The first user of the dictionary is served
+        #: next.
         self._waiting: dict[str, deque[Deferred[None]]] = {}
 
     @property
@@ -176,11 +183,11 @@ class FairSemaphore:
         return bool(self._waiting)
 
     def acquire(self, user_id: str) -> "Deferred[None]":
-        """Take a permit, which has to be given back by `release`.
+        """Take a permit. The caller must return the permit with `release`.
 
         Returns:
-            A Deferred that fires with None when the permit is taken. It fires at once
-            if a permit is free and the user may hold one more.
+            A Deferred that fires with None when the permit is taken. The Deferred has
+            fired already if a permit is free and the user may hold another permit.
 
         Raises:
             LimitExceededError: `max_waiting` requests of this user wait already.
@@ -198,12 +205,13 @@ class FairSemaphore:
         return self._clock.wait(turn)
 
     def release(self, user_id: str) -> None:
-        """Give a permit back. The request whose turn it is gets it at once."""
+        """Return a permit. The next waiting request whose user may hold another permit
+        gets the permit immediately."""
         self._free += 1
         self._held[user_id] -= 1
         if not self._held[user_id]:
             del self._held[user_id]
-        # One permit was released, so one request at most can go on.
+        # Only a single permit was released: at most a single waiting request can run.
         chosen = next(filter(self._may_take, self._waiting), None)
         if chosen is None:
             return
