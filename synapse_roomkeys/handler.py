@@ -1,4 +1,4 @@
-"""The operations of the API, with no HTTP and no SQL in them."""
+"""The operations of the key backup API, independent of HTTP and SQL."""
 
 import logging
 from collections.abc import Callable, Iterable, Iterator
@@ -35,27 +35,30 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-#: How many downloads may have pages in memory at once in a process. Each has four at
-#: most, of 1 MiB (`storage.PAGE_SIZE`), one of which is on its way from the database.
+#: Number of downloads per process that may have pages in memory at the same time. A
+#: download has at most four pages of 1 MiB (`storage.PAGE_SIZE`); the fourth page is
+#: still being read from the database.
 DOWNLOADS = 16
-#: How many of these may be one user's. One user's reads run one after the other anyway,
-#: so a few keep that user's share of the database busy.
+#: Number of these downloads that may belong to the same user. A user's reads run one
+#: after the other anyway, and four downloads suffice to keep the user's share of the
+#: database busy.
 DOWNLOADS_PER_USER = 4
-#: What a line says of replaced keys, where it is of more than one, in characters of
-#: ASCII and the backslashes that JSON adds: the service cuts what is longer.
+#: Maximum length of a log line about several replaced keys, in ASCII characters,
+#: including the backslashes that JSON adds. The service cuts longer lines.
 _MESSAGE_SIZE = 1792
-#: Seconds between two transactions of one deletion. A process that waits for the lock
-#: of an SQLite file tries every 0.1 s: the pause lets it in.
+#: Seconds between two transactions of a deletion. Another process that waits for the
+#: lock of an SQLite file retries every 0.1 s: the pause lets the other process take
+#: the lock.
 _DELETION_PAUSE = 0.1
 _REPLACED = "Replaced keys (first_message_index/forwarded_count/is_verified): %s%s"
 
 
 class E2eRoomKeysHandler:
-    """The seven operations that Synapse's handler of this name has.
+    """The seven operations of Synapse's handler of the same name.
 
-    Versions are strings here, as clients send them. Each operation may fail with
-    `LimitExceededError` when too many of the user's requests are waiting, and with
-    `UnavailableError` when the database is away.
+    Versions are strings, as sent by clients. Each operation may fail with
+    `LimitExceededError` if too many of the user's requests are waiting, and with
+    `UnavailableError` during a database outage.
     """
 
     def __init__(
@@ -74,7 +77,8 @@ class E2eRoomKeysHandler:
     def _write(
         self, user_id: str, call: "Callable[..., Deferred[T]]", *args: Any
     ) -> Inline[T]:
-        """Make a call that writes when it is the user's turn, and note its time."""
+        """Run a write after the user's earlier writes, set the metric of the last write
+        to the current time, and fire with the write's result."""
         result: T = yield self._writes.run(user_id, call, *args)
         metrics.last_write.set_to_current_time()
         return result
@@ -82,10 +86,10 @@ class E2eRoomKeysHandler:
     def get_room_key(
         self, user_id: str, version: str, room_id: str, session_id: str
     ) -> "Deferred[RoomKey | None]":
-        """A key, or None.
+        """Fire with the key of a session, or with None if the version has no such key.
 
         Raises:
-            NotFoundError: there is no such version.
+            NotFoundError: the version doesn't exist.
         """
         number = wire.parse_version(version)
         return self._reads.run(
@@ -96,12 +100,12 @@ class E2eRoomKeysHandler:
     def get_room_keys(
         self, user_id: str, version: str, room_id: str | None = None
     ) -> Inline[KeyPages]:
-        """The keys of a version or of a room, the first page at hand.
+        """Fire with the keys of a version or of a room, after the first page was read.
 
-        Whoever has them closes them.
+        The caller must call `KeyPages.close`.
 
         Raises:
-            NotFoundError: there is no such version.
+            NotFoundError: the version doesn't exist.
         """
         number = wire.parse_version(version)
 
@@ -129,16 +133,16 @@ class E2eRoomKeysHandler:
         room_keys: Iterable[RoomKey],
         device_id: str | None = None,
     ) -> Inline[UploadResult]:
-        """Merge keys into the current version, all of them or none.
+        """Merge all keys into the current version, or change nothing and fail.
 
         Args:
-            room_keys: are taken one by one when it is the user's turn, and what that
-                raises is raised here.
+            room_keys: an iterator is read one key at a time, after the user's earlier
+                writes. Exceptions of the iterator are raised here.
 
         Raises:
-            NotFoundError: there is no such version.
-            RoomKeysVersionError: it isn't the current one.
-            UserLimitError: the user's backups would get too large.
+            NotFoundError: the version doesn't exist.
+            RoomKeysVersionError: the version isn't the current version.
+            UserLimitError: the user's backups would become too large.
         """
         result: UploadResult = yield self._write(
             user_id, self._upload, user_id, version, room_keys, device_id
@@ -180,10 +184,11 @@ class E2eRoomKeysHandler:
         session_id: str | None = None,
         device_id: str | None = None,
     ) -> Inline[BackupState]:
-        """Delete the keys of a version, of a room or of a session.
+        """Delete the keys of a version, of a room or of a session. Fire with the
+        backup's state after the deletion.
 
         Raises:
-            NotFoundError: there is no such version.
+            NotFoundError: the version doesn't exist.
         """
         number = wire.parse_version(version)
         state, deleted = yield self._write(
@@ -202,8 +207,9 @@ class E2eRoomKeysHandler:
     def _delete_keys(
         self, user_id: str, version: int, room_id: str | None, session_id: str | None
     ) -> Inline[tuple[BackupState, int]]:
-        """Delete keys, in several transactions where one may not delete all; the state
-        afterwards, and how many were deleted."""
+        """Delete keys, in several transactions if the store limits the number of keys
+        per transaction. Fire with the backup's state after the deletion and the number
+        of deleted keys."""
         total = 0
         while True:
             done = yield self._store.delete_keys(user_id, version, room_id, session_id)
@@ -219,7 +225,8 @@ class E2eRoomKeysHandler:
         version_info: wire.VersionInfo,
         device_id: str | None = None,
     ) -> Inline[str]:
-        """Make a version, the current one from now on, and fire with its number."""
+        """Create a version and make it the current version. Fire with the version's
+        number."""
         number: int = yield self._write(
             user_id,
             self._store.create_version,
@@ -234,11 +241,11 @@ class E2eRoomKeysHandler:
     def get_version_info(
         self, user_id: str, version: str | None = None
     ) -> Inline[BackupInfo]:
-        """A version, or the current one.
+        """Fire with the description of a version, by default of the current version.
 
         Raises:
-            NotFoundError: there is none.
-            DamagedVersionError: its ``auth_data`` isn't JSON.
+            NotFoundError: the version doesn't exist, or the user has no version.
+            DamagedVersionError: the version's ``auth_data`` isn't JSON.
         """
         number = None if version is None else wire.parse_version(version)
         info: BackupInfo | None = yield self._reads.run(
@@ -265,8 +272,8 @@ class E2eRoomKeysHandler:
         """Change the ``auth_data`` of a version.
 
         Raises:
-            NotFoundError: there is no such version.
-            InvalidParamError: the body speaks of another version or algorithm.
+            NotFoundError: the version doesn't exist.
+            InvalidParamError: the body names another version or another algorithm.
         """
         if version_info.version not in (None, version):
             raise InvalidParamError("The body's version is not the path's")
@@ -282,10 +289,11 @@ class E2eRoomKeysHandler:
     def delete_version(
         self, user_id: str, version: str, device_id: str | None = None
     ) -> Inline[None]:
-        """Delete a version and its keys; one that was deleted before is no error.
+        """Delete a version and the version's keys. Deleting a version again is not an
+        error.
 
         Raises:
-            NotFoundError: there never was such a version.
+            NotFoundError: the version never existed.
         """
         number = wire.parse_version(version)
         yield self._write(user_id, self._delete_version, user_id, number, device_id)
@@ -294,8 +302,9 @@ class E2eRoomKeysHandler:
     def _delete_version(
         self, user_id: str, version: int, device_id: str | None
     ) -> Inline[None]:
-        """Delete a version, then its keys, in several transactions where one may not
-        delete all. A repeated call deletes the keys that an interrupted one left."""
+        """Delete a version, then the version's keys, in several transactions if the
+        store limits the number of keys per transaction. After an interrupted call, a
+        repeated call deletes the remaining keys."""
         while True:
             is_first, is_complete = yield self._store.delete_version(user_id, version)
             if is_first:
@@ -309,9 +318,13 @@ class E2eRoomKeysHandler:
 
 
 def _shown(replaced: Iterable[Replacement], most: int) -> Iterator[str]:
-    """Replaced keys as lines of a log show them: as many in each as there is room for,
-    as a line takes a host as long as several keys do. A room stands before the first
-    of its keys."""
+    """Yield the texts that describe replaced keys in the log, at most `most` characters
+    each (as counted by `_size`). A single key may exceed the limit.
+
+    Each text holds as many keys as possible, because a log line costs the host as
+    much time as several keys do. The room id is written before the room's first key,
+    and again at the start of each text.
+    """
     text = room = ""
     size = 0
     last_room: str | None = None
@@ -335,7 +348,7 @@ def _shown(replaced: Iterable[Replacement], most: int) -> Iterator[str]:
 
 
 def _order(key: KeyMetadata) -> str:
-    """What decides between two keys, in short."""
+    """The three fields that rank a key, separated by slashes, for a log line."""
     return f"{key.first_message_index}/{key.forwarded_count}/{key.is_verified}"
 
 

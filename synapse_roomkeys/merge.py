@@ -1,4 +1,4 @@
-"""Which of two keys is the better one, and what an upload changes."""
+"""Comparison of two keys, and the merge of an upload into a backup."""
 
 from collections.abc import Iterable, Mapping
 
@@ -8,11 +8,11 @@ from .types import KeyMetadata, Replacement, RoomKey, StoredKey
 
 
 def rank(key: KeyMetadata) -> tuple[bool, int, int]:
-    """The place of a key in the order of the specification, the best one lowest.
+    """Sort key for keys in the order of the specification; the best key sorts lowest.
 
-    "Server-side key backups", "Recovering keys / storing keys": verified before
+    Section "Server-side key backups", "Recovering keys / storing keys": verified before
     unverified, then the lower ``first_message_index``, then the lower
-    ``forwarded_count``. A NULL reads as 0 or false.
+    ``forwarded_count``. NULL counts as 0 or false.
     """
     return (
         not key.is_verified,
@@ -22,7 +22,8 @@ def rank(key: KeyMetadata) -> tuple[bool, int, int]:
 
 
 def is_sound(stored: StoredKey) -> bool:
-    """Whether a stored key is whole; any uploaded key is better than one that isn't."""
+    """Whether a stored key has all fields. Any uploaded key is better than an
+    incomplete stored key."""
     return (
         stored.has_session_data
         and stored.metadata.first_message_index is not None
@@ -32,20 +33,21 @@ def is_sound(stored: StoredKey) -> bool:
 
 
 def is_better(uploaded: KeyMetadata, stored: StoredKey) -> bool:
-    """Whether an uploaded key takes the place of a stored one; equals keep the old."""
+    """Whether an uploaded key replaces a stored key. If both rank equal, the stored key
+    stays."""
     return not is_sound(stored) or rank(uploaded) < rank(stored.metadata)
 
 
 @attrs.frozen
 class MergePlan:
-    """What an upload changes.
+    """The changes that an upload makes to a backup.
 
     Attributes:
-        writes: the keys to write, new ones and better ones.
-        stored: how many of them are new.
-        replaced: the keys that the others take the place of.
-        kept: how many uploaded keys lose against the stored ones.
-        added_bytes: how much longer all the ``session_data`` gets.
+        writes: the keys to write: new keys and better keys.
+        stored: number of new keys in `writes`.
+        replaced: the stored keys that the better keys replace.
+        kept: number of uploaded keys that are not better than the stored keys.
+        added_bytes: growth of the backup's ``session_data`` in bytes; may be negative.
     """
 
     writes: tuple[RoomKey, ...]
@@ -56,11 +58,12 @@ class MergePlan:
 
 
 def merge(stored: Mapping[int, StoredKey], uploaded: Iterable[RoomKey]) -> MergePlan:
-    """Decide, key by key, what an upload changes.
+    """Decide for each uploaded key whether to write the key.
 
     Args:
-        stored: by their places in the upload, what the backup holds of its sessions.
-        uploaded: the keys, each session once.
+        stored: the stored keys of the uploaded sessions, by the session's index in
+            `uploaded`.
+        uploaded: the uploaded keys, at most one key per session.
     """
     writes: list[RoomKey] = []
     replaced: list[Replacement] = []
@@ -83,5 +86,6 @@ def merge(stored: Mapping[int, StoredKey], uploaded: Iterable[RoomKey]) -> Merge
 
 
 def size(text: str) -> int:
-    """The bytes that a text has in UTF-8. Most are ASCII, which Python remembers."""
+    """Length of a text in UTF-8, in bytes. Most texts are ASCII; Python stores that
+    fact with the text, which makes the check cheap."""
     return len(text) if text.isascii() else len(text.encode())
