@@ -1,27 +1,28 @@
-"""What can go wrong, as the Matrix error a client is shown.
+"""Exceptions that are answered to the client as Matrix errors.
 
-The statuses and error codes are those of the Matrix client-server API,
-"Standard error response" and "Server-side key backups".
+Statuses and error codes follow the Matrix client-server API, sections "Standard error
+response" and "Server-side key backups".
 """
 
 from typing import Any
 
-#: ``Retry-After`` in seconds while other requests have to end first: the user's own, or
-#: those of a process that stops or has as many connections as it may.
+#: ``Retry-After`` in seconds while other requests have to end first: the user's other
+#: requests, or the requests of a process that is stopping or has reached its maximum
+#: number of connections.
 BUSY_RETRY_AFTER = 5
-#: ``Retry-After`` in seconds during an outage: of the database, of the homeserver, or
-#: of the directory for temporary files.
+#: ``Retry-After`` in seconds during an outage of the database, of the homeserver, or of
+#: the directory for temporary files.
 OUTAGE_RETRY_AFTER = 10
 
 
 class RoomKeysError(Exception):
-    """A fault that has an answer of its own: a status, an errcode and a message.
+    """Base class of faults that are answered with a status, an errcode and a message.
 
     Attributes:
         code: the HTTP status of the answer.
         errcode: the Matrix error code.
-        msg: a sentence that a client developer can act on. It never holds a
-            token, ``session_data`` or ``auth_data``.
+        msg: a sentence for client developers, with the action to take. The sentence
+            never contains a token, ``session_data`` or ``auth_data``.
     """
 
     code = 400
@@ -36,7 +37,7 @@ class RoomKeysError(Exception):
         return {"errcode": self.errcode, "error": self.msg}
 
     def headers(self) -> dict[str, str]:
-        """The headers that the answer has besides the usual ones."""
+        """Response headers to add to the headers of every answer."""
         return {}
 
 
@@ -47,33 +48,33 @@ class NotJsonError(RoomKeysError):
 
 
 class BadJsonError(RoomKeysError):
-    """The body is JSON, but not what the endpoint takes."""
+    """The body is JSON, but not in the form required by the endpoint."""
 
     errcode = "M_BAD_JSON"
 
 
 class InvalidParamError(RoomKeysError):
-    """A parameter, or an id, has a value that it can't have."""
+    """A parameter or an id has an invalid value."""
 
     errcode = "M_INVALID_PARAM"
 
 
 class MissingParamError(RoomKeysError):
-    """A parameter that the endpoint needs is not there."""
+    """A parameter required by the endpoint is missing."""
 
     errcode = "M_MISSING_PARAM"
 
 
 class TokenError(RoomKeysError):
-    """The request has no access token, or one whose user isn't let in."""
+    """The request has no access token, or the token's user is refused."""
 
     def __init__(
         self, code: int, errcode: str, msg: str, soft_logout: bool | None = None
     ) -> None:
         """
         Args:
-            soft_logout: whether the client may keep its data and log in again, where
-                the homeserver says it.
+            soft_logout: whether the client may keep its data and log in again, or None
+                if the homeserver's answer has no such member.
         """
         super().__init__(msg)
         self.code = code
@@ -86,7 +87,7 @@ class TokenError(RoomKeysError):
 
 
 class NoVersionToDeleteError(RoomKeysError):
-    """``DELETE /room_keys/version`` without a version, a 400 as the original's."""
+    """``DELETE /room_keys/version`` without a version: status 400, as in Synapse."""
 
     errcode = "M_NOT_FOUND"
 
@@ -105,10 +106,10 @@ class UnrecognizedError(RoomKeysError):
 
 
 class NotFoundError(RoomKeysError):
-    """There is no such backup, version or key.
+    """The backup, version or key doesn't exist.
 
-    Clients turn their backup off when they read it, so a passing fault is never
-    answered with it.
+    Clients turn their backup off after this error. A temporary fault must therefore
+    never be answered with this error.
     """
 
     code = 404
@@ -116,17 +117,19 @@ class NotFoundError(RoomKeysError):
 
 
 def unknown_version() -> NotFoundError:
-    """No such version of the backup; clients compare the text word for word."""
+    """Error for a version that doesn't exist. Clients compare the message word for
+    word: never change the text."""
     return NotFoundError("Unknown backup version")
 
 
 def no_room_keys() -> NotFoundError:
-    """No such key in the backup; clients compare the text word for word."""
+    """Error for a key that doesn't exist. Clients compare the message word for
+    word: never change the text."""
     return NotFoundError("No room_keys found")
 
 
 class RoomKeysVersionError(RoomKeysError):
-    """An upload to a version that exists, but isn't the current one."""
+    """Upload to a version that exists, but isn't the current version."""
 
     code = 403
     errcode = "M_WRONG_ROOM_KEYS_VERSION"
@@ -140,22 +143,22 @@ class RoomKeysVersionError(RoomKeysError):
 
 
 class TooLargeError(RoomKeysError):
-    """The body, or one ``session_data``, is over its limit."""
+    """The body or a ``session_data`` is larger than the limit."""
 
     code = 413
     errcode = "M_TOO_LARGE"
 
 
 class UserLimitError(RoomKeysError):
-    """The user's backups are as large as the operator lets them become.
+    """The user's backups have reached the maximum size set by the operator.
 
-    The status and the members are those of ``M_USER_LIMIT_EXCEEDED`` in the
-    specification ("Common error codes", from MSC4335).
+    Status and members follow ``M_USER_LIMIT_EXCEEDED`` in the specification ("Common
+    error codes", from MSC4335).
     """
 
     code = 403
     errcode = "M_USER_LIMIT_EXCEEDED"
-    #: Where a client can send its user to read on.
+    #: URL of a page with more information, for clients to show to the user.
     info_uri = (
         "https://spec.matrix.org/latest/client-server-api/#server-side-key-backups"
     )
@@ -165,10 +168,11 @@ class UserLimitError(RoomKeysError):
 
 
 class DamagedVersionError(RoomKeysError):
-    """The database holds an ``auth_data`` that isn't JSON.
+    """The ``auth_data`` in the database isn't JSON.
 
-    A 404 would have clients turn their backup off, and a 503 would promise that it
-    passes. Clients leave the backup alone at a 500, and ask again at their next start.
+    The status is 500. After a 404, clients would turn their backup off. A 503 would
+    promise that the fault is temporary. After a 500, clients leave the backup unchanged
+    and retry at their next start.
     """
 
     code = 500
@@ -181,7 +185,7 @@ class DamagedVersionError(RoomKeysError):
 
 
 class LimitExceededError(RoomKeysError):
-    """Too many requests are waiting already, here or at the homeserver."""
+    """Too many requests are waiting already, in this process or at the homeserver."""
 
     code = 429
     errcode = "M_LIMIT_EXCEEDED"
@@ -202,7 +206,8 @@ class LimitExceededError(RoomKeysError):
 
 
 class UnavailableError(RoomKeysError):
-    """The database or the homeserver is away, after some seconds of trying."""
+    """The database or the homeserver is unavailable, also after some seconds of
+    retries."""
 
     code = 503
 
@@ -219,4 +224,5 @@ class UnavailableError(RoomKeysError):
 
 
 class OutageError(UnavailableError):
-    """The database is away, or holds a lock that the user's other writes need too."""
+    """The database is unavailable, or a lock is held that the user's other writes need
+    too."""

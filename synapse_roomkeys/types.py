@@ -1,7 +1,8 @@
-"""The values that cross the layers.
+"""Immutable values passed between the layers.
 
-Those that an upload has thousands of are msgspec's: the garbage collector needn't look
-at them. None can be part of a cycle.
+An upload has thousands of keys. The classes for keys are therefore msgspec structs with
+``gc=False``, which the garbage collector skips. Skipping is safe because instances of
+these classes can't be part of a reference cycle.
 """
 
 from collections.abc import Sequence
@@ -12,11 +13,11 @@ import msgspec
 
 @attrs.frozen
 class Requester:
-    """Who sends a request, as the host's authentication found.
+    """Sender of a request, as determined by the host's authentication.
 
     Attributes:
         user_id: the full Matrix id of the user.
-        device_id: the device whose access token was used, where there is one.
+        device_id: the device of the access token, or None if the token has no device.
     """
 
     user_id: str
@@ -24,10 +25,10 @@ class Requester:
 
 
 class KeyMetadata(msgspec.Struct, frozen=True, gc=False):
-    """What the server may know of a key: the three fields that rank it.
+    """The unencrypted fields of a key: the three fields that rank keys.
 
-    A field is None in rows that Synapse's own endpoints let in with a NULL, or with a
-    number that no key can have (on SQLite, with any value).
+    Synapse's own endpoints stored some rows with a NULL or with a number outside the
+    valid range (on SQLite, with any value). In these cases the field is None.
     """
 
     first_message_index: int | None
@@ -36,10 +37,11 @@ class KeyMetadata(msgspec.Struct, frozen=True, gc=False):
 
 
 class RoomKey(msgspec.Struct, frozen=True, gc=False):
-    """One session's key, the specification's ``KeyBackupData``, and where it belongs.
+    """A session's key (``KeyBackupData`` in the specification) with its room and
+    session.
 
     Attributes:
-        metadata: the fields that rank it.
+        metadata: the fields that rank the key.
         session_data: the encrypted key as JSON text, never decoded.
     """
 
@@ -50,11 +52,12 @@ class RoomKey(msgspec.Struct, frozen=True, gc=False):
 
 
 class StoredKey(msgspec.Struct, frozen=True, gc=False):
-    """A key of the database, as far as a merge needs it.
+    """A key in the database, reduced to the fields that a merge needs.
 
     Attributes:
+        metadata: the fields that rank the key.
         has_session_data: False for an old row whose ``session_data`` is JSON null.
-        size: of its ``session_data``, in bytes.
+        size: length of the key's ``session_data``, in bytes.
     """
 
     metadata: KeyMetadata
@@ -64,10 +67,13 @@ class StoredKey(msgspec.Struct, frozen=True, gc=False):
 
 @attrs.frozen
 class Position:
-    """Where a download goes on: after a key.
+    """Point at which a download continues: after the given key.
 
     Attributes:
-        keys: how many to read at once from there, by how large those before it are.
+        room_id: room of the last key that was read.
+        session_id: session of the last key that was read.
+        keys: number of keys to read in the next batch, derived from the size of the
+            keys read before.
     """
 
     room_id: str
@@ -77,15 +83,15 @@ class Position:
 
 @attrs.frozen
 class KeyPage:
-    """Some keys of a download, in the order of their ids.
+    """Batch of keys of a download, ordered by room id and session id.
 
     Attributes:
-        rows: of each key its room's id, its text as a member of a JSON object
-            (``"session_id":{...,"session_data":``) up to the data, and the data, which
-            may not be JSON. A ``}`` is missing at the end.
-        sizes: upper bound of the memory that each row's key takes, in bytes, in the
-            order of `rows`. Its UTF-8 text is no longer than that.
-        last: where the last key is, when more may follow.
+        rows: for each key the room id, the head, and the data. The head is the key's
+            text as a member of a JSON object (``"session_id":{...,"session_data":``) up
+            to the data. The data may be invalid JSON. The final ``}`` is missing.
+        sizes: for each row, in the order of `rows`, an upper bound of the key's memory
+            in bytes. The key's UTF-8 text is not longer than the bound.
+        last: position of the last key, or None if no more keys follow.
     """
 
     rows: Sequence[tuple[str, str, str]]
@@ -95,10 +101,10 @@ class KeyPage:
 
 @attrs.frozen
 class BackupId:
-    """One version of one user's backup.
+    """Identifier of a version of a user's backup.
 
     Attributes:
-        version: its number.
+        version: number of the version.
     """
 
     user_id: str
@@ -107,13 +113,13 @@ class BackupId:
 
 @attrs.frozen
 class BackupInfo:
-    """One version of a user's backup.
+    """Description of a version of a user's backup.
 
     Attributes:
-        version: its number.
+        version: number of the version.
         auth_data: JSON text, never decoded.
-        etag: a number that moves whenever the keys change.
-        count: how many keys it holds.
+        etag: a number that changes whenever the keys change.
+        count: number of keys in the version.
     """
 
     version: int
@@ -125,7 +131,7 @@ class BackupInfo:
 
 @attrs.frozen
 class BackupState:
-    """What the keys of a backup are like after a write.
+    """The etag and the number of keys of a backup after a write.
 
     Attributes:
         etag: as in `BackupInfo`.
@@ -137,7 +143,7 @@ class BackupState:
 
 
 class Replacement(msgspec.Struct, frozen=True, gc=False):
-    """A stored key that a better one took the place of."""
+    """A stored key (`old`) that was replaced by a better uploaded key (`new`)."""
 
     room_id: str
     session_id: str
@@ -147,13 +153,13 @@ class Replacement(msgspec.Struct, frozen=True, gc=False):
 
 @attrs.frozen
 class UploadResult:
-    """What an upload did.
+    """Result of an upload.
 
     Attributes:
-        state: the backup afterwards.
-        stored: how many keys were new.
-        replaced: the keys that gave way to better ones.
-        kept: how many uploaded keys were not better than the stored ones.
+        state: etag and number of keys after the upload.
+        stored: number of new keys.
+        replaced: the stored keys that were replaced by better keys.
+        kept: number of uploaded keys that were not better than the stored keys.
     """
 
     state: BackupState
@@ -164,19 +170,21 @@ class UploadResult:
 
 @attrs.frozen
 class Limits:
-    """What is refused for its size. No honest client meets the defaults.
+    """Limits above which a request is refused. No honest client reaches the defaults.
 
     Attributes:
-        max_body_bytes: of a request's body.
-        max_session_data_bytes: of one ``session_data``; a real one has about 1 KiB.
-        max_waiting_requests: of one user in one process, before the next is
-            answered 429.
-        max_user_keys: in all of a user's backups together; None for any number.
-        max_user_bytes: of ``session_data`` and ``auth_data`` in all of a user's backups
-            together; None for any number.
-        max_user_versions: of a user's that aren't deleted. A client deletes the old
-            version when it makes another one, so few users ever have two; 100 leaves
-            room for clients that forget to.
+        max_body_bytes: length of a request's body.
+        max_session_data_bytes: length of a ``session_data``. In real keys the length
+            is about 1 KiB.
+        max_waiting_requests: number of a user's requests that wait in a process. A
+            further request is answered with 429.
+        max_user_keys: number of keys in all of a user's backups together, or None for
+            no limit.
+        max_user_bytes: length of ``session_data`` and ``auth_data`` in all of a user's
+            backups together, or None for no limit.
+        max_user_versions: number of a user's versions that aren't deleted. Clients
+            delete the old version when they create a new version: few users ever have
+            two. 100 leaves room for clients that forget to delete.
     """
 
     max_body_bytes: int = 10 * 1024 * 1024
