@@ -1,4 +1,4 @@
-"""The endpoints over HTTP, for any server that servlets can be registered with."""
+"""The HTTP endpoints, for any server with Synapse's interface for servlets."""
 
 from .host import Auth, HomeServer
 from .resource import HttpServer, JsonResource, RestServlet

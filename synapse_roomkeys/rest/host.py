@@ -1,4 +1,4 @@
-"""The parts of a host that the servlets use."""
+"""Interface between the servlets and their host."""
 
 from typing import Protocol
 
@@ -29,8 +29,8 @@ class HomeServer:
     Attributes:
         clock: the host's time.
         limits: sizes and numbers above which a request is refused.
-        stalled_download_seconds: time for which a client may read nothing before its
-            download is dropped.
+        stalled_download_seconds: seconds without any read by the client after which
+            a download is dropped.
         auth: the host's authentication.
         handler: the operations of the API.
     """

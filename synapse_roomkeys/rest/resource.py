@@ -1,4 +1,5 @@
-"""Servlets: classes whose ``on_GET`` and the like answer requests as JSON."""
+"""Servlets: classes whose methods ``on_GET``, ``on_PUT``, ``on_POST`` and ``on_DELETE``
+answer requests as JSON."""
 
 import logging
 import re
@@ -25,17 +26,17 @@ from ..inline import Inline
 
 logger = logging.getLogger(__name__)
 
-#: What a servlet's method answers: a status and a JSON object, as it is or as the
-#: bytes of one, or None when it has answered already.
+#: Result of a servlet's method: a status and a JSON object, as a dictionary or as
+#: encoded bytes; None if the method has sent the answer already.
 Answer = tuple[int, dict[str, Any] | bytes] | None
 
 METHODS = ("GET", "PUT", "POST", "DELETE")
-#: The methods that are told apart in metrics.
+#: Methods with their own label in metrics. Other methods share the label "other".
 _MEASURED = (*METHODS, "HEAD", "OPTIONS")
-#: What stands for a servlet in metrics where there is none.
+#: Servlet label in metrics for a request without a servlet.
 _NO_SERVLET = "none"
 
-#: "Web Browser Clients" of the client-server API: what every response has.
+#: Headers of every response, from "Web Browser Clients" of the client-server API.
 CORS_HEADERS = {
     "Access-Control-Allow-Origin": "*",
     "Access-Control-Allow-Methods": "GET, HEAD, POST, PUT, DELETE, OPTIONS",
@@ -44,7 +45,7 @@ CORS_HEADERS = {
 
 
 class HttpServer(Protocol):
-    """What servlets are registered with: Synapse's own, or a `JsonResource`."""
+    """Server that servlets are registered with: Synapse's own, or a `JsonResource`."""
 
     def register_paths(
         self,
@@ -53,22 +54,24 @@ class HttpServer(Protocol):
         callback: Callable[..., Any],
         servlet_classname: str,
     ) -> None:
-        """Have requests of a method, whose path matches one of the patterns,
-        answered by a callback.
+        """Register a callback that answers requests with the given method and a path
+        that matches any of the patterns.
 
-        The callback is given the request, and the pattern's named groups,
-        percent-decoded, as keyword arguments. It fires with None when it has
-        answered the request.
+        The callback receives the request, and the pattern's named groups,
+        percent-decoded, as keyword arguments. The callback returns a Deferred that
+        fires with None after the request was answered.
         """
 
 
 def client_patterns(path: str) -> "tuple[re.Pattern[str], ...]":
-    """The patterns of an endpoint of the client-server API, for all its prefixes."""
+    """Path patterns of a client-server API endpoint, for the prefixes ``r0``, ``v3``
+    and ``unstable``."""
     return (re.compile(f"^/_matrix/client/(?:r0|v3|unstable){path}$"),)
 
 
 def set_headers(request: Request, content_type: bytes | None) -> None:
-    """Set the headers that all responses have."""
+    """Set the CORS headers and, if there is a content type, the type and
+    ``Cache-Control``."""
     for name, value in CORS_HEADERS.items():
         request.setHeader(name.encode(), value.encode())
     if content_type is not None:
@@ -77,7 +80,7 @@ def set_headers(request: Request, content_type: bytes | None) -> None:
 
 
 def respond(request: Request, code: int, body: dict[str, Any] | bytes) -> None:
-    """Answer a request with a JSON object, unless its client is gone."""
+    """Answer a request with a JSON object, unless the client has disconnected."""
     if request._disconnected:
         return
     content = body if isinstance(body, bytes) else encode_canonical_json(body)
@@ -96,7 +99,7 @@ def respond_error(request: Request, error: RoomKeysError) -> None:
 
 
 def respond_defect(request: Request, error: BaseException | None) -> None:
-    """Log an unexpected exception with its traceback, and answer 500 without it."""
+    """Log an unexpected exception with traceback, and answer 500 without details."""
     logger.error("Failed to answer a request", exc_info=error)
     body = {"errcode": "M_UNKNOWN", "error": "Internal server error"}
     respond(request, 500, body)
@@ -107,18 +110,19 @@ def notes_of(request: Request) -> dict[str, Any]:
 
     Returns:
         ``user``, ``device`` and ``version``, and after an upload ``stored``,
-        ``replaced`` and ``unchanged``, numbers of keys; each once it is known. The
-        dictionary lives as long as the request.
+        ``replaced`` and ``unchanged``, numbers of keys. Each entry is added when the
+        value is known. The dictionary lives as long as the request.
     """
     notes: dict[str, Any] = vars(request).setdefault("_roomkeys_notes", {})
     return notes
 
 
 def parse_string(request: Request, name: str) -> str:
-    """The value of a query parameter, the first where there are several.
+    """Return the value of a query parameter. If the parameter is repeated, return the
+    first value.
 
     Raises:
-        MissingParamError: it isn't there.
+        MissingParamError: the query has no such parameter.
     """
     values = (request.args or {}).get(name.encode())
     if not values:
@@ -132,9 +136,10 @@ _Route = tuple[Callable[..., Any], str]
 
 
 class JsonResource(Resource):
-    """Answers requests by the callbacks that are registered for their paths.
+    """Resource that answers requests with the callbacks registered for their paths.
 
-    It looks at a request's whole path, wherever in a site it is put.
+    The patterns match a request's whole path, at any position of the resource in a
+    site.
     """
 
     isLeaf = True
@@ -150,13 +155,13 @@ class JsonResource(Resource):
         callback: Callable[..., Any],
         servlet_classname: str,
     ) -> None:
-        """As `HttpServer.register_paths`."""
+        """Register a callback, as `HttpServer.register_paths` does."""
         for pattern in path_patterns:
             route = callback, servlet_classname
             self._routes.setdefault(pattern, {})[method] = route
 
     def render(self, request: Request) -> int | bytes:
-        """Answer a request; `Resource` calls it."""
+        """Answer a request. Called by Twisted."""
         if request.method == b"OPTIONS":
             _measure(request, _NO_SERVLET)
             request.setResponseCode(204)
@@ -175,10 +180,13 @@ class JsonResource(Resource):
         return NOT_DONE_YET
 
     def _find(self, request: Request) -> "tuple[_Route, dict[str, Any]]":
-        """What answers a request, and the groups of the path that matched.
+        """Return the route of a request, and the named groups of the matched path.
+
+        HEAD requests use the route for GET.
 
         Raises:
-            UnrecognizedError: there is none, 404, or none for this method, 405.
+            UnrecognizedError: no pattern matches the path (404), or the path has no
+                route for the method (405).
         """
         path = request.path.decode("latin-1")
         method = request.method.decode("latin-1").replace("HEAD", "GET")
@@ -191,7 +199,8 @@ class JsonResource(Resource):
         raise UnrecognizedError(404)
 
     def _fail(self, failure: Failure, request: Request) -> None:
-        """Answer what no servlet answered: an error of the host's, or a defect."""
+        """Answer a request whose callback failed: with the host's `RoomKeysError`, or
+        with 500 after a defect."""
         error = failure.value
         if isinstance(error, RoomKeysError):
             respond_error(request, error)
@@ -200,11 +209,12 @@ class JsonResource(Resource):
 
 
 class RestServlet(JsonResource):
-    """A servlet: one method for each HTTP method that its endpoint has.
+    """Base class of servlets, with a Python method for each HTTP method of an endpoint.
 
     Subclasses have ``PATTERNS`` and any of ``on_GET``, ``on_PUT``, ``on_POST`` and
-    ``on_DELETE``, which take the request and the pattern's named groups, and fire
-    with an `Answer`. It is a resource of its own too, that answers for its paths.
+    ``on_DELETE``. These methods take the request and the pattern's named groups, and
+    fire with an `Answer`. A servlet is also a resource that answers the servlet's own
+    paths.
     """
 
     PATTERNS: "Iterable[re.Pattern[str]]"
@@ -214,7 +224,7 @@ class RestServlet(JsonResource):
         self.register(self)
 
     def register(self, http_server: HttpServer) -> None:
-        """Register the methods with a server."""
+        """Register the servlet's ``on_...`` methods with a server."""
         for method in METHODS:
             answer = getattr(self, f"on_{method}", None)
             if answer is not None:
@@ -227,8 +237,9 @@ class RestServlet(JsonResource):
 
 
 def _answering(method: Callable[..., Any]) -> Callable[..., "Deferred[None]"]:
-    """A callback that responds with what a servlet's method fires with, or with the
-    `RoomKeysError` that it raises. Any other error is the host's to answer."""
+    """Return a callback that sends the result of a servlet's method as the response. If
+    the method raises a `RoomKeysError`, the callback sends the error. The host answers
+    any other error."""
 
     @inlineCallbacks
     def callback(request: Request, **groups: str | None) -> Inline[None]:
@@ -254,7 +265,8 @@ def _check_path(request: Request) -> None:
 
 
 def _measure(request: Request, servlet: str) -> None:
-    """Count a request while it is being answered, and once it was."""
+    """Count a request in the metrics: as in flight until the response ends, then by
+    servlet, method and status, with the response time in seconds."""
     method = request.method.decode("latin-1")
     if method not in _MEASURED:
         method = "other"
@@ -274,10 +286,11 @@ def _measure(request: Request, servlet: str) -> None:
 
 
 def note_refusal(request: Request, error: RoomKeysError) -> None:
-    """Count a refusal, and log it with its user: a client may repeat it for ever.
+    """Count a refused request and log the refusal with the user. Some clients repeat a
+    refused request for ever; the log line names their user.
 
-    A GET with a 404 is logged at DEBUG: clients without a backup send one at each
-    start, and clients ask for single keys that aren't in the backup.
+    A GET with a 404 is logged at DEBUG, because clients without a backup send such a
+    request at each start, and clients ask for single keys that aren't in the backup.
     """
     metrics.refused_requests.labels(error.errcode).inc()
     method = request.method.decode("latin-1")

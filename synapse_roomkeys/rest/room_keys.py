@@ -1,7 +1,7 @@
 """The three servlets of server-side key backup.
 
-What each endpoint takes and answers is written in the Matrix client-server API,
-"Server-side key backups". Every request is authenticated first; guests are refused.
+The Matrix client-server API, "Server-side key backups", defines the requests and
+responses of each endpoint. Every request is authenticated first; guests are refused.
 """
 
 from collections.abc import Iterator
@@ -51,7 +51,7 @@ Answering = Inline[Answer]
 
 
 class UserServlet(RestServlet):
-    """A servlet that authenticates its requests and passes them to the handler."""
+    """Base class of servlets that authenticate a request and call the handler."""
 
     def __init__(self, hs: HomeServer) -> None:
         super().__init__()
@@ -60,15 +60,15 @@ class UserServlet(RestServlet):
         self.e2e_room_keys_handler = hs.get_e2e_room_keys_handler()
 
     def authenticate(self, request: Request) -> "Deferred[Requester]":
-        """As `Auth.get_user_by_req`. Note user and device for the request's log
-        lines."""
+        """Fire with the requester, as `Auth.get_user_by_req` does, and note user and
+        device for the request's log lines."""
         return self.auth.get_user_by_req(request).addCallback(_note_user, request)
 
 
 class RoomKeysServlet(UserServlet):
     """``/room_keys/keys``: upload, download and delete keys.
 
-    Of the whole backup, of a room, or of one session, as the path says.
+    The path selects the whole backup, a room, or a single session.
     """
 
     PATTERNS = client_patterns(
@@ -79,7 +79,7 @@ class RoomKeysServlet(UserServlet):
     def on_PUT(
         self, request: Request, room_id: str | None, session_id: str | None
     ) -> Answering:
-        """Merge keys into the backup; answers its etag and count."""
+        """Merge keys into the backup. Answer with the backup's etag and count."""
         requester: Requester = yield self.authenticate(request)
         check_ids(room_id, session_id)
         version = _version_of(request)
@@ -96,7 +96,8 @@ class RoomKeysServlet(UserServlet):
     def on_GET(
         self, request: Request, room_id: str | None, session_id: str | None
     ) -> Answering:
-        """Answer keys; one that isn't there is a 404, a room without any is empty."""
+        """Answer with keys. A missing key is answered with 404, a room without keys
+        with an empty object of sessions."""
         requester: Requester = yield self.authenticate(request)
         check_ids(room_id, session_id)
         version = _version_of(request)
@@ -132,7 +133,7 @@ class RoomKeysServlet(UserServlet):
     def on_DELETE(
         self, request: Request, room_id: str | None, session_id: str | None
     ) -> Answering:
-        """Delete keys; answers the backup's etag and count."""
+        """Delete keys. Answer with the backup's etag and count."""
         requester: Requester = yield self.authenticate(request)
         check_ids(room_id, session_id)
         version = _version_of(request)
@@ -143,13 +144,13 @@ class RoomKeysServlet(UserServlet):
 
 
 class RoomKeysNewVersionServlet(UserServlet):
-    """``POST /room_keys/version``: make a version, the current one from now on."""
+    """``POST /room_keys/version``: create a version and make it the current version."""
 
     PATTERNS = client_patterns("/room_keys/version")
 
     @inlineCallbacks
     def on_POST(self, request: Request) -> Answering:
-        """Make a version; answers its number, as a string."""
+        """Create a version. Answer with the version's number, as a string."""
         requester: Requester = yield self.authenticate(request)
         info = parse_new_version(_body(request), self.hs.limits)
         version: str = yield self.e2e_room_keys_handler.create_version(
@@ -160,10 +161,11 @@ class RoomKeysNewVersionServlet(UserServlet):
 
 
 class RoomKeysVersionServlet(UserServlet):
-    """``/room_keys/version[/{version}]``: the current version, or the one named.
+    """``/room_keys/version[/{version}]``: the current version, or the named version.
 
-    The first pattern is that of `RoomKeysNewVersionServlet`, word for word: servers
-    take the first pattern that matches a path, whatever methods it has.
+    The first pattern must be equal to the pattern of `RoomKeysNewVersionServlet`.
+    Servers use the first pattern that matches a path, even if the pattern has no
+    callback for the request's method.
     """
 
     PATTERNS = (
@@ -173,7 +175,7 @@ class RoomKeysVersionServlet(UserServlet):
 
     @inlineCallbacks
     def on_GET(self, request: Request, version: str | None = None) -> Answering:
-        """Answer a version: algorithm, auth_data, count, etag and version."""
+        """Answer with a version's algorithm, auth_data, count, etag and version."""
         requester: Requester = yield self.authenticate(request)
         info: BackupInfo = yield self.e2e_room_keys_handler.get_version_info(
             requester.user_id, version
@@ -194,7 +196,7 @@ class RoomKeysVersionServlet(UserServlet):
 
     @inlineCallbacks
     def on_DELETE(self, request: Request, version: str | None = None) -> Answering:
-        """Delete a version and its keys."""
+        """Delete a version and the version's keys."""
         requester: Requester = yield self.authenticate(request)
         if version is None:
             raise NoVersionToDeleteError
@@ -210,7 +212,12 @@ def _note_user(requester: Requester, request: Request) -> Requester:
 
 
 def check_ids(room_id: str | None, session_id: str | None) -> None:
-    """Refuse a path with an id in it that no room or session has."""
+    """Refuse a request whose path contains an invalid room or session id.
+
+    Raises:
+        BadJsonError: an id contains NUL or a lone surrogate.
+        InvalidParamError: an id is empty or longer than 255 bytes.
+    """
     if room_id is not None:
         check_id("Room", room_id)
     if session_id is not None:
@@ -218,10 +225,11 @@ def check_ids(room_id: str | None, session_id: str | None) -> None:
 
 
 def _version_of(request: Request) -> str:
-    """The version that the query names.
+    """Return the ``version`` parameter of the query, and note the version for the
+    request's log lines.
 
     Raises:
-        MissingParamError: it names none.
+        MissingParamError: the query has no ``version``.
     """
     version = parse_string(request, "version")
     notes_of(request)["version"] = version
@@ -231,7 +239,8 @@ def _version_of(request: Request) -> str:
 def _body(request: Request) -> bytes:
     content: Any = request.content
     if content.closed:
-        # Twisted closes it when the connection is lost: nobody gets this answer.
+        # Twisted closes the body when the connection is lost. The client is gone and
+        # doesn't receive this answer.
         raise NotJsonError("The client left before its body was read")
     return content.read()  # type: ignore[no-any-return]
 
@@ -239,8 +248,9 @@ def _body(request: Request) -> bytes:
 def _keys(
     request: Request, room_id: str | None, session_id: str | None, limits: Limits
 ) -> Iterator[RoomKey]:
-    """Those of an upload. Its body isn't read before the first of them is taken: until
-    then Twisted has a large one in a temporary file."""
+    """Yield the keys of an upload. The body is read when the first key is taken, not
+    earlier: until then a large body stays in Twisted's temporary file, not in
+    memory."""
     yield from parse_upload(_body(request), room_id, session_id, limits)
 
 
