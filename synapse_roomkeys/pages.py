@@ -1,4 +1,4 @@
-"""Downloads, a few keys at a time."""
+"""Downloads, read from the database in pages of keys."""
 
 from bisect import bisect_right
 from collections import deque
@@ -14,32 +14,34 @@ from .inline import Inline
 from .types import KeyPage, Position
 from .wire import are_json, is_json, session_id_of
 
-#: Seconds after which a download gives its permit to others that wait for one, as a
-#: process' time slice. Each time it drops a page that was prefetched, so a second makes
-#: that rare.
+#: Seconds after which a download passes its permit to a waiting download, like the time
+#: slice of a process. Each time, the download drops a prefetched page. With a slice of
+#: a second, such losses are rare.
 TIME_SLICE = 1.0
-#: Seconds for which a download whose client doesn't read keeps its pages. A client that
-#: takes 128 KiB a second never pauses for longer, so it has no page read twice.
+#: Seconds for which a download keeps its pages while the client doesn't read. A client
+#: that reads 128 KiB a second never pauses for longer; therefore no page of such a
+#: client is read from the database twice.
 HOLD_SECONDS = 1.0
-#: The same while others wait for a permit. A client that reads as fast as the database
-#: gives pauses for some milliseconds.
+#: As `HOLD_SECONDS`, while other downloads wait for a permit. A client that reads as
+#: fast as the database delivers pauses for a few milliseconds only.
 CONTENDED_HOLD_SECONDS = 0.05
-#: How many pages may wait while one is written. With one page, the database's thread
-#: caught up with the writer after four pages and ended its transaction; with two it
-#: goes on for nine, as long as the client reads as fast as the database gives.
+#: Number of prefetched pages while a page is written. With a single page, the database
+#: thread overtook the writer after four pages and ended the transaction. With two
+#: pages, the transaction lasts for nine pages if the client reads as fast as the
+#: database delivers.
 PREFETCHED_PAGES = 2
-#: How many keys are read first after `KeyPages.release`: 0.1 MB of real keys, as a
-#: client that was slow may be slow again.
+#: Number of keys in the first page after `KeyPages.release`: 0.1 MB of real keys. The
+#: page is small because a client that was slow may be slow again.
 _KEYS_AFTER_RELEASE = 100
 
 
 class KeyPages:
     """The keys of a download, read from the database a page at a time.
 
-    Three pages are in memory at most: the page that is being taken and the next two,
-    which are prefetched. A download holds a permit as long as it has pages, so the
-    number of permits bounds the memory of all downloads together. `release` drops the
-    pages and the permit; the download goes on after the last key that was taken.
+    At most three pages are in memory: the current page and two prefetched pages. A
+    download holds a permit while pages are in memory; the number of permits therefore
+    limits the memory of all downloads together. `release` drops the pages and the
+    permit. Afterwards the download continues after the last key that was taken.
     """
 
     def __init__(
@@ -52,12 +54,13 @@ class KeyPages:
     ) -> None:
         """
         Args:
-            fetch: passes the pages after a key, or from the first key on, to a function
-                that is called in a thread and returns whether to go on.
-            permits: of all downloads of the process.
+            fetch: reads the pages after a position (None: from the first key) and
+                passes each page to a callback. The callback is called in a database
+                thread and returns whether to fetch another page.
+            permits: permits for all downloads of the process.
             user_id: the user whose permits are used.
-            on_broken: is called with the room and session id of each key that is left
-                out, as its data isn't JSON.
+            on_broken: called with the room and session id of each key that is left out
+                because the key's data isn't JSON.
         """
         self._fetch = fetch
         self._on_broken = on_broken
@@ -65,12 +68,14 @@ class KeyPages:
         self._user_id = user_id
         self._clock = clock
         self._has_permit = False
-        #: Reactor time at which the permit is given to others that wait, in seconds.
+        #: Reactor time after which the permit is passed to a waiting download, in
+        #: seconds.
         self._slice_ends = 0.0
         self._page = KeyPage((), (), None)
-        #: For each key of the page, the size of the keys up to it, in bytes.
+        #: For each key of the page, the total size of the keys up to and including the
+        #: key, in bytes.
         self._ends: list[int] = []
-        #: How many keys of the page were taken.
+        #: Number of keys of the page that were taken.
         self._taken = 0
         #: Position before the page's first key, or None at the beginning.
         self._before: Position | None = None
@@ -80,7 +85,8 @@ class KeyPages:
         self._is_fetching = False
         #: Whether the next page is the first one after a release.
         self._is_resuming = False
-        #: Whether the fetch under way began before a release: its pages are dropped.
+        #: Whether the running fetch began before a release. Pages of such a fetch are
+        #: dropped.
         self._is_stale = False
         self._advanced = 0
         #: Number of pages to fetch. Written by the reactor thread, read by the database
@@ -97,14 +103,15 @@ class KeyPages:
 
     @property
     def is_complete(self) -> bool:
-        """Whether all keys were taken; only known after the first `advance`."""
+        """Whether all keys were taken. Valid only after the first `advance`."""
         return not self.has_keys and self._page.last is None
 
     @inlineCallbacks
     def advance(self) -> Inline[None]:
-        """Have keys to `take`, or the empty page that ends a backup without any.
+        """Fire with None when keys are available to `take`. Without any keys in the
+        backup, fire with None when the final, empty page is the current page.
 
-        Waits for a permit and for the database. Returns at once if keys of the page are
+        Wait for a permit and for the database, unless keys of the current page are
         left.
 
         Raises:
@@ -121,7 +128,7 @@ class KeyPages:
             yield self._permits.acquire(self._user_id)
             self._has_permit = True
             self._slice_ends = self._clock.seconds() + TIME_SLICE
-        # A client that was slow may be slow again: it gets one small page first.
+        # A client that was slow may be slow again: fetch a small page without prefetch.
         prefetched = 0 if self._is_resuming else PREFETCHED_PAGES
         self._is_resuming = False
         self._wanted = self._advanced + 1 + prefetched
@@ -143,15 +150,16 @@ class KeyPages:
             self._begin()
 
     def take(self, size: int) -> KeyPage:
-        """Take the next keys, in their order, out of the page.
+        """Take the next keys of the page, in order. Keys whose data isn't JSON are left
+        out and reported to `on_broken`.
 
         Args:
-            size: bytes of memory that the keys take together at most. A single key may
-                be larger.
+            size: maximum memory of the keys together, in bytes. A single larger key is
+                taken nevertheless.
 
         Returns:
-            At least one key, unless the data of all of them isn't JSON. Its `last` is
-            None if no keys follow.
+            At least one key, unless the data of all keys isn't JSON. `last` is None if
+            no keys follow.
         """
         first = self._taken
         before = self._ends[first - 1] if first else 0
@@ -170,26 +178,27 @@ class KeyPages:
         return KeyPage(whole_rows, list(compress(sizes, are_whole)), self._reached())
 
     def idle(self, seconds: float) -> None:
-        """Release if the client has read nothing for long enough.
+        """Release if the client has paused reading for too long.
 
         Args:
-            seconds: how long the client has not taken what was written. A download that
-                others wait for is released after `CONTENDED_HOLD_SECONDS`, another one
-                after `HOLD_SECONDS`.
+            seconds: length of the client's pause so far. If other downloads wait for a
+                permit, release after `CONTENDED_HOLD_SECONDS`; otherwise after
+                `HOLD_SECONDS`.
         """
         is_contended = self._permits.is_contended
         if seconds >= (CONTENDED_HOLD_SECONDS if is_contended else HOLD_SECONDS):
             self.release()
 
     def release(self) -> None:
-        """Drop the pages and return the permit, unless `advance` is under way.
+        """Drop the pages and return the permit, unless `advance` is running.
 
-        The next `advance` takes a permit again and reads on after the last key that was
-        taken, so no key is missing or twice. A fetch under way ends after its page.
+        The next `advance` takes a permit again and continues after the last key that
+        was taken: no key is missing or repeated. A running fetch ends after the current
+        page.
         """
         if not self._has_permit or self._waiter is not None:
             return
-        # An empty page, after which the next fetch begins.
+        # Empty page with the position at which the next fetch begins.
         self._page = KeyPage((), (), self._reached())
         self._ends, self._taken = [], 0
         self._arrived.clear()
@@ -202,13 +211,14 @@ class KeyPages:
 
     @inlineCallbacks
     def close(self) -> Inline[None]:
-        """Release, and fire when no fetch is under way any more."""
+        """Release, and fire with None when no fetch is running any more."""
         self.release()
         while self._is_fetching:
             yield self._wait()
 
     def _show(self, page: KeyPage) -> None:
-        """Have the keys of a page taken, after those of the page before it."""
+        """Make a page the current page, after all keys of the previous page were
+        taken."""
         self._before = self._page.last
         self._page = page
         self._ends = list(accumulate(page.sizes))
@@ -216,7 +226,8 @@ class KeyPages:
         self._advanced += 1
 
     def _reached(self) -> Position | None:
-        """Position after the keys that were taken, or None at either end."""
+        """Position after the keys that were taken. None before the first key and after
+        the last key of the download."""
         if self._taken == len(self._page.rows):
             return self._page.last
         if not self._taken:
@@ -226,14 +237,16 @@ class KeyPages:
         return Position(room_id, session_id_of(head), keys)
 
     def _begin(self) -> None:
-        """Begin to fetch after the page at hand; no page after it has arrived."""
+        """Start a fetch after the current page. Call only if no later page has
+        arrived."""
         self._is_fetching = True
         self._fetched = self._advanced
         ended = self._clock.begin(self._fetch, self._page.last, self._pass_on)
         ended.addBoth(self._end)
 
     def _pass_on(self, page: KeyPage) -> bool:
-        """Pass a page to the reactor, in a thread; returns whether to fetch another."""
+        """Pass a page to the reactor thread, and return whether to fetch another page.
+        Called in a database thread."""
         self._fetched += 1
         self._clock.from_thread(self._arrive, page)
         return page.last is not None and self._fetched < self._wanted
@@ -255,6 +268,7 @@ class KeyPages:
             self._clock.fire(waiter)
 
     def _wait(self) -> "Deferred[None]":
-        """Fires with None when a page has come, or when no more will."""
+        """Return a Deferred that fires with None when a page arrives or the fetch
+        ends."""
         self._waiter = Deferred()
         return self._clock.wait(self._waiter)

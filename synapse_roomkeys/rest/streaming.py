@@ -1,4 +1,4 @@
-"""Answers that are written as fast as the client reads them, and no faster."""
+"""Responses written at the speed at which the client reads."""
 
 import fcntl
 import logging
@@ -24,32 +24,34 @@ from ..wire import BackupEncoder
 
 logger = logging.getLogger(__name__)
 
-#: Bytes of keys that are written at once, so a transport whose client reads nothing
-#: holds no more, or one key that is larger. Twisted sends 128 KiB in one system call,
-#: the frame of the chunk among them, and pauses its producer above 64 KiB. With 64 KiB
-#: at once, twice as many calls made a download up to 1.15 times as long.
+#: Bytes of keys per write. If the client reads nothing, the transport buffers no more
+#: than a single write, or a single larger key. 127 KiB and the frame of the HTTP chunk
+#: fit into the 128 KiB that Twisted sends per system call; Twisted pauses the producer
+#: above 64 KiB. With 64 KiB per write, twice as many system calls made a download up to
+#: 1.15 times as long.
 WRITE_SIZE = 127 << 10
-#: Bytes that the kernel buffers of a connection while it can't send them. Its default
-#: is 2.6 MB for a local client that reads nothing, which counts as memory of the
-#: machine or container, not of the process. Twice what is written at once, as Linux
-#: takes more when half of it was sent.
+#: Bytes of a connection that the kernel buffers before sending. The kernel's default is
+#: 2.6 MB for a local client that reads nothing, and counts as memory of the machine or
+#: container, not of the process. The value is twice the size of a write, because Linux
+#: accepts more data when half of the buffer was sent.
 UNSENT_SIZE = 256 << 10
-#: Part of the stall timeout after which a long pause is looked at again, so a client is
-#: dropped a tenth late at most, and the seconds that pass at most: Twisted drops idle
-#: connections after 60.
+#: Interval between two checks of a long pause: a tenth (`_LOOK_PART`) of the stall
+#: timeout, but at most 30 seconds (`_LOOK_SECONDS`). A stalled client is therefore
+#: dropped a tenth of the timeout late at most. The maximum is below 60 seconds, after
+#: which Twisted drops idle connections.
 _LOOK_PART = 0.1
 _LOOK_SECONDS = 30.0
 
 
 class Disconnected(Exception):
-    """The connection is gone, or was dropped because nobody read from it."""
+    """The connection is closed, or was dropped because the client stopped reading."""
 
 
 def limit_unsent(channel: Any) -> None:
-    """Have the kernel buffer at most `UNSENT_SIZE` bytes that it can't send yet.
+    """Limit the unsent bytes in the kernel's buffer to `UNSENT_SIZE`.
 
-    Only Linux and macOS have the option, and only TCP: a Unix socket's buffer is small
-    by itself (208 KiB on Linux).
+    The socket option exists only on Linux and macOS, and only for TCP. A Unix socket's
+    buffer is small anyway (208 KiB on Linux).
 
     Args:
         channel: Twisted's connection of a request.
@@ -60,16 +62,18 @@ def limit_unsent(channel: Any) -> None:
 
 
 def unread_bytes(channel: Any) -> int | None:
-    """Bytes that the kernel has taken of a connection and the client's kernel has not.
+    """Bytes of a connection that the local kernel has accepted but the client's kernel
+    has not received.
 
     Linux counts TCP by the byte, also below TLS, and a Unix socket by buffers of up to
-    some 100 kB. Behind a proxy, the proxy is the client.
+    about 100 kB. Behind a proxy, the proxy is the client.
 
     Args:
         channel: Twisted's connection of a request.
 
     Returns:
-        None if the connection has no socket, or not any more, or the system can't tell.
+        None if the connection has no socket, the socket is closed, or the system has no
+        such counter.
     """
     try:
         answer = fcntl.ioctl(channel.transport.fileno(), termios.TIOCOUTQ, bytes(4))
@@ -80,12 +84,14 @@ def unread_bytes(channel: Any) -> int | None:
 
 @implementer(IPushProducer)
 class PacedWriter:
-    """Writes to a request while its connection takes more, and waits otherwise.
+    """Producer that writes a response while the connection accepts data, and waits
+    otherwise.
 
-    Twisted pauses a connection when its transport's buffer is full and resumes it when
-    the buffer is empty. A slow client may take longer for that than the stall timeout.
-    So a pause is looked at meanwhile: if the number of bytes in the kernel's send
-    buffer has changed since the last look, the client has read some.
+    Twisted pauses the producer when the transport's buffer is full, and resumes the
+    producer when the buffer is empty. A slow client may need longer than the stall
+    timeout to empty the buffer. A timer therefore checks the connection during a pause:
+    if the number of bytes in the kernel's send buffer has changed since the last check,
+    the client has read some bytes.
     """
 
     def __init__(
@@ -99,11 +105,13 @@ class PacedWriter:
         Args:
             stall_timeout: seconds for which the client may read nothing before the
                 connection is dropped.
-            on_idle: is called again and again during a pause with its length so far, in
-                seconds: every 0.05 seconds (`CONTENDED_HOLD_SECONDS`) in the first one.
+            on_idle: called repeatedly during a pause with the length of the pause so
+                far, in seconds. During the first second of a pause the interval is
+                0.05 seconds (`CONTENDED_HOLD_SECONDS`).
         """
-        #: None when the connection is gone. Twisted's request refers to its producer,
-        #: so both, and the transport's buffer, would wait for the garbage collector.
+        #: None after the connection was closed. Twisted's request refers to the
+        #: producer: with a reference back, both objects and the transport's buffer
+        #: would stay in memory until the garbage collector runs.
         self._request: Request | None = None if request._disconnected else request
         self._clock = clock
         self._stall_timeout = stall_timeout
@@ -123,15 +131,15 @@ class PacedWriter:
             request.registerProducer(self, True)
 
     def write_all(self, chunks: Iterator[bytes]) -> "Deferred[None]":
-        """Write one chunk after the other, each when the connection takes more.
+        """Write the chunks in order, each when the connection accepts data.
 
-        There is no Deferred for each chunk: a Synapse switches log contexts at each
-        wait, which took a quarter of a download's processor time.
+        A single Deferred covers all chunks: Synapse switches log contexts at each wait,
+        and a wait per chunk took a quarter of a download's CPU time.
 
         Returns:
-            A Deferred that fires with None when all were written and the connection
-            takes more. It fails with `Disconnected` when the connection is gone, and
-            with what the iterator raises.
+            A Deferred that fires with None when all chunks were written and the
+            connection accepts data again. The Deferred fails with `Disconnected` if the
+            connection is closed, and with any exception of the iterator.
         """
         self._chunks = chunks
         self._write_on()
@@ -143,11 +151,11 @@ class PacedWriter:
         return self._clock.wait(self._waiting)
 
     def finish(self) -> None:
-        """End the answer.
+        """End the response.
 
-        From then on the server waits a minute for the connection's next request and
-        drops the connection, together with what a slow client has still to read
-        (twisted/twisted#12498). So the minute begins anew while the client reads.
+        After the end, Twisted waits a minute for the connection's next request and then
+        drops the connection, including data that a slow client has not yet read
+        (twisted/twisted#12498). Therefore the minute restarts while the client reads.
         """
         request = self._request
         if request is None:
@@ -161,22 +169,24 @@ class PacedWriter:
             self._look_at_the_rest_after(HOLD_SECONDS, channel)
 
     def abort(self) -> None:
-        """Break the connection, so that nobody takes what was written for a whole."""
+        """Drop the connection, so the client doesn't mistake the partial response for a
+        complete response."""
         if self._request is not None:
             channel = self._request.channel
             self.stopProducing()
             channel.forceAbortClient()
 
     def pauseProducing(self) -> None:
-        """The connection takes no more; the transport calls it."""
+        """Pause. Called by the transport when the transport's buffer is full."""
         if self._paused_at is None and self._request is not None:
             self._paused_at = self._read_at = self._clock.seconds()
             if self._timer is None:
                 self._look_after(CONTENDED_HOLD_SECONDS)
 
     def resumeProducing(self) -> None:
-        """The connection takes more again; the transport calls it."""
-        # The timer goes on: pauses of milliseconds share one.
+        """Continue to write. Called by the transport when the transport's buffer is
+        empty."""
+        # The timer keeps running: pauses of milliseconds share a timer.
         self._paused_at = None
         failure: Failure | None = None
         try:
@@ -189,11 +199,11 @@ class PacedWriter:
                 waiting.callback(failure)
 
     def stopProducing(self) -> None:
-        """The connection is gone; the transport calls it."""
+        """Stop writing. Called by the transport when the connection is closed."""
         self._end("the client left")
 
     def _write_on(self) -> None:
-        """Write until the connection is paused or gone, or all chunks are written."""
+        """Write until the connection is paused or closed, or all chunks are written."""
         while self._paused_at is None and self._request is not None:
             chunk = next(self._chunks, None)
             if chunk is None:
@@ -201,7 +211,8 @@ class PacedWriter:
             self._request.write(chunk)
 
     def _look(self) -> None:
-        """See how long the pause is, and whether the client reads meanwhile."""
+        """Check the pause: report the length to `on_idle`, and drop the connection if
+        the client has read nothing for the stall timeout."""
         self._timer = None
         if self._paused_at is None or self._request is None:
             return
@@ -221,10 +232,10 @@ class PacedWriter:
         self._timer = self._clock.call_later(seconds, self._look)
 
     def _look_at_the_rest(self, channel: Any) -> None:
-        """Keep the connection after the answer's end, as long as the client reads."""
+        """Keep the connection open after the response's end while the client reads."""
         left = self._seconds_left(channel)
         if self._unread and left > 0:
-            # It does nothing while the connection's next request is being answered.
+            # No effect while the connection's next request is being answered.
             channel.resetTimeout()
             self._look_at_the_rest_after(min(left, self._look_seconds), channel)
 
@@ -232,7 +243,8 @@ class PacedWriter:
         self._clock.call_later(seconds, lambda: self._look_at_the_rest(channel))
 
     def _seconds_left(self, channel: Any) -> float:
-        """Seconds after which the connection has stalled, unless the client reads."""
+        """Seconds left until the stall timeout, if the client reads nothing until
+        then."""
         unread = unread_bytes(channel)
         now = self._clock.seconds()
         if unread != self._unread:
@@ -254,14 +266,14 @@ class PacedWriter:
 def stream_pages(
     writer: PacedWriter, pages: KeyPages, encoder: BackupEncoder
 ) -> Inline[None]:
-    """Write the keys of a download, a few at a time, or break the connection.
+    """Write the keys of a download in chunks. After an error, drop the connection.
 
-    A download that waits for a slow client holds no page: the writer's `on_idle` has
-    `pages` released. The answer isn't ended before the transport has passed its last
-    keys on.
+    While a download waits for a slow client, no page is in memory: the writer's
+    `on_idle` releases `pages`. The response ends only after the transport has passed
+    the last keys to the kernel.
 
     Args:
-        pages: the first page at hand.
+        pages: the keys; the first page has been read already.
     """
     try:
         is_complete = False
@@ -284,7 +296,8 @@ def stream_pages(
 
 
 def _encoded(pages: KeyPages, encoder: BackupEncoder) -> Iterator[bytes]:
-    """Chunks of the answer, until the keys at hand are taken or released."""
+    """Yield chunks of the response until the keys of the current page are taken or
+    released."""
     goes_on = True
     while goes_on:
         keys = pages.take(WRITE_SIZE)
