@@ -96,7 +96,7 @@ class NoVersionToDeleteError(RoomKeysError):
 
 
 class UnrecognizedError(RoomKeysError):
-    """No endpoint has this path (404), or this method on it (405)."""
+    """The path has no endpoint (404), or the endpoint lacks the method (405)."""
 
     errcode = "M_UNRECOGNIZED"
 

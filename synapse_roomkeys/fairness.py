@@ -34,7 +34,7 @@ class _Queue:
 
 
 class UserQueues:
-    """Runs one call per user at a time; the user's other calls wait in order.
+    """Queues that run a single call per user at a time; further calls wait in order.
 
     A waiting call holds only its own memory: no thread and no connection.
     """
