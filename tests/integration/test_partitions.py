@@ -295,7 +295,7 @@ def do_everything(store: EndToEndRoomKeyStore, user: str) -> Steps:
     yield meet_broken_rows(store, user, version)
     yield store.delete_keys(user, version, None, None)
     yield upload_and_download(store, user, version)
-    # Nothing is cached then, so that keys are counted.
+    # Without a cached count, the next request counts the keys.
     yield store.forget_user(user)
     yield store.get_info(user, version)
     yield store.update_version(user, version, "algorithm", '{"a": 1}')

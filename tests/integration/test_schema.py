@@ -254,7 +254,7 @@ def test_those_who_waited_find_it_done(fresh: Backend) -> None:
         upgraded = False
 
         class Late(Counting):
-            """Is overtaken between its look and its lock."""
+            """A process that another one overtakes between the check and the lock."""
 
             def execute(self, statement: str, parameters: Any = ()) -> Any:
                 nonlocal upgraded

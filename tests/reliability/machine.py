@@ -178,7 +178,7 @@ class BackupMachine(RuleBasedStateMachine):
         return result_of(self.database.run("past the store", run))
 
     def number_of(self, user_id: str, age: int) -> int:
-        """A user's last version, one before it, or one that never was."""
+        """Return the number of a user's last version, an earlier one, or none."""
         numbers = sorted(self.users[user_id].versions, reverse=True)
         return numbers[age] if age < len(numbers) else 7 + age
 

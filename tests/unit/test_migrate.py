@@ -1,4 +1,4 @@
-"""What a migration decides, and what an operator is told of it."""
+"""Tests of the migration's decisions and of its report to the operator."""
 
 from __future__ import annotations
 
@@ -306,7 +306,7 @@ class ProgressTests(SynchronousTestCase):
         self.assertIn("2 h 5 min left", stream.getvalue())
 
     def test_a_file_holds_warnings_alone(self) -> None:
-        """Nobody looks at a file while it is written, nor reads 10,000 lines."""
+        """A file gets no progress lines, and a bounded number of warnings."""
         stream = io.StringIO()
         progress = Progress(stream, iter([0.0, 0.0, 1e9]).__next__)
         progress.begin(1)

@@ -468,7 +468,7 @@ class NumberTests(Operations):
         self.assert_only_a_number_is_left()
 
     def test_what_is_left_of_a_user(self) -> None:
-        """The user id and one number, and nothing else."""
+        """After an erasure, one row is left, with the user id and one number."""
         self.upload({"!a": {"s": key()}})
         self.erase("e2e_room_keys", "e2e_room_keys_versions")
         user_id = self.client.user.user_id

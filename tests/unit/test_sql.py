@@ -113,7 +113,7 @@ def faults(function: ast.FunctionDef, node: ast.expr) -> Iterator[str]:
 
 
 def statements(tree: ast.AST) -> Iterator[tuple[ast.FunctionDef, ast.expr]]:
-    """Each call that runs SQL: the function that it is in, and what it runs."""
+    """Yield each call that runs SQL: its function, and the statement."""
     for function in ast.walk(tree):
         if not isinstance(function, ast.FunctionDef):
             continue
