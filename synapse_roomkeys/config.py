@@ -5,7 +5,7 @@ from typing import Any
 
 import attrs
 
-from .types import Limits
+from .types import Limits, Retention
 
 
 class OptionError(Exception):
@@ -28,10 +28,12 @@ class ModuleConfig:
         stalled_download_seconds: time for which a client may read nothing before its
             download is dropped, counted from the last byte that it took.
         limits: sizes and numbers above which a request is refused.
+        retention: what is kept of changed and deleted backups.
     """
 
     stalled_download_seconds: int = 300
     limits: Limits = attrs.field(factory=Limits)
+    retention: Retention = attrs.field(factory=Retention)
 
 
 #: Names of the options in `Limits`.

@@ -19,7 +19,9 @@ from .fairness import FairSemaphore, UserQueues
 from .inline import Inline
 from .pages import KeyPages
 from .storage import EndToEndRoomKeyStore, report_broken_row
+from .sweeper import Sweeper
 from .types import (
+    Actor,
     BackupInfo,
     BackupState,
     KeyMetadata,
@@ -62,9 +64,14 @@ class E2eRoomKeysHandler:
     """
 
     def __init__(
-        self, store: EndToEndRoomKeyStore, clock: Clock, limits: Limits
+        self,
+        store: EndToEndRoomKeyStore,
+        clock: Clock,
+        limits: Limits,
+        sweeper: Sweeper,
     ) -> None:
         self._store = store
+        self._sweeper = sweeper
         self._clock = clock
         waiting = limits.max_waiting_requests
         self._reads = UserQueues(clock, waiting)
@@ -160,7 +167,7 @@ class E2eRoomKeysHandler:
         keys: list[RoomKey] = []
         yield self._clock.for_each(keys.append, room_keys)
         result: UploadResult = yield self._store.upload_keys(
-            user_id, wire.parse_version(version), keys
+            user_id, wire.parse_version(version), keys, Actor(device_id)
         )
         metrics.uploaded_keys.labels("stored").inc(result.stored)
         metrics.uploaded_keys.labels("replaced").inc(len(result.replaced))
@@ -194,7 +201,7 @@ class E2eRoomKeysHandler:
         state, deleted = yield self._write(
             user_id,
             self._delete_keys,
-            *(user_id, number, room_id, session_id),
+            *(user_id, number, room_id, session_id, Actor(device_id)),
         )
         logger.info(
             "Deleted keys: user=%s device=%s version=%s room=%s session=%s count=%d",
@@ -205,14 +212,21 @@ class E2eRoomKeysHandler:
 
     @inlineCallbacks
     def _delete_keys(
-        self, user_id: str, version: int, room_id: str | None, session_id: str | None
+        self,
+        user_id: str,
+        version: int,
+        room_id: str | None,
+        session_id: str | None,
+        actor: Actor,
     ) -> Inline[tuple[BackupState, int]]:
         """Delete keys, in several transactions if the store limits the number of keys
         per transaction. Fire with the backup's state after the deletion and the number
         of deleted keys."""
         total = 0
         while True:
-            done = yield self._store.delete_keys(user_id, version, room_id, session_id)
+            done = yield self._store.delete_keys(
+                user_id, version, room_id, session_id, actor
+            )
             total += done.deleted
             if done.is_complete:
                 return done.state, total
@@ -231,6 +245,7 @@ class E2eRoomKeysHandler:
             user_id,
             self._store.create_version,
             *(user_id, version_info.algorithm, version_info.auth_data),
+            Actor(device_id),
         )
         logger.info(
             "Created version: user=%s device=%s version=%s", user_id, device_id, number
@@ -267,7 +282,11 @@ class E2eRoomKeysHandler:
 
     @inlineCallbacks
     def update_version(
-        self, user_id: str, version: str, version_info: wire.VersionInfo
+        self,
+        user_id: str,
+        version: str,
+        version_info: wire.VersionInfo,
+        device_id: str | None = None,
     ) -> Inline[None]:
         """Change the ``auth_data`` of a version.
 
@@ -283,38 +302,31 @@ class E2eRoomKeysHandler:
             user_id,
             wire.parse_version(version),
             *(version_info.algorithm, version_info.auth_data),
+            Actor(device_id),
         )
 
     @inlineCallbacks
     def delete_version(
         self, user_id: str, version: str, device_id: str | None = None
     ) -> Inline[None]:
-        """Delete a version and the version's keys. Deleting a version again is not an
-        error.
+        """Delete a version. Deleting a version again is not an error.
+
+        Clients see neither the version nor its keys any more. The sweeper deletes the
+        keys in the background.
 
         Raises:
             NotFoundError: the version never existed.
         """
         number = wire.parse_version(version)
-        yield self._write(user_id, self._delete_version, user_id, number, device_id)
-
-    @inlineCallbacks
-    def _delete_version(
-        self, user_id: str, version: int, device_id: str | None
-    ) -> Inline[None]:
-        """Delete a version, then the version's keys, in several transactions if the
-        store limits the number of keys per transaction. After an interrupted call, a
-        repeated call deletes the remaining keys."""
-        while True:
-            is_first, is_complete = yield self._store.delete_version(user_id, version)
-            if is_first:
-                logger.info(
-                    "Deleted version: user=%s device=%s version=%s",
-                    *(user_id, device_id, version),
-                )
-            if is_complete:
-                return
-            yield self._clock.sleep(_DELETION_PAUSE)
+        is_first: bool = yield self._write(
+            user_id, self._store.delete_version, user_id, number, Actor(device_id)
+        )
+        if is_first:
+            logger.info(
+                "Deleted version: user=%s device=%s version=%s",
+                *(user_id, device_id, number),
+            )
+        self._sweeper.wake()
 
 
 def _shown(replaced: Iterable[Replacement], most: int) -> Iterator[str]:

@@ -66,6 +66,20 @@ transaction_failures = Counter(
 last_write = Gauge(
     "synapse_roomkeys_last_write_timestamp_seconds", "Time of the last write"
 )
+#: Approximate number of keys of deleted versions that aren't deleted yet, in the whole
+#: database.
+waiting_keys = Gauge(
+    "synapse_roomkeys_deleted_waiting_keys", "Keys of deleted versions, still stored"
+)
+#: Seconds for which the keys of the oldest deleted version could have been deleted, in
+#: the whole database.
+deletion_delay = Gauge(
+    "synapse_roomkeys_deletion_delay_seconds", "Delay of the oldest deletion of keys"
+)
+#: Passes of the sweeper that failed. The next pass is a minute later.
+sweep_failures = Counter(
+    "synapse_roomkeys_sweep_failures", "Passes of the sweeper that failed"
+)
 #: The plugin's version, Python's, and the database engine.
 build = Info("synapse_roomkeys_build", "Versions of the plugin and of Python")
 

@@ -27,7 +27,7 @@ from twisted.internet.defer import Deferred, ensureDeferred, inlineCallbacks
 from twisted.web.http import Request
 
 from . import metrics
-from .clock import Clock
+from .clock import Clock, DelayedCall
 from .config import ModuleConfig, OptionError, parse_module_config
 from .handler import E2eRoomKeysHandler
 from .inline import Inline
@@ -39,12 +39,14 @@ from .storage import (
     Engine,
     RetryingDatabase,
     SchemaError,
+    Sweeps,
     Transaction,
     check_tables,
     database_address,
     postgres,
     upgrade_tables,
 )
+from .sweeper import Sweeper
 from .types import Requester
 from .version import __version__
 
@@ -74,18 +76,27 @@ class RoomKeysModule:
         self._clock = Clock(
             hs.get_reactor(), make_deferred_yieldable, run_in_background
         )
-        self._store = EndToEndRoomKeyStore(
-            RetryingDatabase(
-                ModuleApiDatabase(api, database),
-                engine,
-                self._clock,
-                _outages(database, engine),
-            ),
+        retrying = RetryingDatabase(
+            ModuleApiDatabase(api, database),
             engine,
-            time.time,
-            config.limits,
+            self._clock,
+            _outages(database, engine),
         )
-        self._handler = E2eRoomKeysHandler(self._store, self._clock, config.limits)
+        self._store = EndToEndRoomKeyStore(
+            retrying, engine, time.time, config.limits, config.retention
+        )
+        sweeps = Sweeps(retrying, engine, time.time, config.retention)
+
+        def start(seconds: float, call: "Callable[[], Deferred[None]]") -> DelayedCall:
+            return api.delayed_background_call(
+                1000 * seconds, call, desc="roomkeys_sweep"
+            )
+
+        sweeper = Sweeper(sweeps, self._clock, start)
+        sweeper.start()
+        self._handler = E2eRoomKeysHandler(
+            self._store, self._clock, config.limits, sweeper
+        )
         api.register_third_party_rules_callbacks(
             on_user_deactivation_status_changed=self.forget_deactivated_user
         )

@@ -193,3 +193,37 @@ class Limits:
     max_user_keys: int | None = None
     max_user_bytes: int | None = None
     max_user_versions: int = 100
+
+
+@attrs.frozen
+class Retention:
+    """What is kept of changed and deleted backups, and for how many days.
+
+    Attributes:
+        record_days: days for which the record of changes is kept; 0 for no record.
+        keep_replaced: the replaced keys that are kept: ``lossy`` for those whose
+            replacement has a higher ``first_message_index``, and so decrypts fewer
+            messages; ``all``; or ``off``.
+        replaced_keys_days: days for which replaced keys are kept.
+        deleted_versions_days: days for which a deleted version can be given back; 0 to
+            delete the keys immediately, in the background.
+    """
+
+    record_days: int = 28
+    keep_replaced: str = "lossy"
+    replaced_keys_days: int = 14
+    deleted_versions_days: int = 0
+
+
+@attrs.frozen
+class Actor:
+    """Who changes a backup: a user's device, or an operator.
+
+    Attributes:
+        device_id: the device of the access token; None for an operator, or for a token
+            without a device.
+        operator: the name under which an operator's act is recorded; None for a client.
+    """
+
+    device_id: str | None
+    operator: str | None = None

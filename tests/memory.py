@@ -19,8 +19,14 @@ from synapse_roomkeys import E2eRoomKeysHandler, register_servlets
 from synapse_roomkeys.clock import Clock
 from synapse_roomkeys.errors import RoomKeysError
 from synapse_roomkeys.rest import HomeServer, JsonResource
-from synapse_roomkeys.storage import SQLITE, EndToEndRoomKeyStore, upgrade_tables
-from synapse_roomkeys.types import Limits, Requester
+from synapse_roomkeys.storage import (
+    SQLITE,
+    EndToEndRoomKeyStore,
+    Sweeps,
+    upgrade_tables,
+)
+from synapse_roomkeys.sweeper import Sweeper
+from synapse_roomkeys.types import Limits, Requester, Retention
 
 from .contract import Answer, User
 
@@ -153,18 +159,25 @@ class MemoryHost:
 
     Attributes:
         reactor: its time, which stands still until it is advanced.
+        sweeper: the sweeper, whose passes a test starts with ``run``.
     """
 
-    def __init__(self, limits: Limits | None = None) -> None:
+    def __init__(
+        self, limits: Limits | None = None, retention: Retention | None = None
+    ) -> None:
         self.reactor = FakeReactor()
         self.reactor.advance(time.time())
         self.database = ImmediateDatabase()
         clock = Clock(self.reactor)
         limits = limits or Limits()
+        retention = retention or Retention()
+        seconds = self.reactor.seconds
         self.store = EndToEndRoomKeyStore(
-            self.database, SQLITE, self.reactor.seconds, limits
+            self.database, SQLITE, seconds, limits, retention
         )
-        self.handler = E2eRoomKeysHandler(self.store, clock, limits)
+        sweeps = Sweeps(self.database, SQLITE, seconds, retention)
+        self.sweeper = Sweeper(sweeps, clock, clock.call_later)
+        self.handler = E2eRoomKeysHandler(self.store, clock, limits, self.sweeper)
         self.auth = StubAuth()
         self.hs = HomeServer(clock, limits, 300, self.auth, self.handler)
         self.site = own_site(self.hs)

@@ -23,12 +23,14 @@ from synapse_roomkeys.storage import (
     InsertGuess,
     PoolDatabase,
     RetryingDatabase,
+    Sweeps,
     postgres,
     postgres_database,
     sqlite_database,
     upgrade_tables,
 )
-from synapse_roomkeys.types import Limits
+from synapse_roomkeys.sweeper import Sweeper
+from synapse_roomkeys.types import Limits, Retention
 
 from .client import HttpHost
 from .memory import StubAuth, own_site
@@ -71,20 +73,22 @@ class OwnSite:
         auth: StubAuth | None = None,
         stalled_download_seconds: float = 300,
         limits: Limits | None = None,
+        retention: Retention | None = None,
     ) -> None:
         self.backend = backend
         self.database = backend.connect()
         clock = Clock(cast(Reactor, reactor))
         limits = limits or Limits()
         self.guess = InsertGuess()
+        retention = retention or Retention()
+        engine = backend.engine
+        retrying = RetryingDatabase(self.database, engine, clock, Outages("Database"))
         self.store = EndToEndRoomKeyStore(
-            RetryingDatabase(self.database, backend.engine, clock, Outages("Database")),
-            backend.engine,
-            time.time,
-            limits,
-            self.guess,
+            retrying, engine, time.time, limits, retention, self.guess
         )
-        self.handler = E2eRoomKeysHandler(self.store, clock, limits)
+        sweeps = Sweeps(retrying, engine, time.time, retention)
+        self.sweeper = Sweeper(sweeps, clock, clock.call_later)
+        self.handler = E2eRoomKeysHandler(self.store, clock, limits, self.sweeper)
         self.auth = auth or StubAuth()
         self.hs = HomeServer(
             clock, limits, stalled_download_seconds, self.auth, self.handler
@@ -95,6 +99,7 @@ class OwnSite:
     def start(self) -> Generator[Deferred[Any], Any, HttpHost]:
         """Make the tables, listen, and fire with the address to talk to."""
         yield self.database.run("upgrade", upgrade_tables, self.backend.engine, True)
+        self.sweeper.start()
         listen: Any = reactor.listenTCP
         self._port = listen(0, own_site(self.hs), interface="127.0.0.1")
         self.host = HttpHost(
@@ -115,6 +120,7 @@ class OwnSite:
     def stop(self) -> Generator[Deferred[Any], Any, None]:
         """Stop listening and close the connections to the database."""
         port: Any = self._port
+        self.sweeper.stop()
         yield self.host.close()
         yield port.stopListening()
         self.database.close()

@@ -190,7 +190,7 @@ class RoomKeysVersionServlet(UserServlet):
             raise MissingParamError("No version specified to update")
         info = parse_version_info(_body(request), self.hs.limits)
         yield self.e2e_room_keys_handler.update_version(
-            requester.user_id, version, info
+            requester.user_id, version, info, requester.device_id
         )
         return 200, {}
 

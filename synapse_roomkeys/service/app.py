@@ -35,6 +35,7 @@ from ..storage import (
     PoolDatabase,
     RetryingDatabase,
     SchemaError,
+    Sweeps,
     check_tables,
     database_address,
     estimate_keys,
@@ -43,6 +44,7 @@ from ..storage import (
     sqlite_database,
     upgrade_tables,
 )
+from ..sweeper import Sweeper
 from ..version import __version__
 from ..whoami import WhoamiAuth
 from .config import DatabaseConfig, ServiceConfig
@@ -108,6 +110,8 @@ class Service:
         self._retrying = RetryingDatabase(
             self._database, self._engine, self._clock, outages
         )
+        sweeps = Sweeps(self._retrying, self._engine, time.time, config.retention)
+        self._sweeper = Sweeper(sweeps, self._clock, self._clock.call_later)
         self._auth = WhoamiAuth(reactor, self._clock, config.homeserver)
         self._homeserver = Probe(self._auth.check, reactor, self._auth.outages)
         readiness = DatabaseReadiness(self._database, self._engine, outages)
@@ -151,13 +155,14 @@ class Service:
             self._engine,
             time.time,
             config.limits,
+            config.retention,
         )
         hs = HomeServer(
             self._clock,
             config.limits,
             config.stalled_download_seconds,
             self._auth,
-            E2eRoomKeysHandler(store, self._clock, config.limits),
+            E2eRoomKeysHandler(store, self._clock, config.limits, self._sweeper),
         )
         resource = JsonResource()
         register_servlets(hs, resource)
@@ -210,6 +215,7 @@ class Service:
             ", ".join(self._config.listeners),
             self._config.homeserver.url,
         )
+        self._sweeper.start()
         yield self._homeserver.ask()
 
     @inlineCallbacks
@@ -267,6 +273,7 @@ class Service:
         seconds = self._config.shutdown_seconds
         end = self._reactor.seconds() + seconds
         logger.info("Stopping within %d seconds", seconds)
+        self._sweeper.stop()
         drained = self._site.drain()
         served = self._ports[len(self._config.metrics_listeners) :]
         yield DeferredList([maybeDeferred(port.stopListening) for port in served])

@@ -18,7 +18,7 @@ import yaml
 from ..config import LIMITS, OptionError, positive_integer, unknown_option
 from ..homeserver import HomeserverOptions
 from ..storage import find_wrong_argument
-from ..types import Limits
+from ..types import Limits, Retention
 from .checks import (
     Network,
     address,
@@ -94,6 +94,7 @@ class ServiceConfig:
         stalled_download_seconds: time for which a client may read nothing before its
             download is dropped.
         limits: sizes and numbers above which a request is refused.
+        retention: what is kept of changed and deleted backups.
     """
 
     homeserver: HomeserverOptions
@@ -106,6 +107,7 @@ class ServiceConfig:
     shutdown_seconds: int = 30
     stalled_download_seconds: int = 300
     limits: Limits = attrs.field(factory=Limits)
+    retention: Retention = attrs.field(factory=Retention)
 
 
 _Check = Callable[[str, Any], Any]

@@ -18,12 +18,14 @@ from .schema import (
 )
 from .sqlite_engine import SQLITE
 from .store import EndToEndRoomKeyStore
+from .sweeps import LEASE_SECONDS, Place, Queue, Sweeps
 from .transactions import Database, Transaction
 from .uploads import InsertGuess
 
 __all__ = [
     "CONNECTIONS",
     "FIRST_KEYS",
+    "LEASE_SECONDS",
     "LOCK",
     "PAGE_KEYS",
     "SCHEMA",
@@ -33,9 +35,12 @@ __all__ = [
     "EndToEndRoomKeyStore",
     "Engine",
     "InsertGuess",
+    "Place",
     "PoolDatabase",
+    "Queue",
     "RetryingDatabase",
     "SchemaError",
+    "Sweeps",
     "Transaction",
     "brief",
     "check_tables",

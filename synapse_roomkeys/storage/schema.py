@@ -15,7 +15,11 @@ from .transactions import Transaction
 _HOMESERVERS_FILE = 1
 #: By table of the plugin, the numbers of the files that create the table. The files are
 #: applied again if an operator has dropped the table.
-_FILES_OF = {"roomkeys_counts": (2, 3), "roomkeys_numbers": (4,)}
+_FILES_OF = {
+    "roomkeys_counts": (2, 3),
+    "roomkeys_numbers": (4,),
+    **dict.fromkeys(statements.RECORD_TABLES, (5,)),
+}
 
 _FIND_NUMBER = "SELECT number FROM roomkeys_schema"
 #: Replace the schema number, which is the only row.

@@ -32,8 +32,20 @@ TABLES = {
     ),
 }
 
+#: The tables of the record, of undo, and of their sweeper.
+RECORD_TABLES = (
+    "roomkeys_changes",
+    "roomkeys_deleted",
+    "roomkeys_leases",
+    "roomkeys_replaced",
+)
 #: The plugin's own tables.
-OWN_TABLES = ("roomkeys_counts", "roomkeys_numbers", "roomkeys_schema")
+OWN_TABLES = (
+    "roomkeys_counts",
+    "roomkeys_numbers",
+    "roomkeys_schema",
+    *RECORD_TABLES,
+)
 #: The homeserver's tables and the plugin's own.
 ALL_TABLES = (*TABLES, *OWN_TABLES)
 
@@ -163,6 +175,12 @@ FORGET_COUNT = """
     DELETE FROM roomkeys_counts WHERE user_id = :user_id AND version = :version"""
 #: Drops all cached counts of a user.
 FORGET_USER = "DELETE FROM roomkeys_counts WHERE user_id = :user_id"
+#: Deletes the record of a user.
+FORGET_CHANGES = "DELETE FROM roomkeys_changes WHERE user_id = :user_id"
+#: Deletes the replaced keys of a user.
+FORGET_REPLACED = "DELETE FROM roomkeys_replaced WHERE user_id = :user_id"
+#: Removes all deleted versions of a user from the sweeper's queue.
+FORGET_DELETED = "DELETE FROM roomkeys_deleted WHERE user_id = :user_id"
 
 #: Returns the auth_data of a version.
 AUTH_DATA = """
@@ -178,6 +196,18 @@ SET_ETAG = """
     UPDATE e2e_room_keys_versions SET etag = :new_etag
     WHERE user_id = :user_id AND version = :version AND deleted = 0
     AND COALESCE(etag, 0) = :expected_etag"""
+#: Queues a version for the deletion of its keys, unless it is queued already, and keeps
+#: its auth_data, so that the version can be given back until then. Returns the cached
+#: number of keys, or NULL; no row if the version is queued already.
+QUEUE_DELETION = """
+    INSERT INTO roomkeys_deleted
+        (user_id, version, deleted_ms, auth_data, key_count, is_started)
+    SELECT v.user_id, v.version, :now_ms, v.auth_data, (
+        SELECT key_count FROM roomkeys_counts
+        WHERE user_id = :user_id AND version = :version), 0
+    FROM e2e_room_keys_versions AS v
+    WHERE v.user_id = :user_id AND v.version = :version
+    ON CONFLICT (user_id, version) DO NOTHING RETURNING key_count"""
 #: Marks a version deleted and blanks its auth_data. No request returns the auth_data of
 #: a deleted version. The column can't be NULL, and an empty object is JSON that
 #: Synapse's own endpoints can read.
@@ -185,16 +215,27 @@ MARK_DELETED = """
     UPDATE e2e_room_keys_versions SET deleted = 1, auth_data = '{}'
     WHERE user_id = :user_id AND version = :version"""
 #: Deletes the rows of a user's deleted versions except the newest ``most`` of them. A
-#: version that still has keys keeps its row.
+#: version that still has keys, or is queued for their deletion, keeps its row.
 DROP_DELETED_VERSIONS = """
     DELETE FROM e2e_room_keys_versions WHERE user_id = :user_id AND deleted = 1
     AND version <= (SELECT version FROM e2e_room_keys_versions
         WHERE user_id = :user_id AND deleted = 1
         ORDER BY version DESC LIMIT 1 OFFSET :most)
     AND NOT EXISTS (SELECT 1 FROM e2e_room_keys AS k WHERE k.user_id = :user_id
-        AND k.version = e2e_room_keys_versions.version)"""
+        AND k.version = e2e_room_keys_versions.version)
+    AND NOT EXISTS (SELECT 1 FROM roomkeys_deleted AS d WHERE d.user_id = :user_id
+        AND d.version = e2e_room_keys_versions.version)"""
 
 #: Deletes one key.
 DELETE_ROOM_KEY = """
     DELETE FROM e2e_room_keys WHERE user_id = :user_id AND version = :version
     AND room_id = :room_id AND session_id = :session_id"""
+
+#: Records a change of a version, with the version's etag after the change.
+NOTE_CHANGE = """
+    INSERT INTO roomkeys_changes (user_id, version, etag, changed_ms, act, device_id,
+        operator, stored, replaced, unchanged, deleted, sessions)
+    SELECT v.user_id, v.version, COALESCE(v.etag, 0), :changed_ms, :act, :device_id,
+        :operator, :stored, :replaced, :unchanged, :deleted, :sessions
+    FROM e2e_room_keys_versions AS v
+    WHERE v.user_id = :user_id AND v.version = :version"""

@@ -6,17 +6,20 @@ from typing import Any
 from twisted.internet.defer import Deferred, inlineCallbacks
 
 from ..types import (
+    Actor,
     BackupId,
     BackupInfo,
     KeyPage,
     Limits,
     Position,
+    Retention,
     RoomKey,
     UploadResult,
 )
 from .counts import KeyCounts
 from .downloads import Download, read_key
 from .engine import Engine, NotJsonError
+from .record import Record
 from .transactions import ConflictError, Transactions
 from .uploads import InsertGuess, Upload, Uploads
 from .versions import Deletion, FoundInfo, Versions
@@ -35,23 +38,26 @@ class EndToEndRoomKeyStore:
         engine: Engine,
         now: Callable[[], float],
         limits: Limits,
+        retention: Retention,
         guess: InsertGuess | None = None,
     ) -> None:
         """
         Args:
             now: returns the Unix time in seconds.
+            retention: what is recorded and kept.
             guess: tells uploads whether to insert their keys before reading.
         """
         self._database = database
         self._engine = engine
         self._guess = InsertGuess() if guess is None else guess
         counts = KeyCounts(engine, now, limits)
-        self._uploads = Uploads(engine, counts, limits, self._guess)
-        self._versions = Versions(engine, counts, limits)
+        record = Record(now, retention)
+        self._uploads = Uploads(engine, counts, limits, self._guess, record)
+        self._versions = Versions(engine, counts, limits, record)
 
     @inlineCallbacks
     def upload_keys(
-        self, user_id: str, version: int, keys: Sequence[RoomKey]
+        self, user_id: str, version: int, keys: Sequence[RoomKey], actor: Actor
     ) -> "Generator[Deferred[Any], Any, UploadResult]":
         """Merge keys into the current version, all of them or none.
 
@@ -62,14 +68,14 @@ class EndToEndRoomKeyStore:
         """
         write, transaction = self._database.write, self._uploads.upload
         backup = BackupId(user_id, version)
-        upload = Upload(backup, keys, checks_data=False)
+        upload = Upload(backup, keys, actor, checks_data=False)
         result: UploadResult
         try:
             result = yield write("roomkeys_upload_keys", transaction, upload)
         except (ConflictError, NotJsonError):
             # A process that takes no lock has just inserted one of the keys, or the
             # session_data of a stored key isn't JSON.
-            upload = Upload(backup, keys, checks_data=True)
+            upload = Upload(backup, keys, actor, checks_data=True)
             result = yield write("roomkeys_upload_keys", transaction, upload)
         self._guess.note(user_id, result)
         return result
@@ -116,6 +122,7 @@ class EndToEndRoomKeyStore:
         version: int,
         room_id: str | None,
         session_id: str | None,
+        actor: Actor,
     ) -> "Deferred[Deletion]":
         """Delete keys of a version, of a room, or of a session, as many as one
         transaction may. If the `Deletion` isn't complete, repeat the call.
@@ -129,10 +136,11 @@ class EndToEndRoomKeyStore:
             BackupId(user_id, version),
             room_id,
             session_id,
+            actor,
         )
 
     def create_version(
-        self, user_id: str, algorithm: str, auth_data: str
+        self, user_id: str, algorithm: str, auth_data: str, actor: Actor
     ) -> "Deferred[int]":
         """Insert a version and fire with its number, which the user never had before.
 
@@ -144,7 +152,7 @@ class EndToEndRoomKeyStore:
         """
         create = self._versions.create
         return self._database.write(
-            "roomkeys_create_version", create, user_id, algorithm, auth_data
+            "roomkeys_create_version", create, user_id, algorithm, auth_data, actor
         )
 
     @inlineCallbacks
@@ -164,7 +172,12 @@ class EndToEndRoomKeyStore:
         return found.info
 
     def update_version(
-        self, user_id: str, version: int, algorithm: str, auth_data: str
+        self,
+        user_id: str,
+        version: int,
+        algorithm: str,
+        auth_data: str,
+        actor: Actor,
     ) -> "Deferred[None]":
         """Replace a version's ``auth_data``.
 
@@ -179,28 +192,27 @@ class EndToEndRoomKeyStore:
             BackupId(user_id, version),
             algorithm,
             auth_data,
+            actor,
         )
 
     def delete_version(
-        self, user_id: str, version: int
-    ) -> "Deferred[tuple[bool, bool]]":
-        """Delete a version, and as many of its keys as one transaction may.
-
-        From the first call on, the version and its keys are gone for every client.
+        self, user_id: str, version: int, actor: Actor
+    ) -> "Deferred[bool]":
+        """Delete a version. The version and its keys are gone for every client; the
+        sweeper deletes the keys' rows later.
 
         Returns:
-            A Deferred that fires with whether this call deleted the version (False: it
-            was deleted before), and whether none of its keys is left. If some are,
-            repeat the call.
+            A Deferred that fires with whether this call deleted the version; False if
+            it was deleted before.
 
         Raises:
             NotFoundError: there never was such a version.
         """
         delete, backup = self._versions.delete, BackupId(user_id, version)
-        return self._database.write("roomkeys_delete_version", delete, backup)
+        return self._database.write("roomkeys_delete_version", delete, backup, actor)
 
     def forget_user(self, user_id: str) -> "Deferred[None]":
-        """Delete a user's rows in the plugin's own tables, except the last number of a
-        version."""
+        """Delete a user's rows in the plugin's own tables, such as the record and the
+        kept keys, except the last number of a version."""
         forget = self._versions.forget_user
         return self._database.write("roomkeys_forget_user", forget, user_id)

@@ -7,7 +7,7 @@ import attrs
 
 from ..errors import RoomKeysVersionError, unknown_version
 from ..merge import MergePlan, merge, size
-from ..types import BackupId, BackupState, Limits, RoomKey, UploadResult
+from ..types import Actor, BackupId, BackupState, Limits, RoomKey, UploadResult
 from .counts import KeyCounts
 from .engine import (
     Engine,
@@ -16,6 +16,7 @@ from .engine import (
     Snapshot,
     not_json_errors,
 )
+from .record import UPLOAD, Change, Record, name_sessions
 from .rows import batches, read_snapshot
 from .transactions import Transaction
 
@@ -49,12 +50,14 @@ class Upload:
     """Keys to merge into a version.
 
     Attributes:
+        actor: who uploads the keys.
         checks_data: read the ``session_data`` of stored keys too, check that it is
             JSON, and recount the keys.
     """
 
     backup: BackupId
     keys: Sequence[RoomKey]
+    actor: Actor
     checks_data: bool
 
 
@@ -62,12 +65,18 @@ class Uploads:
     """The transaction of an upload."""
 
     def __init__(
-        self, engine: Engine, counts: KeyCounts, limits: Limits, guess: InsertGuess
+        self,
+        engine: Engine,
+        counts: KeyCounts,
+        limits: Limits,
+        guess: InsertGuess,
+        record: Record,
     ) -> None:
         self._engine = engine
         self._counts = counts
         self._limits = limits
         self._guess = guess
+        self._record = record
 
     def upload(self, txn: Transaction, upload: Upload) -> UploadResult:
         """Merge keys in the cheapest way that succeeds.
@@ -123,6 +132,13 @@ class Uploads:
         inserted = self._engine.insert_if_all_new(txn, insert, counts.window())
         if inserted is None:
             return None
+        change = Change(
+            UPLOAD,
+            upload.actor,
+            stored=len(upload.keys),
+            sessions=name_sessions(upload.keys, ()),
+        )
+        self._record.note(txn, backup, change)
         if inserted.count is None:
             return counts.recount(txn, backup).state
         return BackupState(inserted.etag, inserted.count)
@@ -151,6 +167,15 @@ class Uploads:
                 return self._result(txn, upload, plan, state)
         if not self._write(txn, upload.backup, before.etag, plan, has_lock):
             return None
+        change = Change(
+            UPLOAD,
+            upload.actor,
+            stored=plan.stored,
+            replaced=len(plan.replaced),
+            unchanged=plan.kept,
+            sessions=name_sessions(plan.writes, plan.replaced),
+        )
+        self._record.note(txn, upload.backup, change)
         added = plan.stored
         state = self._counts.state_after(txn, upload.backup, before, added)
         return self._result(txn, upload, plan, state)

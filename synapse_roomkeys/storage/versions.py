@@ -4,10 +4,18 @@ import attrs
 
 from ..errors import InvalidParamError, UserLimitError, unknown_version
 from ..merge import size
-from ..types import BackupId, BackupInfo, BackupState, Limits
+from ..types import Actor, BackupId, BackupInfo, BackupState, Limits
 from . import statements
 from .counts import KeyCounts
 from .engine import DeletedKeys, Engine, Snapshot, names
+from .record import (
+    CREATE_VERSION,
+    DELETE_KEYS,
+    DELETE_VERSION,
+    UPDATE_VERSION,
+    Change,
+    Record,
+)
 from .transactions import Transaction
 from .uploads import Upload, find_sessions
 
@@ -48,13 +56,21 @@ class Deletion:
 class Versions:
     """The transactions of versions and of deletions."""
 
-    def __init__(self, engine: Engine, counts: KeyCounts, limits: Limits) -> None:
+    def __init__(
+        self, engine: Engine, counts: KeyCounts, limits: Limits, record: Record
+    ) -> None:
         self._engine = engine
         self._counts = counts
         self._limits = limits
+        self._record = record
 
     def create(
-        self, txn: Transaction, user_id: str, algorithm: str, auth_data: str
+        self,
+        txn: Transaction,
+        user_id: str,
+        algorithm: str,
+        auth_data: str,
+        actor: Actor,
     ) -> int:
         """Insert a version and return its number, which the user never had before.
 
@@ -84,6 +100,7 @@ class Versions:
             txn.execute(statements.DROP_DELETED_VERSIONS, parameters)
         if self._limits.max_user_bytes is not None:
             self._counts.check_user(txn, user_id)
+        self._record.note(txn, backup, Change(CREATE_VERSION, actor))
         return number
 
     def _lock_current(self, txn: Transaction, user_id: str) -> None:
@@ -135,7 +152,12 @@ class Versions:
         txn.execute(statements.KEEP_COUNT, parameters)
 
     def update(
-        self, txn: Transaction, backup: BackupId, algorithm: str, auth_data: str
+        self,
+        txn: Transaction,
+        backup: BackupId,
+        algorithm: str,
+        auth_data: str,
+        actor: Actor,
     ) -> None:
         """Replace the ``auth_data`` of a version.
 
@@ -155,6 +177,7 @@ class Versions:
         txn.execute(statements.SET_AUTH_DATA, parameters)
         if before is not None and size(auth_data) > size(before):
             self._counts.check_user(txn, backup.user_id)
+        self._record.note(txn, backup, Change(UPDATE_VERSION, actor))
 
     def _lock(self, txn: Transaction, backup: BackupId) -> str:
         """Lock a version until the commit, and return its algorithm.
@@ -167,12 +190,11 @@ class Versions:
             raise unknown_version()
         return version.algorithm
 
-    def delete(self, txn: Transaction, backup: BackupId) -> tuple[bool, bool]:
-        """Mark a version deleted, and delete as many of its keys as one transaction
-        may.
+    def delete(self, txn: Transaction, backup: BackupId, actor: Actor) -> bool:
+        """Mark a version deleted, and queue it for the deletion of its keys.
 
         Returns:
-            Whether this call marked it, and whether none of its keys is left.
+            Whether this call marked the version; False if it was deleted before.
 
         Raises:
             NotFoundError: there never was such a version.
@@ -181,13 +203,20 @@ class Versions:
         version = self._engine.lock_version(txn, backup)
         if version is None:
             raise unknown_version()
-        is_first = not version.is_deleted
-        if is_first:
-            # Synapse's own endpoints may have created the version.
-            txn.execute(statements.SAVE_NUMBER, names(backup))
-            txn.execute(statements.MARK_DELETED, names(backup))
-            txn.execute(statements.FORGET_COUNT, names(backup))
-        return is_first, self._engine.delete_keys(txn, backup, None).is_complete
+        queued = {**names(backup), "now_ms": self._record.now_ms()}
+        # A version that is deleted already may have keys, if the homeserver or an older
+        # version of the plugin was killed during the deletion.
+        txn.execute(statements.QUEUE_DELETION, queued)
+        if version.is_deleted:
+            return False
+        row = txn.fetchone()
+        keys = None if row is None else row[0]
+        self._record.note(txn, backup, Change(DELETE_VERSION, actor, deleted=keys))
+        # Synapse's own endpoints may have created the version.
+        txn.execute(statements.SAVE_NUMBER, names(backup))
+        txn.execute(statements.MARK_DELETED, names(backup))
+        txn.execute(statements.FORGET_COUNT, names(backup))
+        return True
 
     def delete_keys(
         self,
@@ -195,6 +224,7 @@ class Versions:
         backup: BackupId,
         room_id: str | None,
         session_id: str | None,
+        actor: Actor,
     ) -> Deletion:
         """Delete keys of a version, of a room, or of a session, as many as one
         transaction may. If a key was deleted, move the etag.
@@ -204,7 +234,7 @@ class Versions:
         """
         self._engine.begin_write(txn)
         self._lock(txn, backup)
-        nothing = Upload(backup, (), checks_data=False)
+        nothing = Upload(backup, (), actor, checks_data=False)
         before = find_sessions(self._engine, self._counts, txn, nothing)
         if session_id is None:
             deleted = self._engine.delete_keys(txn, backup, room_id)
@@ -214,6 +244,8 @@ class Versions:
             deleted = DeletedKeys(txn.rowcount, is_complete=True)
         if deleted.count:
             state = self._note_deleted(txn, backup, before, deleted.count)
+            change = Change(DELETE_KEYS, actor, deleted=deleted.count)
+            self._record.note(txn, backup, change)
         else:
             state = self._counts.unchanged_state(txn, backup, before)
         return Deletion(state, deleted.count, deleted.is_complete)
@@ -235,6 +267,13 @@ class Versions:
         return self._counts.state_after(txn, backup, before, -deleted)
 
     def forget_user(self, txn: Transaction, user_id: str) -> None:
-        """Save the last number of a user's versions, and drop the cached counts."""
+        """Save the last number of a user's versions, and delete the user's cached
+        counts, records, and kept keys."""
         txn.execute(statements.SAVE_LAST_NUMBER, {"user_id": user_id})
-        txn.execute(statements.FORGET_USER, {"user_id": user_id})
+        for statement in (
+            statements.FORGET_USER,
+            statements.FORGET_CHANGES,
+            statements.FORGET_REPLACED,
+            statements.FORGET_DELETED,
+        ):
+            txn.execute(statement, {"user_id": user_id})

@@ -27,7 +27,14 @@ from synapse_roomkeys.storage import (
 )
 from synapse_roomkeys.storage.engine import DownloadStatements
 from synapse_roomkeys.storage.postgres_engine import to_pyformat
-from synapse_roomkeys.types import KeyMetadata, KeyPage, Limits, RoomKey
+from synapse_roomkeys.types import (
+    Actor,
+    KeyMetadata,
+    KeyPage,
+    Limits,
+    Retention,
+    RoomKey,
+)
 
 from ..memory import TriesOnce
 from ..servers import PostgresServer
@@ -37,6 +44,7 @@ from . import test_contract
 Steps = Generator[Deferred[Any], Any, None]
 T = TypeVar("T")
 
+ACTOR = Actor("DEVICE")
 PARTITIONS = 16
 TABLES = (
     *("e2e_room_keys", "e2e_room_keys_versions"),
@@ -247,7 +255,7 @@ def keys(index: int, count: int, room_id: str = "!room") -> list[RoomKey]:
 def upload_and_download(store: EndToEndRoomKeyStore, user: str, version: int) -> Steps:
     """New keys, better ones and equal ones, and each kind of download."""
     for index, room_id in ((5, "!room"), (5, "!other"), (4, "!room"), (4, "!room")):
-        yield store.upload_keys(user, version, keys(index, 600, room_id))
+        yield store.upload_keys(user, version, keys(index, 600, room_id), ACTOR)
     for of_room in (None, "!room"):
         pages: list[KeyPage] = []
 
@@ -267,7 +275,7 @@ def upload_and_download(store: EndToEndRoomKeyStore, user: str, version: int) ->
 def meet_broken_rows(store: EndToEndRoomKeyStore, user: str, version: int) -> Steps:
     """Each kind of download of keys whose data aren't JSON, and good ones instead."""
     broken = [broken_key(key) for key in keys(5, 600, "!broken")]
-    yield store.upload_keys(user, version, broken)
+    yield store.upload_keys(user, version, broken, ACTOR)
     for of_room in (None, "!broken"):
         pages: list[KeyPage] = []
 
@@ -279,7 +287,7 @@ def meet_broken_rows(store: EndToEndRoomKeyStore, user: str, version: int) -> St
         yield store.get_pages(user, version, of_room, pages[0].last, take_one)
         assert all(page.rows for page in pages)
         assert {row[2] for page in pages for row in page.rows} == {"not json"}
-    result = yield store.upload_keys(user, version, keys(9, 600, "!broken"))
+    result = yield store.upload_keys(user, version, keys(9, 600, "!broken"), ACTOR)
     assert len(result.replaced) == 600
 
 
@@ -291,24 +299,24 @@ def broken_key(key: RoomKey) -> RoomKey:
 @inlineCallbacks
 def do_everything(store: EndToEndRoomKeyStore, user: str) -> Steps:
     """Every operation there is, with whatever it depends on this way and that."""
-    version: int = yield store.create_version(user, "algorithm", "{}")
+    version: int = yield store.create_version(user, "algorithm", "{}", ACTOR)
     yield meet_broken_rows(store, user, version)
-    yield store.delete_keys(user, version, None, None)
+    yield store.delete_keys(user, version, None, None, ACTOR)
     yield upload_and_download(store, user, version)
     # Without a cached count, the next request counts the keys.
     yield store.forget_user(user)
     yield store.get_info(user, version)
-    yield store.update_version(user, version, "algorithm", '{"a": 1}')
+    yield store.update_version(user, version, "algorithm", '{"a": 1}', ACTOR)
     yield store.forget_user(user)
     for room_id, session_id in (("!room", "7"), ("!room", None), (None, None)):
-        done = yield store.delete_keys(user, version, room_id, session_id)
+        done = yield store.delete_keys(user, version, room_id, session_id, ACTOR)
         assert done.deleted
-    newer: int = yield store.create_version(user, "algorithm", "{}")
+    newer: int = yield store.create_version(user, "algorithm", "{}", ACTOR)
     assert newer > version
     yield store.get_info(user, None)
-    assert (yield store.delete_version(user, newer)) == (True, True)
+    assert (yield store.delete_version(user, newer, ACTOR))
     with mock.patch.object(versions, "DELETED_VERSIONS", 0):
-        yield store.create_version(user, "algorithm", "{}")
+        yield store.create_version(user, "algorithm", "{}", ACTOR)
     yield store.forget_user(user)
 
 
@@ -335,7 +343,7 @@ def test_each_statement_touches_one_partition(
     it names, the same for all of a user's rows."""
     explained = ExplainedDatabase(database)
     stores = [
-        EndToEndRoomKeyStore(explained, backend.engine, time.time, limits)
+        EndToEndRoomKeyStore(explained, backend.engine, time.time, limits, Retention())
         for limits in (Limits(), Limits(max_user_bytes=10**9))
     ]
     homes: set[str] = set()

@@ -24,11 +24,13 @@ from synapse_roomkeys.storage import (
 from synapse_roomkeys.storage import rows as storage_rows
 from synapse_roomkeys.storage.versions import Deletion
 from synapse_roomkeys.types import (
+    Actor,
     BackupState,
     KeyMetadata,
     KeyPage,
     Limits,
     Position,
+    Retention,
     RoomKey,
 )
 from synapse_roomkeys.wire import encode_key
@@ -42,6 +44,7 @@ T = TypeVar("T")
 USERS = ("@a:h", "@b:h")
 ROOMS = ("!a:h", '!b"\\{,}:日')
 SESSIONS = ("s", "S/+==", "s'\"\\")
+ACTOR = Actor("DEVICE")
 _BEGIN = 1_795_421_234.5
 
 users = st.sampled_from(USERS)
@@ -152,11 +155,11 @@ class BackupMachine(RuleBasedStateMachine):
             SQLITE if isinstance(database, ImmediateDatabase) else postgres()
         )
         self.store = EndToEndRoomKeyStore(
-            database, self.engine, lambda: self.now, Limits()
+            database, self.engine, lambda: self.now, Limits(), Retention()
         )
         for table in (
             *("e2e_room_keys", "e2e_room_keys_versions"),
-            *("roomkeys_counts", "roomkeys_numbers"),
+            *("roomkeys_counts", "roomkeys_numbers", "roomkeys_deleted"),
         ):
             self.sql(f"DELETE FROM {table}")
 
@@ -212,7 +215,9 @@ class BackupMachine(RuleBasedStateMachine):
         """A new version has a number that no other ever had, and is current."""
         user = self.users[user_id]
         last = max(user.issued, default=0)
-        number = result_of(self.store.create_version(user_id, algorithm, auth_data))
+        number = result_of(
+            self.store.create_version(user_id, algorithm, auth_data, ACTOR)
+        )
         assert number == max(last + 1, int(self.now))
         user.issued.add(number)
         user.versions[number] = Version(algorithm, auth_data)
@@ -226,7 +231,7 @@ class BackupMachine(RuleBasedStateMachine):
 
         def call() -> Deferred[Any]:
             sent = [room_key(*item) for item in keys.items()]
-            return self.store.upload_keys(user_id, number, sent)
+            return self.store.upload_keys(user_id, number, sent, ACTOR)
 
         if version is None:
             self.check_refused(call, *UNKNOWN_VERSION)
@@ -363,7 +368,7 @@ class BackupMachine(RuleBasedStateMachine):
         version = self.version_of(user_id, number)
 
         def call() -> Deferred[Deletion]:
-            return self.store.delete_keys(user_id, number, *scope)
+            return self.store.delete_keys(user_id, number, *scope, ACTOR)
 
         if version is None:
             self.check_refused(call, *UNKNOWN_VERSION)
@@ -380,13 +385,13 @@ class BackupMachine(RuleBasedStateMachine):
         number = self.number_of(user_id, age)
         versions = self.users[user_id].versions
 
-        def call() -> Deferred[tuple[bool, bool]]:
-            return self.store.delete_version(user_id, number)
+        def call() -> Deferred[bool]:
+            return self.store.delete_version(user_id, number, ACTOR)
 
         if number not in versions:
             self.check_refused(call, *UNKNOWN_VERSION)
             return
-        assert result_of(call()) == (versions[number] is not None, True)
+        assert result_of(call()) == (versions[number] is not None)
         versions[number] = None
 
     def reset(self, user_id: str) -> None:
@@ -394,8 +399,8 @@ class BackupMachine(RuleBasedStateMachine):
         user = self.users[user_id]
         while info := result_of(self.store.get_info(user_id, None)):
             assert info.version == user.current
-            deleted = result_of(self.store.delete_version(user_id, info.version))
-            assert deleted == (True, True)
+            deleted = self.store.delete_version(user_id, info.version, ACTOR)
+            assert result_of(deleted)
             user.versions[info.version] = None
         assert user.current is None
         self.create(user_id, ALGORITHM, "{}")
@@ -407,7 +412,9 @@ class BackupMachine(RuleBasedStateMachine):
         version = self.version_of(user_id, number)
 
         def call() -> Deferred[None]:
-            return self.store.update_version(user_id, number, algorithm, auth_data)
+            return self.store.update_version(
+                user_id, number, algorithm, auth_data, ACTOR
+            )
 
         if version is None:
             self.check_refused(call, *UNKNOWN_VERSION)

@@ -19,7 +19,7 @@ from twisted.internet.defer import Deferred, gatherResults, inlineCallbacks
 
 from synapse_roomkeys.storage import SQLITE, EndToEndRoomKeyStore
 from synapse_roomkeys.storage.counts import COUNT_LIFETIME
-from synapse_roomkeys.types import BackupInfo, Limits
+from synapse_roomkeys.types import Actor, BackupInfo, Limits, Retention
 
 from ..contract import Answer, Client
 from ..contract.base import ALGORITHM, PREFIX, encoded, key, keys_path, wrapped
@@ -167,11 +167,13 @@ def test_a_clock_that_jumps_back() -> Steps:
     counts stay right even for keys written and deleted without the plugin."""
     times = [2_000_000_000.0]
     database = ImmediateDatabase()
-    store = EndToEndRoomKeyStore(database, SQLITE, lambda: times[-1], Limits())
+    store = EndToEndRoomKeyStore(
+        database, SQLITE, lambda: times[-1], Limits(), Retention()
+    )
     numbers: list[int] = []
     for now in (2_000_000_000, 1_000_000_000, 10, 2_000_000_000):
         times.append(now)
-        number: int = yield store.create_version("@a:b", ALGORITHM, "{}")
+        number: int = yield store.create_version("@a:b", ALGORITHM, "{}", Actor(None))
         numbers.append(number)
         database.connection.execute(
             "INSERT INTO e2e_room_keys SELECT user_id, '!r', 's', version, 0, 0, 0,"

@@ -13,7 +13,7 @@ from ..contract.base import ALGORITHM
 from ..memory import ImmediateDatabase
 from ..servers import PostgresServer
 from . import SOAK
-from .machine import USERS, BackupMachine, BlockingPostgres, result_of
+from .machine import ACTOR, USERS, BackupMachine, BlockingPostgres, result_of
 from .mutations import HIDDEN, PLAIN
 
 STEPS_OF_ONE = 50
@@ -93,8 +93,8 @@ def test_a_number_from_before_a_deactivation() -> None:
     machine = BackupMachine(ImmediateDatabase())
     user_id = USERS[0]
     store = machine.store
-    before = result_of(store.create_version(user_id, ALGORITHM, "{}"))
+    before = result_of(store.create_version(user_id, ALGORITHM, "{}", ACTOR))
     machine.sql("DELETE FROM e2e_room_keys_versions WHERE user_id = ?", user_id)
     result_of(store.forget_user(user_id))
     machine.now += 1
-    assert result_of(store.create_version(user_id, ALGORITHM, "{}")) > before
+    assert result_of(store.create_version(user_id, ALGORITHM, "{}", ACTOR)) > before

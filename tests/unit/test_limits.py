@@ -242,13 +242,15 @@ class UserLimitTests(SynchronousTestCase):
 
     def test_deleted_versions_take_little_room(self) -> None:
         """A deleted version has no ``auth_data``, and the newest hundred have a row: a
-        loop of POST and DELETE fills nothing."""
+        loop of POST and DELETE leaves little."""
         host = MemoryHost()
+        host.sweeper.start()
         device = Device(host)
         for _ in range(105):
             device.create(60_000)
             device.version = device.send("GET", VERSION).json["version"]
             device.send("DELETE", f"{VERSION}/{device.version}")
+            host.reactor.pump([0, 0.1])
         rows = host.database.connection.execute(
             "SELECT deleted, auth_data FROM e2e_room_keys_versions"
         ).fetchall()
@@ -269,6 +271,8 @@ class UserLimitTests(SynchronousTestCase):
             device.send("DELETE", f"{VERSION}/{device.version}")
         answer = device.send("DELETE", f"{VERSION}/{first}")
         self.assertEqual(answer.status, 200)
+        host.sweeper.start()
+        host.reactor.pump([0.1] * 120)
         rows = connection.execute("SELECT * FROM e2e_room_keys").fetchall()
         self.assertEqual(rows, [])
 
