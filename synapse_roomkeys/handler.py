@@ -29,6 +29,7 @@ from .types import (
     Limits,
     Position,
     Replacement,
+    Restore,
     RoomKey,
     UploadResult,
 )
@@ -327,6 +328,56 @@ class E2eRoomKeysHandler:
                 *(user_id, device_id, number),
             )
         self._sweeper.wake()
+
+    @inlineCallbacks
+    def restore_version(
+        self, user_id: str, version: str, operator: str
+    ) -> Inline[None]:
+        """Give a deleted version back to the user: as the current version, if the user
+        has no newer one, or else as a readable version.
+
+        Args:
+            operator: the name for the record.
+
+        Raises:
+            NotFoundError: the version isn't kept: it never existed, isn't deleted, or
+                some of its keys are deleted already.
+        """
+        number = wire.parse_version(version)
+        actor = Actor(None, operator)
+        yield self._write(user_id, self._store.restore_version, user_id, number, actor)
+        logger.info(
+            "Restored version: user=%s operator=%s version=%s",
+            *(user_id, operator, number),
+        )
+
+    @inlineCallbacks
+    def restore_room_keys(
+        self, user_id: str, version: str, restore: Restore, operator: str
+    ) -> Inline[int]:
+        """Give replaced keys back as they were before a time. Fire with the number of
+        sessions whose keys were given back.
+
+        A key that isn't better than the stored key is given back only if the restore is
+        forced. The keys that are replaced hereby are kept, so that a second restore can
+        undo the first.
+
+        Args:
+            operator: the name for the record.
+
+        Raises:
+            NotFoundError: the version doesn't exist.
+        """
+        number = wire.parse_version(version)
+        actor = Actor(None, operator)
+        restored: int = yield self._write(
+            user_id, self._store.restore_keys, user_id, number, restore, actor
+        )
+        logger.info(
+            "Restored keys: user=%s operator=%s version=%s count=%d",
+            *(user_id, operator, number, restored),
+        )
+        return restored
 
 
 def _shown(replaced: Iterable[Replacement], most: int) -> Iterator[str]:

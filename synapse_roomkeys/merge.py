@@ -44,14 +44,14 @@ class MergePlan:
 
     Attributes:
         writes: the keys to write: new keys and better keys.
-        stored: number of new keys in `writes`.
+        new: the new keys among `writes`.
         replaced: the stored keys that the better keys replace.
         kept: number of uploaded keys that are not better than the stored keys.
         added_bytes: growth of the backup's ``session_data`` in bytes; may be negative.
     """
 
     writes: tuple[RoomKey, ...]
-    stored: int
+    new: tuple[RoomKey, ...]
     replaced: tuple[Replacement, ...]
     kept: int
     added_bytes: int
@@ -66,12 +66,14 @@ def merge(stored: Mapping[int, StoredKey], uploaded: Iterable[RoomKey]) -> Merge
         uploaded: the uploaded keys, at most one key per session.
     """
     writes: list[RoomKey] = []
+    new: list[RoomKey] = []
     replaced: list[Replacement] = []
     kept = added_bytes = 0
     for place, key in enumerate(uploaded):
         old: StoredKey | None = stored.get(place)
         if old is None:
             writes.append(key)
+            new.append(key)
             added_bytes += size(key.session_data)
         elif is_better(key.metadata, old):
             writes.append(key)
@@ -81,8 +83,7 @@ def merge(stored: Mapping[int, StoredKey], uploaded: Iterable[RoomKey]) -> Merge
             )
         else:
             kept += 1
-    stored_keys = len(writes) - len(replaced)
-    return MergePlan(tuple(writes), stored_keys, tuple(replaced), kept, added_bytes)
+    return MergePlan(tuple(writes), tuple(new), tuple(replaced), kept, added_bytes)
 
 
 def size(text: str) -> int:

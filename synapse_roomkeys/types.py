@@ -227,3 +227,22 @@ class Actor:
 
     device_id: str | None
     operator: str | None = None
+
+
+@attrs.frozen
+class Restore:
+    """Keys that an operator gives back as they were before a time.
+
+    Attributes:
+        room_id: only the keys of this room; None for all rooms.
+        session_id: only the key of this session; None for all sessions.
+        since_ms: Unix time in milliseconds. Keys that were replaced then or later are
+            given back.
+        is_forced: Whether a worse key replaces a better one, against the rule for
+            uploads.
+    """
+
+    room_id: str | None
+    session_id: str | None
+    since_ms: int
+    is_forced: bool

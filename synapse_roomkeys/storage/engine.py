@@ -166,6 +166,37 @@ class KeyWrite:
 
 
 @attrs.frozen
+class ReplacedKey:
+    """A replaced key that is kept, identified by its replacement.
+
+    Attributes:
+        replaced_ms: Unix time of the replacement, in milliseconds.
+        etag: the etag of the version after the replacement.
+    """
+
+    room_id: str
+    session_id: str
+    replaced_ms: int
+    etag: int
+
+
+@attrs.frozen
+class KeyRestore:
+    """Replaced keys to write over the stored keys of their sessions.
+
+    Attributes:
+        new_etag: the etag of the version afterwards.
+        now_ms: Unix time in milliseconds, at which the stored keys are replaced.
+        rows: the keys, one for a session at most.
+    """
+
+    backup: BackupId
+    new_etag: int
+    now_ms: int
+    rows: Sequence[ReplacedKey]
+
+
+@attrs.frozen
 class InsertedKeys:
     """A version after all keys of a `KeyInsert` were inserted.
 
@@ -305,6 +336,10 @@ class Engine(Protocol):
             isn't the expected etag or a newer version exists; the version is locked
             all the same.
         """
+
+    def restore_keys(self, txn: Transaction, restored: KeyRestore) -> None:
+        """Keep the stored keys of some sessions, and write replaced keys over them. The
+        transaction has locked the version."""
 
     def delete_keys(
         self, txn: Transaction, backup: BackupId, room_id: str | None

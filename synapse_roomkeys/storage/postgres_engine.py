@@ -16,6 +16,7 @@ from .engine import (
     DeletedKeys,
     InsertedKeys,
     KeyInsert,
+    KeyRestore,
     KeyWrite,
     LockedVersion,
     PageQuery,
@@ -190,6 +191,21 @@ class PostgresEngine:
         }
         txn.execute(sql.WRITE_KEYS if has_lock else sql.LOCK_AND_WRITE_KEYS, parameters)
         return bool(txn.rowcount)
+
+    def restore_keys(self, txn: Transaction, restored: KeyRestore) -> None:
+        """As `Engine.restore_keys`."""
+        rows = restored.rows
+        parameters = {
+            **names(restored.backup),
+            "replaced_ms": restored.now_ms,
+            "etag": restored.new_etag,
+            "room_ids": pack_array([row.room_id for row in rows]),
+            "session_ids": pack_array([row.session_id for row in rows]),
+            "times": pack_array([row.replaced_ms for row in rows]),
+            "etags": pack_array([row.etag for row in rows]),
+        }
+        txn.execute(sql.KEEP_KEYS, parameters)
+        txn.execute(sql.RESTORE_KEYS, parameters)
 
     def delete_keys(
         self, txn: Transaction, backup: BackupId, room_id: str | None

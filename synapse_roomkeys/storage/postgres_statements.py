@@ -158,6 +158,37 @@ WRITE_KEYS = f"""
 #: others committed while the lock was waited for.
 LOCK_AND_WRITE_KEYS = f"{LOCK_VERSION}; {WRITE_KEYS}"
 
+#: Keeps the stored keys of some sessions in roomkeys_replaced, before a write replaces
+#: them. The parameters ``room_ids`` and ``session_ids`` are arrays, and ``etag`` is the
+#: etag of the version after the write.
+KEEP_KEYS = """
+    INSERT INTO roomkeys_replaced (user_id, version, room_id, session_id, replaced_ms,
+        etag, first_message_index, forwarded_count, is_verified, session_data)
+    SELECT k.user_id, k.version, k.room_id, k.session_id, :replaced_ms, :etag,
+        k.first_message_index, k.forwarded_count, k.is_verified, k.session_data
+    FROM e2e_room_keys AS k
+    JOIN unnest(:room_ids::text[], :session_ids::text[]) AS u (room_id, session_id)
+        ON k.room_id = u.room_id AND k.session_id = u.session_id
+    WHERE k.user_id = :user_id AND k.version = :version"""
+#: Writes replaced keys over the stored keys of their sessions. The parameters
+#: ``room_ids``, ``session_ids``, ``times`` and ``etags`` are arrays, which identify the
+#: replaced keys.
+RESTORE_KEYS = """
+    INSERT INTO e2e_room_keys (user_id, version, room_id, session_id,
+        first_message_index, forwarded_count, is_verified, session_data)
+    SELECT r.user_id, r.version, r.room_id, r.session_id,
+        r.first_message_index, r.forwarded_count, r.is_verified, r.session_data
+    FROM roomkeys_replaced AS r
+    JOIN unnest(:room_ids::text[], :session_ids::text[], :times::bigint[],
+            :etags::bigint[]) AS u (room_id, session_id, replaced_ms, etag)
+        ON r.room_id = u.room_id AND r.session_id = u.session_id
+        AND r.replaced_ms = u.replaced_ms AND r.etag = u.etag
+    WHERE r.user_id = :user_id AND r.version = :version
+    ON CONFLICT (user_id, version, room_id, session_id) DO UPDATE SET
+    first_message_index = excluded.first_message_index,
+    forwarded_count = excluded.forwarded_count,
+    is_verified = excluded.is_verified, session_data = excluded.session_data"""
+
 #: Deletes all keys of a version.
 DELETE_KEYS = """
     DELETE FROM e2e_room_keys WHERE user_id = :user_id AND version = :version"""

@@ -2,10 +2,11 @@
 
 import json
 from collections.abc import Callable, Iterable
+from typing import Protocol
 
 import attrs
 
-from ..types import Actor, BackupId, Replacement, Retention, RoomKey
+from ..types import Actor, BackupId, Retention
 from . import statements
 from .engine import names
 from .transactions import Transaction
@@ -16,6 +17,8 @@ DELETE_KEYS = "delete_keys"
 CREATE_VERSION = "create_version"
 UPDATE_VERSION = "update_version"
 DELETE_VERSION = "delete_version"
+RESTORE_VERSION = "restore_version"
+RESTORE_KEYS = "restore_keys"
 
 
 @attrs.frozen
@@ -40,19 +43,26 @@ class Change:
     sessions: str | None = None
 
 
-def name_sessions(written: Iterable[RoomKey], replaced: Iterable[Replacement]) -> str:
-    """Return the sessions of an upload as JSON text: an object of rooms, each with the
-    ids of its stored sessions and of its replaced ones.
+class Ids(Protocol):
+    """A key, with the ids of its session."""
 
-    Args:
-        written: all keys that the upload wrote.
-        replaced: the stored keys that some of them replaced.
-    """
-    old = {(key.room_id, key.session_id) for key in replaced}
+    @property
+    def room_id(self) -> str:
+        """The session's room."""
+
+    @property
+    def session_id(self) -> str:
+        """The session."""
+
+
+def name_sessions(stored: Iterable[Ids], replaced: Iterable[Ids]) -> str:
+    """Return the sessions of a change as JSON text: an object of rooms, each with the
+    session ids of its new keys (``stored``) and of its replaced ones (``replaced``)."""
     rooms: dict[str, dict[str, list[str]]] = {}
-    for key in written:
-        kind = "replaced" if (key.room_id, key.session_id) in old else "stored"
-        rooms.setdefault(key.room_id, {}).setdefault(kind, []).append(key.session_id)
+    for kind, keys in ("stored", stored), ("replaced", replaced):
+        for key in keys:
+            sessions = rooms.setdefault(key.room_id, {}).setdefault(kind, [])
+            sessions.append(key.session_id)
     return json.dumps(rooms, ensure_ascii=False)
 
 

@@ -14,6 +14,7 @@ from .engine import (
     DownloadStatements,
     InsertedKeys,
     KeyInsert,
+    KeyRestore,
     KeyWrite,
     LockedVersion,
     PageQuery,
@@ -111,6 +112,37 @@ WRITE_KEYS = """
         json_extract(value, '$[1]'), json_extract(value, '$[2]'),
         json_extract(value, '$[3]'), json_extract(value, '$[4]'),
         json_extract(value, '$[5]') FROM json_each(:keys) WHERE TRUE
+    ON CONFLICT (user_id, version, room_id, session_id) DO UPDATE SET
+    first_message_index = excluded.first_message_index,
+    forwarded_count = excluded.forwarded_count,
+    is_verified = excluded.is_verified, session_data = excluded.session_data"""
+
+#: Keeps the stored keys of some sessions in roomkeys_replaced, before a write replaces
+#: them. The parameter ``ids`` is a JSON array of pairs of room and session id, and
+#: ``etag`` the etag of the version after the write.
+KEEP_KEYS = """
+    INSERT INTO roomkeys_replaced (user_id, version, room_id, session_id, replaced_ms,
+        etag, first_message_index, forwarded_count, is_verified, session_data)
+    SELECT k.user_id, k.version, k.room_id, k.session_id, :replaced_ms, :etag,
+        k.first_message_index, k.forwarded_count, k.is_verified, k.session_data
+    FROM json_each(:ids) AS u CROSS JOIN e2e_room_keys AS k
+    ON k.user_id = :user_id AND k.version = :version
+    AND k.room_id = json_extract(u.value, '$[0]')
+    AND k.session_id = json_extract(u.value, '$[1]')"""
+#: Writes replaced keys over the stored keys of their sessions. The parameter ``rows``
+#: is a JSON array of arrays: room id, session id, time and etag of the replacement.
+RESTORE_KEYS = """
+    INSERT INTO e2e_room_keys (user_id, version, room_id, session_id,
+        first_message_index, forwarded_count, is_verified, session_data)
+    SELECT r.user_id, r.version, r.room_id, r.session_id,
+        r.first_message_index, r.forwarded_count, r.is_verified, r.session_data
+    FROM json_each(:rows) AS u CROSS JOIN roomkeys_replaced AS r
+    ON r.user_id = :user_id AND r.version = :version
+    AND r.room_id = json_extract(u.value, '$[0]')
+    AND r.session_id = json_extract(u.value, '$[1]')
+    AND r.replaced_ms = json_extract(u.value, '$[2]')
+    AND r.etag = json_extract(u.value, '$[3]')
+    WHERE TRUE
     ON CONFLICT (user_id, version, room_id, session_id) DO UPDATE SET
     first_message_index = excluded.first_message_index,
     forwarded_count = excluded.forwarded_count,
@@ -299,6 +331,19 @@ class SqliteEngine:
         txn.execute(WRITE_KEYS, parameters)
         txn.execute(MOVE_COUNT, parameters)
         return True
+
+    def restore_keys(self, txn: Transaction, restored: KeyRestore) -> None:
+        """As `Engine.restore_keys`."""
+        rows = [(r.room_id, r.session_id, r.replaced_ms, r.etag) for r in restored.rows]
+        parameters = {
+            **names(restored.backup),
+            "replaced_ms": restored.now_ms,
+            "etag": restored.new_etag,
+            "ids": json.dumps([row[:2] for row in rows]),
+            "rows": json.dumps(rows),
+        }
+        txn.execute(KEEP_KEYS, parameters)
+        txn.execute(RESTORE_KEYS, parameters)
 
     def delete_keys(
         self, txn: Transaction, backup: BackupId, room_id: str | None

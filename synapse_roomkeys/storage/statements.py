@@ -186,6 +186,10 @@ FORGET_DELETED = "DELETE FROM roomkeys_deleted WHERE user_id = :user_id"
 AUTH_DATA = """
     SELECT auth_data FROM e2e_room_keys_versions
     WHERE user_id = :user_id AND version = :version"""
+#: Returns the etag of a version.
+ETAG = """
+    SELECT COALESCE(etag, 0) FROM e2e_room_keys_versions
+    WHERE user_id = :user_id AND version = :version"""
 #: Replaces the auth_data of a version.
 SET_AUTH_DATA = """
     UPDATE e2e_room_keys_versions SET auth_data = :auth_data
@@ -214,6 +218,18 @@ QUEUE_DELETION = """
 MARK_DELETED = """
     UPDATE e2e_room_keys_versions SET deleted = 1, auth_data = '{}'
     WHERE user_id = :user_id AND version = :version"""
+#: Makes a deleted version readable again, with its auth_data and a new etag. Writes no
+#: row unless the version is queued and none of its keys is deleted yet.
+UNMARK_DELETED = """
+    UPDATE e2e_room_keys_versions SET deleted = 0, etag = COALESCE(etag, 0) + 1,
+        auth_data = (SELECT auth_data FROM roomkeys_deleted
+            WHERE user_id = :user_id AND version = :version)
+    WHERE user_id = :user_id AND version = :version AND deleted = 1
+    AND EXISTS (SELECT 1 FROM roomkeys_deleted
+        WHERE user_id = :user_id AND version = :version AND is_started = 0)"""
+#: Removes a version from the queue.
+LEAVE_QUEUE = """
+    DELETE FROM roomkeys_deleted WHERE user_id = :user_id AND version = :version"""
 #: Deletes the rows of a user's deleted versions except the newest ``most`` of them. A
 #: version that still has keys, or is queued for their deletion, keeps its row.
 DROP_DELETED_VERSIONS = """
@@ -239,3 +255,25 @@ NOTE_CHANGE = """
         :operator, :stored, :replaced, :unchanged, :deleted, :sessions
     FROM e2e_room_keys_versions AS v
     WHERE v.user_id = :user_id AND v.version = :version"""
+
+#: Returns the keys of a version, of a room or of a session that were replaced since a
+#: time, the earliest first: the ids, the time, the etag of the replacement, and the
+#: three fields of the replaced key; then the three fields of the stored key, whether it
+#: has data, and whether both keys are the same. The last five are NULL if the session
+#: has no stored key. ``room_id`` and ``session_id`` may be NULL.
+FIND_REPLACED = """
+    SELECT r.room_id, r.session_id, r.replaced_ms, r.etag,
+        r.first_message_index, r.forwarded_count, r.is_verified,
+        k.first_message_index, k.forwarded_count, k.is_verified,
+        k.session_data <> 'null',
+        k.session_data = r.session_data AND k.is_verified = r.is_verified
+            AND k.first_message_index = r.first_message_index
+            AND k.forwarded_count = r.forwarded_count
+    FROM roomkeys_replaced AS r LEFT JOIN e2e_room_keys AS k
+        ON k.user_id = :user_id AND k.version = :version
+        AND k.room_id = r.room_id AND k.session_id = r.session_id
+    WHERE r.user_id = :user_id AND r.version = :version
+    AND r.replaced_ms >= :since_ms
+    AND (CAST(:room_id AS TEXT) IS NULL OR r.room_id = :room_id)
+    AND (CAST(:session_id AS TEXT) IS NULL OR r.session_id = :session_id)
+    ORDER BY r.replaced_ms, r.etag"""

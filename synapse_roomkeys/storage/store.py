@@ -12,6 +12,7 @@ from ..types import (
     KeyPage,
     Limits,
     Position,
+    Restore,
     Retention,
     RoomKey,
     UploadResult,
@@ -21,6 +22,7 @@ from .downloads import Download, read_key
 from .engine import Engine, NotJsonError
 from .record import Record
 from .transactions import ConflictError, Transactions
+from .undo import Undo
 from .uploads import InsertGuess, Upload, Uploads
 from .versions import Deletion, FoundInfo, Versions
 
@@ -54,6 +56,7 @@ class EndToEndRoomKeyStore:
         record = Record(now, retention)
         self._uploads = Uploads(engine, counts, limits, self._guess, record)
         self._versions = Versions(engine, counts, limits, record)
+        self._undo = Undo(engine, record)
 
     @inlineCallbacks
     def upload_keys(
@@ -210,6 +213,32 @@ class EndToEndRoomKeyStore:
         """
         delete, backup = self._versions.delete, BackupId(user_id, version)
         return self._database.write("roomkeys_delete_version", delete, backup, actor)
+
+    def restore_version(
+        self, user_id: str, version: int, actor: Actor
+    ) -> "Deferred[None]":
+        """Make a deleted version readable again: the current one, if none is newer.
+
+        Raises:
+            NotFoundError: the version isn't kept: it never existed, isn't deleted, or
+                some of its keys are deleted already.
+        """
+        restore, backup = self._versions.restore, BackupId(user_id, version)
+        return self._database.write("roomkeys_restore_version", restore, backup, actor)
+
+    def restore_keys(
+        self, user_id: str, version: int, restore: Restore, actor: Actor
+    ) -> "Deferred[int]":
+        """Give keys back as they were before a time, and keep the keys that they
+        replace. Fire with the number of sessions whose keys were given back.
+
+        Raises:
+            NotFoundError: there is no such version.
+        """
+        backup, undo = BackupId(user_id, version), self._undo.restore_keys
+        return self._database.write(
+            "roomkeys_restore_keys", undo, backup, restore, actor
+        )
 
     def forget_user(self, user_id: str) -> "Deferred[None]":
         """Delete a user's rows in the plugin's own tables, such as the record and the

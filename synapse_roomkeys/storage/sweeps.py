@@ -13,6 +13,7 @@ from twisted.internet.defer import Deferred
 
 from ..types import BackupId, Retention
 from .engine import Engine, names
+from .statements import LEAVE_QUEUE
 from .transactions import Transaction, Transactions
 
 #: Maximum number of sessions whose keys one transaction deletes. On SQLite, other
@@ -92,9 +93,6 @@ DELETE_REST = """
 #: Deletes the remaining replaced keys of a version.
 DELETE_REPLACED_REST = """
     DELETE FROM roomkeys_replaced WHERE user_id = :user_id AND version = :version"""
-#: Removes a version from the queue.
-LEAVE_QUEUE = """
-    DELETE FROM roomkeys_deleted WHERE user_id = :user_id AND version = :version"""
 
 #: Deletes a user's rows of the record that are older than a time.
 EXPIRE_CHANGES = """

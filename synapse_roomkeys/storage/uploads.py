@@ -170,13 +170,13 @@ class Uploads:
         change = Change(
             UPLOAD,
             upload.actor,
-            stored=plan.stored,
+            stored=len(plan.new),
             replaced=len(plan.replaced),
             unchanged=plan.kept,
-            sessions=name_sessions(plan.writes, plan.replaced),
+            sessions=name_sessions(plan.new, plan.replaced),
         )
         self._record.note(txn, upload.backup, change)
-        added = plan.stored
+        added = len(plan.new)
         state = self._counts.state_after(txn, upload.backup, before, added)
         return self._result(txn, upload, plan, state)
 
@@ -184,9 +184,9 @@ class Uploads:
         self, txn: Transaction, upload: Upload, plan: MergePlan, state: BackupState
     ) -> UploadResult:
         """Return an upload's result, once the user's limits are checked."""
-        if plan.stored or plan.added_bytes > 0:
+        if plan.new or plan.added_bytes > 0:
             self._counts.check_user(txn, upload.backup.user_id)
-        return UploadResult(state, plan.stored, plan.replaced, plan.kept)
+        return UploadResult(state, len(plan.new), plan.replaced, plan.kept)
 
     def find(self, txn: Transaction, upload: Upload) -> Snapshot:
         """Read the version and the stored ones of the upload's sessions.
@@ -223,7 +223,7 @@ class Uploads:
             backup=backup,
             expected_etag=etag,
             new_etag=etag + 1,
-            added_keys=plan.stored,
+            added_keys=len(plan.new),
             added_bytes=plan.added_bytes,
             keys=(),
         )

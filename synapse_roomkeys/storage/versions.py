@@ -2,7 +2,12 @@
 
 import attrs
 
-from ..errors import InvalidParamError, UserLimitError, unknown_version
+from ..errors import (
+    InvalidParamError,
+    NotFoundError,
+    UserLimitError,
+    unknown_version,
+)
 from ..merge import size
 from ..types import Actor, BackupId, BackupInfo, BackupState, Limits
 from . import statements
@@ -12,6 +17,7 @@ from .record import (
     CREATE_VERSION,
     DELETE_KEYS,
     DELETE_VERSION,
+    RESTORE_VERSION,
     UPDATE_VERSION,
     Change,
     Record,
@@ -217,6 +223,23 @@ class Versions:
         txn.execute(statements.MARK_DELETED, names(backup))
         txn.execute(statements.FORGET_COUNT, names(backup))
         return True
+
+    def restore(self, txn: Transaction, backup: BackupId, actor: Actor) -> None:
+        """Make a deleted version readable again, with all of its keys. If the user has
+        no newer version, it is the current version again.
+
+        Raises:
+            NotFoundError: the version isn't kept: it never existed, isn't deleted, or
+                some of its keys are deleted already.
+        """
+        self._engine.begin_write(txn)
+        self._lock_current(txn, backup.user_id)
+        self._engine.lock_version(txn, backup)
+        txn.execute(statements.UNMARK_DELETED, names(backup))
+        if not txn.rowcount:
+            raise NotFoundError("The version isn't kept, or its deletion has begun")
+        txn.execute(statements.LEAVE_QUEUE, names(backup))
+        self._record.note(txn, backup, Change(RESTORE_VERSION, actor))
 
     def delete_keys(
         self,

@@ -49,6 +49,7 @@ ORDER = [
     "storage.uploads",
     "storage.downloads",
     "storage.versions",
+    "storage.undo",
     "storage.store",
     "storage.sweeps",
     "storage",

@@ -85,7 +85,7 @@ class MergeTests(SynchronousTestCase):
         uploads = [better, room_key("equal", good), new, room_key("worse", bad)]
         plan = merge(stored, uploads)
         self.assertEqual(plan.writes, (better, new))
-        self.assertEqual(plan.stored, 1)
+        self.assertEqual(len(plan.new), 1)
         self.assertEqual(plan.kept, 2)
         data = better.session_data
         self.assertEqual(plan.added_bytes, 2 * len(data) - 8)
