@@ -87,74 +87,110 @@ FIND_SESSIONS_WITH_DATA = _find_sessions("k.session_data")
 #: has read each of them, and JSON cannot contain a raw control character, so nothing
 #: has to be escaped, here or when PostgreSQL reads the text.
 SEPARATOR = "\x1f"
-#: The keys of an upload as rows: an array a column, and session_data in one text.
-_KEYS = f"""unnest(:room_ids::text[], :session_ids::text[],
-            :first_message_indexes::int[], :forwarded_counts::int[],
-            :are_verified::boolean[],
-            string_to_array(:session_data, chr({ord(SEPARATOR)}))) AS u"""
+#: The keys of an upload as rows of an array a column, with session_data in one text.
+_KEYS = f"""unnest(:room_ids::text[]), unnest(:session_ids::text[]),
+        unnest(:first_message_indexes::int[]), unnest(:forwarded_counts::int[]),
+        unnest(:are_verified::boolean[]),
+        unnest(string_to_array(:session_data, chr({ord(SEPARATOR)})))"""
+
+# An upload's message claims the version, inserts the keys and settles the claim:
+#
+# 1. The claim moves the version's etag and the cached count, if its conditions hold. In
+#    one of the two rows it leaves the new etag negative: the mark.
+# 2. The INSERT writes keys only if it finds the mark.
+# 3. The last statement makes the etag positive again, only if it is negative.
+#
+# No committed etag is negative, and the transaction holds the locks of both rows. After
+# a claim that failed, there is no mark, so no key is written. The claim alone has
+# conditions on other rows: a process that takes no lock can't make the statements
+# decide differently.
+#
+# The INSERT is no part of the claim because of Citus, which sends a statement to a
+# shard as it is only if no INSERT stands beside a WITH, and an INSERT ... SELECT only
+# if its user_id comes from a distributed table.
+_OVERWRITE = """ON CONFLICT (user_id, version, room_id, session_id) DO UPDATE SET
+    first_message_index = excluded.first_message_index,
+    forwarded_count = excluded.forwarded_count,
+    is_verified = excluded.is_verified, session_data = excluded.session_data"""
+_COUNT = "roomkeys_counts"
+_VERSION = "e2e_room_keys_versions"
+
+
+def _insert_keys(marked: str, conflict: str = "") -> str:
+    """Return the INSERT of an upload's keys after a claim.
+
+    Args:
+        marked: the table in which the claim leaves its mark.
+        conflict: the ON CONFLICT clause.
+    """
+    return f"""
+    INSERT INTO e2e_room_keys (user_id, version, room_id, session_id,
+        first_message_index, forwarded_count, is_verified, session_data)
+    SELECT user_id, version, {_KEYS}
+    FROM {marked} WHERE user_id = :user_id AND version = :version AND etag < 0
+    {conflict}"""
+
+
+def _settle(marked: str) -> str:
+    """Return the UPDATE that removes the mark of a claim."""
+    return f"""
+    UPDATE {marked} SET etag = -etag
+    WHERE user_id = :user_id AND version = :version AND etag < 0"""
+
 
 #: Locks a version until the commit, and inserts keys, unless one of them is stored.
 #: Returns the new etag, and the new count or NULL if the cached one isn't of the
 #: window. It returns no row and writes nothing unless all keys are new, the version is
 #: the current one, and a count of its etag is cached.
 #:
-#: The INSERT stands in one message with the lock, but in a statement of its own, so it
-#: sees what others committed while the lock was waited for. It has no ON CONFLICT: a
-#: process that takes no lock, such as Synapse's own endpoints, may insert one of the
-#: keys meanwhile, and then the statement fails (23505) and the upload merges instead.
+#: The claim stands in one message with the lock, but in a statement of its own, so it
+#: sees what others committed while the lock was waited for. OFFSET leaves PostgreSQL
+#: one plan only: an index lookup for each key. The INSERT has no ON CONFLICT: a process
+#: that takes no lock, such as Synapse's own endpoints, may insert one of the keys
+#: meanwhile, and then the statement fails (23505) and the upload merges instead.
 INSERT_IF_ALL_NEW = f"""{LOCK_VERSION};
     WITH counted AS (
-        UPDATE roomkeys_counts SET etag = etag + 1, key_count = key_count + :added_keys,
-            key_bytes = key_bytes + :added_bytes
+        UPDATE roomkeys_counts SET etag = -1 - etag,
+            key_count = key_count + :added_keys, key_bytes = key_bytes + :added_bytes
         WHERE user_id = :user_id AND version = :version
         AND (version, etag) = (
             SELECT version, COALESCE(etag, 0) FROM e2e_room_keys_versions
             WHERE user_id = :user_id AND deleted = 0
             ORDER BY version DESC LIMIT 1)
         AND NOT EXISTS (
-            SELECT 1
-            FROM unnest(:room_ids::text[], :session_ids::text[]) WITH ORDINALITY
-                AS u (room_id, session_id, position)
-            CROSS JOIN LATERAL (
-                SELECT * FROM e2e_room_keys AS k
+            SELECT FROM unnest(:room_ids::text[], :session_ids::text[])
+                AS u (room_id, session_id)
+            WHERE EXISTS (
+                SELECT FROM e2e_room_keys AS k
                 WHERE k.user_id = :user_id AND k.version = :version
-                AND k.room_id = u.room_id AND k.session_id = u.session_id LIMIT 1
-            ) AS k)
-        RETURNING etag, key_count, counted_ts),
-    claimed AS (
-        UPDATE e2e_room_keys_versions AS v SET etag = counted.etag FROM counted
-        WHERE v.user_id = :user_id AND v.version = :version),
-    added AS (
-        INSERT INTO e2e_room_keys (user_id, version, room_id, session_id,
-            first_message_index, forwarded_count, is_verified, session_data)
-        SELECT :user_id, :version, u.* FROM counted CROSS JOIN {_KEYS})
-    SELECT etag, CASE WHEN counted_ts BETWEEN :oldest AND :newest THEN key_count END
-    FROM counted"""
+                AND k.room_id = u.room_id AND k.session_id = u.session_id OFFSET 0))
+        RETURNING etag)
+    UPDATE e2e_room_keys_versions SET etag = -counted.etag FROM counted
+    WHERE user_id = :user_id AND version = :version;
+    {_insert_keys(_COUNT)};
+    {_settle(_COUNT)}
+    RETURNING etag, CASE WHEN counted_ts BETWEEN :oldest AND :newest
+        THEN key_count END"""
 
 #: Moves the etag to the new one, a compare-and-set, and if that succeeds moves the
 #: cached count and writes keys over those of the same ids. It writes no row unless the
-#: version has the expected etag and is the current one.
+#: version has the expected etag and is the current one. The transaction must have
+#: locked the version. A version may have no cached count, so the version has the mark.
 WRITE_KEYS = f"""
     WITH claimed AS (
-        UPDATE e2e_room_keys_versions SET etag = :new_etag
+        UPDATE e2e_room_keys_versions SET etag = -:new_etag
         WHERE user_id = :user_id AND version = :version AND deleted = 0
         AND COALESCE(etag, 0) = :expected_etag AND NOT EXISTS (
             SELECT 1 FROM e2e_room_keys_versions
             WHERE user_id = :user_id AND version > :version AND deleted = 0)
-        RETURNING 1),
-    counted AS (
-        UPDATE roomkeys_counts SET etag = :new_etag,
-            key_count = key_count + :added_keys, key_bytes = key_bytes + :added_bytes
-        WHERE user_id = :user_id AND version = :version AND etag = :expected_etag
-        AND EXISTS (SELECT 1 FROM claimed))
-    INSERT INTO e2e_room_keys (user_id, version, room_id, session_id,
-        first_message_index, forwarded_count, is_verified, session_data)
-    SELECT :user_id, :version, u.* FROM claimed CROSS JOIN {_KEYS}
-    ON CONFLICT (user_id, version, room_id, session_id) DO UPDATE SET
-    first_message_index = excluded.first_message_index,
-    forwarded_count = excluded.forwarded_count,
-    is_verified = excluded.is_verified, session_data = excluded.session_data"""
-#: The same after a lock, in one message. As a statement of its own, the write sees what
+        RETURNING 1)
+    UPDATE roomkeys_counts SET etag = :new_etag,
+        key_count = key_count + :added_keys, key_bytes = key_bytes + :added_bytes
+    WHERE user_id = :user_id AND version = :version AND etag = :expected_etag
+    AND EXISTS (SELECT 1 FROM claimed);
+    {_insert_keys(_VERSION, _OVERWRITE)};
+    {_settle(_VERSION)}"""
+#: The same after a lock, in one message. As a statement of its own, the claim sees what
 #: others committed while the lock was waited for.
 LOCK_AND_WRITE_KEYS = f"{LOCK_VERSION}; {WRITE_KEYS}"
 

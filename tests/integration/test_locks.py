@@ -207,12 +207,12 @@ def noted(site: OwnSite, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @inlineCallbacks
-def test_a_wrong_guess_and_no_count_take_five_statements(
+def test_a_wrong_guess_and_no_count_take_four_messages(
     site: OwnSite, other: Any, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> Steps:
-    """The most that an upload of one part takes by itself: its keys aren't new, where
-    the last one's were, and are to be counted. It locks, adds in vain, looks, writes
-    and counts."""
+    """An upload of one batch takes four messages at most: it locks and fails to insert,
+    reads, writes, and recounts. After an upload that met stored keys, the user's next
+    upload saves the first message."""
     client = Client(site.host, site.host.new_user())
     version: str = yield client.create_version()
     etag, _ = yield client.upload(version, {"!room": {"1": key(index=9)}})
@@ -220,23 +220,26 @@ def test_a_wrong_guess_and_no_count_take_five_statements(
         etag, _ = yield client.upload(version, {"!room": {"1": key(index=8)}})
     other.cursor().execute("DELETE FROM roomkeys_counts")
     other.commit()
-    sent = statements(monkeypatch)
+    sent = messages(monkeypatch)
     better = {"!room": {"1": key(), "2": key()}}
     assert (yield client.upload(version, better)) == (etag + 1, 2)
-    words = [statement.split()[0] for statement in sent]
-    adds = ["SELECT", "WITH"] if way == "adds" else []
-    locks = ["SELECT"] if way == "looks" else []
-    assert words == [*adds, "WITH", *locks, "WITH", "INSERT"]
+    write = ["WITH", "INSERT", "UPDATE"]
+    lock_and_write = ["SELECT", *write]
+    if way == "adds":
+        assert sent == [lock_and_write, ["WITH"], write, ["INSERT"]]
+    else:
+        assert sent == [["WITH"], lock_and_write, ["INSERT"]]
 
 
-def statements(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What is sent from now on, one after the other, settings apart."""
-    sent: list[str] = []
+def messages(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """Return a list that collects each message that is sent from now on: the first word
+    of each of its statements, except those of settings."""
+    sent: list[list[str]] = []
     execute = PostgresTransaction.execute
 
     def note(self: Any, statement: str, parameters: Any = ()) -> Any:
-        parts = statement.split(";")
-        sent.extend(part for part in parts if part.split()[0] != "SET")
+        words = [part.split()[0] for part in statement.split(";")]
+        sent.append([word for word in words if word != "SET"])
         return execute(self, statement, parameters)
 
     monkeypatch.setattr(PostgresTransaction, "execute", note)

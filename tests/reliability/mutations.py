@@ -115,10 +115,11 @@ def only_page(
 
 def adds_anything() -> Patch:
     """PostgreSQL that takes all keys for new ones, and writes over others."""
-    always = "EXISTS (SELECT 1 UNION ALL"
-    text = changed(postgres_statements.INSERT_IF_ALL_NEW, "NOT EXISTS (", f"{always} ")
-    _, conflict, over = postgres_statements.WRITE_KEYS.partition("ON CONFLICT")
-    end = ")\n    SELECT etag, CASE"
+    always = "EXISTS (SELECT UNION ALL "
+    end = ";\n    \n    UPDATE roomkeys_counts SET etag = -etag"
+    text = changed(postgres_statements.INSERT_IF_ALL_NEW, "NOT EXISTS (", always)
+    _, conflict, rest = postgres_statements.WRITE_KEYS.partition("ON CONFLICT")
+    over, _, _ = rest.partition(";")
     text = changed(text, end, f" {conflict}{over}{end}")
     return mock.patch.object(postgres_statements, "INSERT_IF_ALL_NEW", text)
 
@@ -148,6 +149,9 @@ PLAIN: dict[str, Callable[[], Patch]] = {
 RACES: dict[str, Callable[[], Patch]] = {
     "no etag in the claim": lambda: on_postgres(
         "COALESCE(etag, 0) = :expected_etag", ":expected_etag IS NOT NULL"
+    ),
+    "keys without a claim": lambda: on_postgres(
+        "etag < 0\n    ON CONFLICT", "ABS(etag) = :new_etag\n    ON CONFLICT"
     ),
     "no lock": without_lock,
     "adds anything": adds_anything,
