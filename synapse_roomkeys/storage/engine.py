@@ -1,13 +1,13 @@
 """The port of the store to a database engine, and the values of its methods."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
 import attrs
 
 from ..outages import Cause
-from ..types import BackupId, Position, RoomKey, StoredKey
+from ..types import BackupId, Position, Replacement, RoomKey, StoredKey
 from .faults import Fault
 from .transactions import Transaction
 
@@ -139,11 +139,13 @@ class KeyInsert:
 
     Attributes:
         added_bytes: total size of the keys' ``session_data`` in bytes.
+        note: the change as parameters of the record's row; None for no row.
     """
 
     backup: BackupId
     keys: Sequence[RoomKey]
     added_bytes: int
+    note: Mapping[str, Any] | None
 
 
 @attrs.frozen
@@ -155,6 +157,9 @@ class KeyWrite:
         added_keys: change of the version's number of keys.
         added_bytes: change of the total size of ``session_data``, in bytes.
         keys: the keys, which replace stored keys of the same ids.
+        kept: the replaced keys to keep, so that they can be given back.
+        now_ms: Unix time in milliseconds, at which the keys are replaced.
+        note: the change as parameters of the record's row; None for no row.
     """
 
     backup: BackupId
@@ -163,6 +168,9 @@ class KeyWrite:
     added_keys: int
     added_bytes: int
     keys: Sequence[RoomKey]
+    kept: Sequence[Replacement]
+    now_ms: int
+    note: Mapping[str, Any] | None
 
 
 @attrs.frozen
@@ -310,8 +318,8 @@ class Engine(Protocol):
     def insert_if_all_new(
         self, txn: Transaction, insert: KeyInsert, window: CountWindow
     ) -> InsertedKeys | None:
-        """Lock a version until the commit, and insert keys unless a key is stored. The
-        commit returns once it is on disk.
+        """Lock a version until the commit, insert keys unless a key is stored, and
+        record the change. The commit returns once it is on disk.
 
         Returns:
             None if no key was inserted: a key is stored, the version isn't current, or
@@ -325,8 +333,9 @@ class Engine(Protocol):
     def compare_and_write(
         self, txn: Transaction, write: KeyWrite, has_lock: bool
     ) -> bool:
-        """Lock a version until the commit, move the etag and the cached count, and
-        write keys. The commit returns once it is on disk.
+        """Lock a version until the commit, move the etag and the cached count, keep
+        replaced keys, write keys, and record the change. The commit returns once it is
+        on disk.
 
         Args:
             has_lock: Whether the transaction has locked the version already.

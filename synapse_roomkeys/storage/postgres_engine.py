@@ -172,8 +172,14 @@ class PostgresEngine:
             "oldest": window.oldest,
             "newest": window.newest,
             **_pack_keys(insert.keys),
+            **(insert.note or {}),
         }
-        txn.execute(sql.INSERT_IF_ALL_NEW, parameters)
+        note = "" if insert.note is None else f"{sql.NOTE_INSERT};"
+        txn.execute(
+            f"{sql.LOCK_VERSION}; {sql.CLAIM_INSERT}; {sql.INSERT_KEYS};"
+            f"{note} {sql.SETTLE_INSERT}",
+            parameters,
+        )
         row = txn.fetchone()
         return None if row is None else InsertedKeys(*row)
 
@@ -188,8 +194,22 @@ class PostgresEngine:
             "added_keys": write.added_keys,
             "added_bytes": write.added_bytes,
             **_pack_keys(write.keys),
+            **(write.note or {}),
         }
-        txn.execute(sql.WRITE_KEYS if has_lock else sql.LOCK_AND_WRITE_KEYS, parameters)
+        if write.kept:
+            parameters["replaced_ms"] = write.now_ms
+            parameters["kept_room_ids"] = pack_array([k.room_id for k in write.kept])
+            parameters["kept_session_ids"] = pack_array(
+                [key.session_id for key in write.kept]
+            )
+        lock = "" if has_lock else f"{sql.LOCK_VERSION};"
+        keep = f"{sql.KEEP_REPLACED};" if write.kept else ""
+        note = "" if write.note is None else f"{sql.NOTE_WRITE};"
+        txn.execute(
+            f"{lock} {sql.CLAIM_WRITE};{keep} {sql.WRITE_KEYS};"
+            f"{note} {sql.SETTLE_WRITE}",
+            parameters,
+        )
         return bool(txn.rowcount)
 
     def restore_keys(self, txn: Transaction, restored: KeyRestore) -> None:

@@ -93,62 +93,29 @@ _KEYS = f"""unnest(:room_ids::text[]), unnest(:session_ids::text[]),
         unnest(:are_verified::boolean[]),
         unnest(string_to_array(:session_data, chr({ord(SEPARATOR)})))"""
 
-# An upload's message claims the version, inserts the keys and settles the claim:
+# An upload sends one message of several statements: lock, claim, keep, write, note and
+# settle.
 #
 # 1. The claim moves the version's etag and the cached count, if its conditions hold. In
 #    one of the two rows it leaves the new etag negative: the mark.
-# 2. The INSERT writes keys only if it finds the mark.
+# 2. The statements that keep replaced keys, write keys, and note the change in the
+#    record write rows only if they find the mark.
 # 3. The last statement makes the etag positive again, only if it is negative.
 #
 # No committed etag is negative, and the transaction holds the locks of both rows. After
-# a claim that failed, there is no mark, so no key is written. The claim alone has
+# a claim that failed, there is no mark, so nothing is written. The claim alone has
 # conditions on other rows: a process that takes no lock can't make the statements
-# decide differently.
+# decide differently. The claim stands in one message with the lock, but in a statement
+# of its own, so it sees what others committed while the lock was waited for.
 #
 # The INSERT is no part of the claim because of Citus, which sends a statement to a
 # shard as it is only if no INSERT stands beside a WITH, and an INSERT ... SELECT only
 # if its user_id comes from a distributed table.
-_OVERWRITE = """ON CONFLICT (user_id, version, room_id, session_id) DO UPDATE SET
-    first_message_index = excluded.first_message_index,
-    forwarded_count = excluded.forwarded_count,
-    is_verified = excluded.is_verified, session_data = excluded.session_data"""
-_COUNT = "roomkeys_counts"
-_VERSION = "e2e_room_keys_versions"
 
-
-def _insert_keys(marked: str, conflict: str = "") -> str:
-    """Return the INSERT of an upload's keys after a claim.
-
-    Args:
-        marked: the table in which the claim leaves its mark.
-        conflict: the ON CONFLICT clause.
-    """
-    return f"""
-    INSERT INTO e2e_room_keys (user_id, version, room_id, session_id,
-        first_message_index, forwarded_count, is_verified, session_data)
-    SELECT user_id, version, {_KEYS}
-    FROM {marked} WHERE user_id = :user_id AND version = :version AND etag < 0
-    {conflict}"""
-
-
-def _settle(marked: str) -> str:
-    """Return the UPDATE that removes the mark of a claim."""
-    return f"""
-    UPDATE {marked} SET etag = -etag
-    WHERE user_id = :user_id AND version = :version AND etag < 0"""
-
-
-#: Locks a version until the commit, and inserts keys, unless one of them is stored.
-#: Returns the new etag, and the new count or NULL if the cached one isn't of the
-#: window. It returns no row and writes nothing unless all keys are new, the version is
-#: the current one, and a count of its etag is cached.
-#:
-#: The claim stands in one message with the lock, but in a statement of its own, so it
-#: sees what others committed while the lock was waited for. OFFSET leaves PostgreSQL
-#: one plan only: an index lookup for each key. The INSERT has no ON CONFLICT: a process
-#: that takes no lock, such as Synapse's own endpoints, may insert one of the keys
-#: meanwhile, and then the statement fails (23505) and the upload merges instead.
-INSERT_IF_ALL_NEW = f"""{LOCK_VERSION};
+#: Claims a version for the insertion of keys. The claim fails unless all keys are new,
+#: the version is the current one, and a count of its etag is cached. The cached count
+#: has the mark. OFFSET leaves PostgreSQL one plan only: an index lookup for each key.
+CLAIM_INSERT = """
     WITH counted AS (
         UPDATE roomkeys_counts SET etag = -1 - etag,
             key_count = key_count + :added_keys, key_bytes = key_bytes + :added_bytes
@@ -166,17 +133,36 @@ INSERT_IF_ALL_NEW = f"""{LOCK_VERSION};
                 AND k.room_id = u.room_id AND k.session_id = u.session_id OFFSET 0))
         RETURNING etag)
     UPDATE e2e_room_keys_versions SET etag = -counted.etag FROM counted
-    WHERE user_id = :user_id AND version = :version;
-    {_insert_keys(_COUNT)};
-    {_settle(_COUNT)}
+    WHERE user_id = :user_id AND version = :version"""
+#: Inserts keys after `CLAIM_INSERT`. It has no ON CONFLICT: a process that takes no
+#: lock, such as Synapse's own endpoints, may insert one of the keys meanwhile, and then
+#: the statement fails (23505) and the upload merges instead.
+INSERT_KEYS = f"""
+    INSERT INTO e2e_room_keys (user_id, version, room_id, session_id,
+        first_message_index, forwarded_count, is_verified, session_data)
+    SELECT user_id, version, {_KEYS}
+    FROM roomkeys_counts
+    WHERE user_id = :user_id AND version = :version AND etag < 0"""
+#: Records the insertion.
+NOTE_INSERT = """
+    INSERT INTO roomkeys_changes (user_id, version, etag, changed_ms, act, device_id,
+        operator, stored, replaced, unchanged, deleted, sessions)
+    SELECT user_id, version, -etag, :changed_ms, :act, :device_id,
+        :operator, :stored, :replaced, :unchanged, :deleted, :sessions
+    FROM roomkeys_counts
+    WHERE user_id = :user_id AND version = :version AND etag < 0"""
+#: Settles `CLAIM_INSERT`. Returns the new etag, and the new count or NULL if the cached
+#: one isn't of the window; no row if the claim failed.
+SETTLE_INSERT = """
+    UPDATE roomkeys_counts SET etag = -etag
+    WHERE user_id = :user_id AND version = :version AND etag < 0
     RETURNING etag, CASE WHEN counted_ts BETWEEN :oldest AND :newest
         THEN key_count END"""
 
-#: Moves the etag to the new one, a compare-and-set, and if that succeeds moves the
-#: cached count and writes keys over those of the same ids. It writes no row unless the
-#: version has the expected etag and is the current one. The transaction must have
-#: locked the version. A version may have no cached count, so the version has the mark.
-WRITE_KEYS = f"""
+#: Claims a version for a write: a compare-and-set of the etag. The claim fails unless
+#: the version has the expected etag and is the current one. A version may have no
+#: cached count, so the version has the mark.
+CLAIM_WRITE = """
     WITH claimed AS (
         UPDATE e2e_room_keys_versions SET etag = -:new_etag
         WHERE user_id = :user_id AND version = :version AND deleted = 0
@@ -187,16 +173,47 @@ WRITE_KEYS = f"""
     UPDATE roomkeys_counts SET etag = :new_etag,
         key_count = key_count + :added_keys, key_bytes = key_bytes + :added_bytes
     WHERE user_id = :user_id AND version = :version AND etag = :expected_etag
-    AND EXISTS (SELECT 1 FROM claimed);
-    {_insert_keys(_VERSION, _OVERWRITE)};
-    {_settle(_VERSION)}"""
-#: The same after a lock, in one message. As a statement of its own, the claim sees what
-#: others committed while the lock was waited for.
-LOCK_AND_WRITE_KEYS = f"{LOCK_VERSION}; {WRITE_KEYS}"
+    AND EXISTS (SELECT 1 FROM claimed)"""
+#: Keeps those stored keys that the write replaces and that ``kept_room_ids`` and
+#: ``kept_session_ids``, two arrays, name.
+KEEP_REPLACED = """
+    INSERT INTO roomkeys_replaced (user_id, version, room_id, session_id, replaced_ms,
+        etag, first_message_index, forwarded_count, is_verified, session_data)
+    SELECT k.user_id, k.version, k.room_id, k.session_id, :replaced_ms, -v.etag,
+        k.first_message_index, k.forwarded_count, k.is_verified, k.session_data
+    FROM e2e_room_keys_versions AS v
+    JOIN e2e_room_keys AS k ON k.user_id = :user_id AND k.version = v.version
+    JOIN unnest(:kept_room_ids::text[], :kept_session_ids::text[])
+        AS u (room_id, session_id)
+        ON k.room_id = u.room_id AND k.session_id = u.session_id
+    WHERE v.user_id = :user_id AND v.version = :version AND v.etag < 0"""
+#: Writes keys over those of the same ids after `CLAIM_WRITE`.
+WRITE_KEYS = f"""
+    INSERT INTO e2e_room_keys (user_id, version, room_id, session_id,
+        first_message_index, forwarded_count, is_verified, session_data)
+    SELECT user_id, version, {_KEYS}
+    FROM e2e_room_keys_versions
+    WHERE user_id = :user_id AND version = :version AND etag < 0
+    ON CONFLICT (user_id, version, room_id, session_id) DO UPDATE SET
+    first_message_index = excluded.first_message_index,
+    forwarded_count = excluded.forwarded_count,
+    is_verified = excluded.is_verified, session_data = excluded.session_data"""
+#: Records the write.
+NOTE_WRITE = """
+    INSERT INTO roomkeys_changes (user_id, version, etag, changed_ms, act, device_id,
+        operator, stored, replaced, unchanged, deleted, sessions)
+    SELECT user_id, version, -etag, :changed_ms, :act, :device_id,
+        :operator, :stored, :replaced, :unchanged, :deleted, :sessions
+    FROM e2e_room_keys_versions
+    WHERE user_id = :user_id AND version = :version AND etag < 0"""
+#: Settles `CLAIM_WRITE`. Writes no row if the claim failed.
+SETTLE_WRITE = """
+    UPDATE e2e_room_keys_versions SET etag = -etag
+    WHERE user_id = :user_id AND version = :version AND etag < 0"""
 
-#: Keeps the stored keys of some sessions in roomkeys_replaced, before a write replaces
-#: them. The parameters ``room_ids`` and ``session_ids`` are arrays, and ``etag`` is the
-#: etag of the version after the write.
+#: Keeps the stored keys of some sessions in roomkeys_replaced, before a restore
+#: replaces them. The parameters ``room_ids`` and ``session_ids`` are arrays, and
+#: ``etag`` is the etag of the version after the restore.
 KEEP_KEYS = """
     INSERT INTO roomkeys_replaced (user_id, version, room_id, session_id, replaced_ms,
         etag, first_message_index, forwarded_count, is_verified, session_data)

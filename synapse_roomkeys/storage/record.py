@@ -1,12 +1,13 @@
-"""The record: a row for each change of a backup, in the change's transaction."""
+"""The record: a row for each change of a backup, in the change's transaction. Undo: the
+choice of replaced keys that are kept."""
 
 import json
-from collections.abc import Callable, Iterable
-from typing import Protocol
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol
 
 import attrs
 
-from ..types import Actor, BackupId, Retention
+from ..types import Actor, BackupId, Replacement, Retention
 from . import statements
 from .engine import names
 from .transactions import Transaction
@@ -66,8 +67,15 @@ def name_sessions(stored: Iterable[Ids], replaced: Iterable[Ids]) -> str:
     return json.dumps(rooms, ensure_ascii=False)
 
 
+def is_lossy(key: Replacement) -> bool:
+    """Whether the new key decrypts fewer messages than the replaced one: a verified key
+    with a higher ``first_message_index``."""
+    new, old = key.new.first_message_index, key.old.first_message_index
+    return (new or 0) > (old or 0)
+
+
 class Record:
-    """The record of changes, unless the operator turned it off."""
+    """What the operator wants to have recorded and kept."""
 
     def __init__(self, now: Callable[[], float], retention: Retention) -> None:
         """
@@ -76,20 +84,40 @@ class Record:
         """
         self._now = now
         self._is_on = retention.record_days > 0
+        self._keeps = "off"
+        if retention.replaced_keys_days > 0:
+            self._keeps = retention.keep_replaced
 
     def now_ms(self) -> int:
         """The Unix time in milliseconds."""
         return int(1000 * self._now())
 
+    def choose_kept(self, replaced: Sequence[Replacement]) -> Sequence[Replacement]:
+        """Return those of an upload's replaced keys that are kept: see `Retention`."""
+        if self._keeps == "all":
+            return replaced
+        if self._keeps == "off":
+            return ()
+        return [key for key in replaced if is_lossy(key)]
+
+    def parameters(self, change: Change) -> dict[str, Any] | None:
+        """Return a change as parameters of the record's row; None for no row."""
+        if not self._is_on:
+            return None
+        return {
+            "changed_ms": self.now_ms(),
+            "act": change.act,
+            "device_id": change.actor.device_id,
+            "operator": change.actor.operator,
+            "stored": change.stored,
+            "replaced": change.replaced,
+            "unchanged": change.unchanged,
+            "deleted": change.deleted,
+            "sessions": change.sessions,
+        }
+
     def note(self, txn: Transaction, backup: BackupId, change: Change) -> None:
         """Record a change, after the transaction has made it and moved the etag."""
-        if not self._is_on:
-            return
-        values = {
-            **names(backup),
-            **attrs.asdict(change.actor),
-            **attrs.asdict(change, recurse=False),
-            "changed_ms": self.now_ms(),
-        }
-        del values["actor"]
-        txn.execute(statements.NOTE_CHANGE, values)
+        parameters = self.parameters(change)
+        if parameters is not None:
+            txn.execute(statements.NOTE_CHANGE, {**names(backup), **parameters})

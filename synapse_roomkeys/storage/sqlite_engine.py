@@ -22,7 +22,7 @@ from .engine import (
     names,
 )
 from .faults import Fault, judge_sqlite
-from .statements import ALL_TABLES, MOVE_COUNT
+from .statements import ALL_TABLES, MOVE_COUNT, NOTE_CHANGE
 from .transactions import Transaction
 
 #: How many keys one transaction deletes at most. SQLite lets nobody else write
@@ -117,7 +117,7 @@ WRITE_KEYS = """
     forwarded_count = excluded.forwarded_count,
     is_verified = excluded.is_verified, session_data = excluded.session_data"""
 
-#: Keeps the stored keys of some sessions in roomkeys_replaced, before a write replaces
+#: Keeps the stored keys of some sessions in roomkeys_replaced, before others replace
 #: them. The parameter ``ids`` is a JSON array of pairs of room and session id, and
 #: ``etag`` the etag of the version after the write.
 KEEP_KEYS = """
@@ -328,8 +328,15 @@ class SqliteEngine:
         txn.execute(SET_ETAG_OF_CURRENT, parameters)
         if not txn.rowcount:
             return False
+        if write.kept:
+            kept = [(key.room_id, key.session_id) for key in write.kept]
+            values = {"replaced_ms": write.now_ms, "etag": write.new_etag}
+            ids = {**names(write.backup), "ids": json.dumps(kept)}
+            txn.execute(KEEP_KEYS, {**ids, **values})
         txn.execute(WRITE_KEYS, parameters)
         txn.execute(MOVE_COUNT, parameters)
+        if write.note is not None:
+            txn.execute(NOTE_CHANGE, {**names(write.backup), **write.note})
         return True
 
     def restore_keys(self, txn: Transaction, restored: KeyRestore) -> None:

@@ -128,17 +128,17 @@ class Uploads:
         """
         backup, counts = upload.backup, self._counts
         added_bytes = sum(size(key.session_data) for key in upload.keys)
-        insert = KeyInsert(backup, upload.keys, added_bytes)
-        inserted = self._engine.insert_if_all_new(txn, insert, counts.window())
-        if inserted is None:
-            return None
         change = Change(
             UPLOAD,
             upload.actor,
             stored=len(upload.keys),
             sessions=name_sessions(upload.keys, ()),
         )
-        self._record.note(txn, backup, change)
+        note = self._record.parameters(change)
+        insert = KeyInsert(backup, upload.keys, added_bytes, note)
+        inserted = self._engine.insert_if_all_new(txn, insert, counts.window())
+        if inserted is None:
+            return None
         if inserted.count is None:
             return counts.recount(txn, backup).state
         return BackupState(inserted.etag, inserted.count)
@@ -165,17 +165,8 @@ class Uploads:
             # change the backup during the recount. Retry if the etag moved.
             if state.etag == before.etag:
                 return self._result(txn, upload, plan, state)
-        if not self._write(txn, upload.backup, before.etag, plan, has_lock):
+        if not self._write(txn, upload, before.etag, plan, has_lock):
             return None
-        change = Change(
-            UPLOAD,
-            upload.actor,
-            stored=len(plan.new),
-            replaced=len(plan.replaced),
-            unchanged=plan.kept,
-            sessions=name_sessions(plan.new, plan.replaced),
-        )
-        self._record.note(txn, upload.backup, change)
         added = len(plan.new)
         state = self._counts.state_after(txn, upload.backup, before, added)
         return self._result(txn, upload, plan, state)
@@ -204,12 +195,13 @@ class Uploads:
     def _write(
         self,
         txn: Transaction,
-        backup: BackupId,
+        upload: Upload,
         etag: int,
         plan: MergePlan,
         has_lock: bool,
     ) -> bool:
-        """Write the keys of a plan, and lock the version until the commit.
+        """Write the keys of a plan, keep replaced keys, record the change, and lock the
+        version until the commit.
 
         Args:
             etag: the version's etag that the plan was made for.
@@ -219,21 +211,38 @@ class Uploads:
             False if nothing was written because the etag has moved or a newer version
             exists. The version is locked all the same.
         """
+        change = Change(
+            UPLOAD,
+            upload.actor,
+            stored=len(plan.new),
+            replaced=len(plan.replaced),
+            unchanged=plan.kept,
+            sessions=name_sessions(plan.new, plan.replaced),
+        )
         write = KeyWrite(
-            backup=backup,
+            backup=upload.backup,
             expected_etag=etag,
             new_etag=etag + 1,
             added_keys=len(plan.new),
             added_bytes=plan.added_bytes,
             keys=(),
+            kept=self._record.choose_kept(plan.replaced),
+            now_ms=self._record.now_ms(),
+            note=self._record.parameters(change),
         )
         for keys in batches(plan.writes):
             write = attrs.evolve(write, keys=keys)
             if not self._engine.compare_and_write(txn, write, has_lock):
                 return False
-            # The first batch has moved the etag and the count; the others add keys.
+            # The first batch has moved the etag and the count, kept the replaced keys
+            # and recorded the change; the others only write keys.
             write = attrs.evolve(
-                write, expected_etag=etag + 1, added_keys=0, added_bytes=0
+                write,
+                expected_etag=etag + 1,
+                added_keys=0,
+                added_bytes=0,
+                kept=(),
+                note=None,
             )
             has_lock = True
         return True

@@ -17,11 +17,14 @@ from twisted.internet.defer import Deferred, inlineCallbacks
 
 from synapse_roomkeys.storage import (
     EndToEndRoomKeyStore,
+    Place,
     PoolDatabase,
+    Sweeps,
     Transaction,
     check_tables,
     postgres_statements,
     statements,
+    sweeps,
     upgrade_tables,
     versions,
 )
@@ -29,9 +32,11 @@ from synapse_roomkeys.storage.engine import DownloadStatements
 from synapse_roomkeys.storage.postgres_engine import to_pyformat
 from synapse_roomkeys.types import (
     Actor,
+    BackupId,
     KeyMetadata,
     KeyPage,
     Limits,
+    Restore,
     Retention,
     RoomKey,
 )
@@ -49,6 +54,7 @@ PARTITIONS = 16
 TABLES = (
     *("e2e_room_keys", "e2e_room_keys_versions"),
     *("roomkeys_counts", "roomkeys_numbers"),
+    *("roomkeys_changes", "roomkeys_deleted", "roomkeys_replaced"),
 )
 #: As the plugin makes them, index by index, but partitioned.
 PARTITIONED = """
@@ -72,7 +78,27 @@ PARTITIONED = """
     ) PARTITION BY HASH (user_id);
     CREATE TABLE roomkeys_numbers (
         user_id TEXT PRIMARY KEY, last_version BIGINT NOT NULL
-    ) PARTITION BY HASH (user_id)"""
+    ) PARTITION BY HASH (user_id);
+    CREATE TABLE roomkeys_deleted (
+        user_id TEXT NOT NULL, version BIGINT NOT NULL, deleted_ms BIGINT NOT NULL,
+        auth_data TEXT NOT NULL, key_count BIGINT, is_started SMALLINT NOT NULL,
+        PRIMARY KEY (user_id, version)
+    ) PARTITION BY HASH (user_id);
+    CREATE TABLE roomkeys_changes (
+        user_id TEXT NOT NULL, version BIGINT NOT NULL, etag BIGINT NOT NULL,
+        changed_ms BIGINT NOT NULL, act TEXT NOT NULL, device_id TEXT, operator TEXT,
+        stored BIGINT NOT NULL, replaced BIGINT NOT NULL, unchanged BIGINT NOT NULL,
+        deleted BIGINT, sessions TEXT
+    ) PARTITION BY HASH (user_id);
+    CREATE INDEX roomkeys_changes_idx ON roomkeys_changes (user_id, changed_ms);
+    CREATE TABLE roomkeys_replaced (
+        user_id TEXT NOT NULL, version BIGINT NOT NULL, room_id TEXT NOT NULL,
+        session_id TEXT NOT NULL, replaced_ms BIGINT NOT NULL, etag BIGINT NOT NULL,
+        first_message_index INT, forwarded_count INT, is_verified BOOLEAN,
+        session_data TEXT NOT NULL
+    ) PARTITION BY HASH (user_id);
+    CREATE INDEX roomkeys_replaced_idx
+        ON roomkeys_replaced (user_id, version, room_id, session_id)"""
 PARTITION = """
     CREATE TABLE {table}_{number} PARTITION OF {table}
         FOR VALUES WITH (MODULUS {partitions}, REMAINDER {number})"""
@@ -154,17 +180,18 @@ class Explained:
         return self._txn.description
 
     def execute(self, statement: str, parameters: Any = ()) -> Any:
-        """As `Transaction.execute`, but twice, the first time for nothing."""
-        touched: list[set[str]] = []
+        """As `Transaction.execute`; each statement of the message is explained first,
+        with ANALYZE, and rolled back."""
+        sent: list[Sent] = []
         self._txn.execute("SAVEPOINT explained")
-        for part in to_pyformat(statement).split(";"):
+        for part in statement.split(";"):
             if part.split()[0] == "SET":
                 self._txn.execute(part)
             elif part.split()[0] != "FETCH":
-                touched.append(self._explain(part, parameters))
+                touched = self._explain(to_pyformat(part), parameters)
+                sent.append(Sent(part.strip(), frozenset(touched)))
         self._txn.execute("ROLLBACK TO SAVEPOINT explained")
-        if touched:
-            self._sent.append(Sent(statement, frozenset().union(*touched)))
+        self._sent += sent
         return self._txn.execute(to_pyformat(statement), parameters)
 
     def fetchone(self) -> Any:
@@ -226,23 +253,27 @@ def named(statement: str) -> set[str]:
 
 
 def all_statements() -> set[str]:
-    """Every statement there is in the plugin, but for those of its start."""
+    """Return each statement of the plugin that serves users, without settings."""
     found: set[str] = set()
-    for module in (statements, postgres_statements):
+    for module in (statements, postgres_statements, sweeps):
         for name, value in vars(module).items():
             if name.isupper() and not name.startswith("_"):
                 if isinstance(value, str):
                     found.add(value)
                 elif isinstance(value, DownloadStatements):
                     found |= set(attrs.astuple(value))
-    # These name no table of a user's.
+    # These name no user: they read no user's rows, or those of all users.
     apart = {
         statements.COLUMNS,
         postgres_statements.LIMITS,
         postgres_statements.FETCH_PAGE,
         postgres_statements.SEPARATOR,
+        *(sweeps.TAKE_LEASE, sweeps.END_LEASE, sweeps.LAST_EXPIRY, sweeps.SAVE_EXPIRY),
+        *(sweeps.LIST_DELETED, sweeps.MEASURE_QUEUE, sweeps.LIST_USERS),
     }
-    return found - apart
+    parts = (part for text in found - apart for part in text.split(";"))
+    ignored = ("SET", "FETCH")
+    return {part.strip() for part in parts if part.split()[0] not in ignored}
 
 
 def keys(index: int, count: int, room_id: str = "!room") -> list[RoomKey]:
@@ -297,8 +328,8 @@ def broken_key(key: RoomKey) -> RoomKey:
 
 
 @inlineCallbacks
-def do_everything(store: EndToEndRoomKeyStore, user: str) -> Steps:
-    """Every operation there is, with whatever it depends on this way and that."""
+def do_everything(store: EndToEndRoomKeyStore, sweeper: Sweeps, user: str) -> Steps:
+    """Call each operation, in each state that makes it send other statements."""
     version: int = yield store.create_version(user, "algorithm", "{}", ACTOR)
     yield meet_broken_rows(store, user, version)
     yield store.delete_keys(user, version, None, None, ACTOR)
@@ -314,10 +345,41 @@ def do_everything(store: EndToEndRoomKeyStore, user: str) -> Steps:
     newer: int = yield store.create_version(user, "algorithm", "{}", ACTOR)
     assert newer > version
     yield store.get_info(user, None)
+    yield restore_keys(store, user, newer)
+    for _ in range(2):
+        assert (yield store.delete_version(user, newer, ACTOR))
+        yield store.restore_version(user, newer, ACTOR)
     assert (yield store.delete_version(user, newer, ACTOR))
     with mock.patch.object(versions, "DELETED_VERSIONS", 0):
         yield store.create_version(user, "algorithm", "{}", ACTOR)
+    yield sweep(sweeper, user)
     yield store.forget_user(user)
+
+
+@inlineCallbacks
+def restore_keys(store: EndToEndRoomKeyStore, user: str, version: int) -> Steps:
+    """Replace keys by verified ones that decrypt less, and give the old ones back."""
+    yield store.upload_keys(user, version, keys(5, 600), ACTOR)
+    verified = KeyMetadata(9, 0, True)
+    worse = [RoomKey("!room", f"{i}", verified, '"new"') for i in range(3)]
+    result = yield store.upload_keys(user, version, worse, ACTOR)
+    assert len(result.replaced) == 3
+    restore = Restore("!room", None, since_ms=0, is_forced=True)
+    assert (yield store.restore_keys(user, version, restore, ACTOR)) == 3
+
+
+@inlineCallbacks
+def sweep(sweeper: Sweeps, user: str) -> Steps:
+    """Delete the keys of the user's deleted versions, and old records."""
+    with mock.patch.object(sweeps, "SESSIONS_AT_ONCE", 2):
+        place: Place | None = Place()
+        while place is not None:
+            place = yield sweeper.expire(user, place)
+    with mock.patch.object(sweeps, "SESSIONS_AT_ONCE", 200):
+        for backup in (yield sweeper.list_deleted(BackupId("", -1))):
+            place = Place()
+            while place is not None:
+                place = yield sweeper.delete_batch(backup, place)
 
 
 @inlineCallbacks
@@ -331,7 +393,8 @@ def test_partitioned_tables_are_taken_as_they_are(
     problem: str | None = yield database.run("check", check_tables, backend.engine)
     assert problem is None
     after = yield database.run("relations", relations)
-    own = {("roomkeys_schema", "r"), ("roomkeys_schema_pkey", "i")}
+    own = {(f"roomkeys_{name}", "r") for name in ("schema", "leases")}
+    own |= {(f"roomkeys_{name}_pkey", "i") for name in ("schema", "leases")}
     assert after == before | own
 
 
@@ -346,22 +409,30 @@ def test_each_statement_touches_one_partition(
         EndToEndRoomKeyStore(explained, backend.engine, time.time, limits, Retention())
         for limits in (Limits(), Limits(max_user_bytes=10**9))
     ]
+    sweeper = Sweeps(explained, backend.engine, time.time, Retention())
     homes: set[str] = set()
+    touched: dict[str, set[str]] = {}
     for i in range(8):
         first = len(explained.sent)
-        yield do_everything(stores[i % 2], f"@user{i}:test.example")
-        (home,) = {check(sent) for sent in explained.sent[first:]}
+        yield do_everything(stores[i % 2], sweeper, f"@user{i}:test.example")
+        sent = [s for s in explained.sent[first:] if s.statement in all_statements()]
+        (home,) = {check(one) for one in sent}
         homes.add(home)
+        for one in sent:
+            touched.setdefault(one.statement, set()).update(one.numbers)
     assert len(homes) > 1
-    assert {sent.statement for sent in explained.sent} == all_statements()
+    assert touched.keys() == all_statements()
+    # An INSERT that writes no row locks no partition of its table, but others did.
+    for statement, tables in touched.items():
+        assert named(statement) <= tables, statement
 
 
 def check(sent: Sent) -> str:
-    """The number of the only partition that a statement touched, of each table."""
-    tables = named(sent.statement)
-    assert tables, sent.statement
+    """Return the number of the partitions that a statement touched: one of each
+    table, of the same number."""
+    assert named(sent.statement), sent.statement
     (home,) = {tuple(numbers) for numbers in sent.numbers.values()}
-    assert len(home) == 1 and tables <= sent.numbers.keys(), sent
+    assert len(home) == 1, sent
     return home[0]
 
 

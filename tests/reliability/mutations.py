@@ -84,9 +84,11 @@ def _off_by_one(engine: type[SqliteEngine] | type[PostgresEngine], name: str) ->
 
 def on_postgres(old: str, new: str) -> Patch:
     """A fault in what writes keys on PostgreSQL, with a lock and without."""
-    names = ("WRITE_KEYS", "LOCK_AND_WRITE_KEYS")
-    faults: Any = {n: changed(getattr(postgres_statements, n), old, new) for n in names}
-    return mock.patch.multiple(postgres_statements, **faults)
+    names = ("CLAIM_WRITE", "WRITE_KEYS", "SETTLE_WRITE")
+    texts = {name: getattr(postgres_statements, name) for name in names}
+    (place,) = (name for name, text in texts.items() if old in text)
+    fault = changed(texts[place], old, new)
+    return mock.patch.object(postgres_statements, place, fault)
 
 
 def execute_and_commit(
@@ -116,22 +118,17 @@ def only_page(
 def adds_anything() -> Patch:
     """PostgreSQL that takes all keys for new ones, and writes over others."""
     always = "EXISTS (SELECT UNION ALL "
-    end = ";\n    \n    UPDATE roomkeys_counts SET etag = -etag"
-    text = changed(postgres_statements.INSERT_IF_ALL_NEW, "NOT EXISTS (", always)
-    _, conflict, rest = postgres_statements.WRITE_KEYS.partition("ON CONFLICT")
-    over, _, _ = rest.partition(";")
-    text = changed(text, end, f" {conflict}{over}{end}")
-    return mock.patch.object(postgres_statements, "INSERT_IF_ALL_NEW", text)
+    claim = changed(postgres_statements.CLAIM_INSERT, "NOT EXISTS (", always)
+    _, conflict, over = postgres_statements.WRITE_KEYS.partition("ON CONFLICT")
+    insert = f"{postgres_statements.INSERT_KEYS} {conflict}{over}"
+    faults: Any = {"CLAIM_INSERT": claim, "INSERT_KEYS": insert}
+    return mock.patch.multiple(postgres_statements, **faults)
 
 
 def without_lock() -> Patch:
     """PostgreSQL without a lock on the version, but for that of its UPDATE."""
-    names = ("LOCK_VERSION", "LOCK_AND_WRITE_KEYS", "INSERT_IF_ALL_NEW")
-    faults: Any = {
-        name: changed(getattr(postgres_statements, name), " FOR UPDATE", "")
-        for name in names
-    }
-    return mock.patch.multiple(postgres_statements, **faults)
+    unlocked = changed(postgres_statements.LOCK_VERSION, " FOR UPDATE", "")
+    return mock.patch.object(postgres_statements, "LOCK_VERSION", unlocked)
 
 
 #: What one request after the other can show.

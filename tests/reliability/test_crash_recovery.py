@@ -69,12 +69,7 @@ WITHOUT_SYNCHRONOUS_COMMIT = """
 from synapse_roomkeys.service.cli import main
 from synapse_roomkeys.storage import postgres_statements
 
-for name in (
-    "LOCK_VERSION",
-    "INSERT_VERSION",
-    "INSERT_IF_ALL_NEW",
-    "LOCK_AND_WRITE_KEYS",
-):
+for name in "LOCK_VERSION", "INSERT_VERSION":
     setting = "SET LOCAL synchronous_commit TO ON;"
     statement = getattr(postgres_statements, name)
     assert statement.count(setting) == 1
