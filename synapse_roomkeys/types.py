@@ -246,3 +246,50 @@ class Restore:
     session_id: str | None
     since_ms: int
     is_forced: bool
+
+
+@attrs.frozen
+class RecordedChange:
+    """A row of the record: a change of a version.
+
+    Attributes:
+        version: number of the version.
+        etag: the version's etag after the change.
+        changed_ms: Unix time in milliseconds.
+        act: the kind of the change: one of the constants of `storage.record`.
+        device_id: the device of the change; None for an operator's act.
+        operator: the operator of the change; None for a client's.
+        stored: number of new keys.
+        replaced: number of replaced keys.
+        unchanged: number of uploaded keys that weren't better than the stored ones.
+        deleted: number of deleted keys; None if it isn't known.
+        sessions: JSON text that names the stored and replaced sessions.
+    """
+
+    version: int
+    etag: int
+    changed_ms: int
+    act: str
+    device_id: str | None
+    operator: str | None
+    stored: int
+    replaced: int
+    unchanged: int
+    deleted: int | None
+    sessions: str | None
+
+
+@attrs.frozen
+class VersionRecord:
+    """The record of a version.
+
+    Attributes:
+        changes: the recorded changes, in the order of etags.
+        whole_from: the etag since which each change of the keys is recorded; the
+            version's etag, if the last change isn't. Changes are missing before the
+            record was turned on, after its days are over, and where a program without
+            the plugin wrote.
+    """
+
+    changes: tuple[RecordedChange, ...]
+    whole_from: int

@@ -2,12 +2,21 @@
 choice of replaced keys that are kept."""
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import attrs
 
-from ..types import Actor, BackupId, Replacement, Retention
+from ..errors import unknown_version
+from ..types import (
+    Actor,
+    BackupId,
+    RecordedChange,
+    Replacement,
+    Retention,
+    VersionRecord,
+)
 from . import statements
 from .engine import names
 from .transactions import Transaction
@@ -54,6 +63,49 @@ class Ids(Protocol):
     @property
     def session_id(self) -> str:
         """The session."""
+
+
+#: The acts that move the etag of a version, by one.
+_MOVING = (UPLOAD, DELETE_KEYS, RESTORE_VERSION, RESTORE_KEYS)
+
+
+def read_user(
+    txn: Transaction, user_id: str, since_ms: int
+) -> tuple[RecordedChange, ...]:
+    """Return the recorded changes of a user's backups since a Unix time in
+    milliseconds, in their order."""
+    parameters = {"user_id": user_id, "since_ms": since_ms}
+    txn.execute(statements.CHANGES_OF_USER, parameters)
+    return tuple(RecordedChange(*row) for row in txn.fetchall())
+
+
+def read_version(txn: Transaction, backup: BackupId) -> VersionRecord:
+    """Return the record of a version.
+
+    Raises:
+        NotFoundError: there never was such a version.
+    """
+    txn.execute(statements.ETAG, names(backup))
+    row = txn.fetchone()
+    if row is None:
+        raise unknown_version()
+    txn.execute(statements.CHANGES_OF_VERSION, names(backup))
+    changes = tuple(RecordedChange(*row) for row in txn.fetchall())
+    return VersionRecord(changes, _whole_from(changes, row[0]))
+
+
+def _whole_from(changes: Iterable[RecordedChange], etag: int) -> int:
+    """Return the etag since which the record is whole: each later etag was made by one
+    recorded change. Two changes of the same etag are a change by a program that takes
+    no lock, and another one.
+
+    Args:
+        etag: the version's present etag.
+    """
+    made = Counter(change.etag for change in changes if change.act in _MOVING)
+    while etag > 0 and made[etag] == 1:
+        etag -= 1
+    return etag
 
 
 def name_sessions(stored: Iterable[Ids], replaced: Iterable[Ids]) -> str:

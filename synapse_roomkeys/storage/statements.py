@@ -277,3 +277,17 @@ FIND_REPLACED = """
     AND (CAST(:room_id AS TEXT) IS NULL OR r.room_id = :room_id)
     AND (CAST(:session_id AS TEXT) IS NULL OR r.session_id = :session_id)
     ORDER BY r.replaced_ms, r.etag"""
+
+#: Returns a user's rows of the record since a time, in order, with all columns but the
+#: user's.
+CHANGES_OF_USER = """
+    SELECT version, etag, changed_ms, act, device_id, operator, stored, replaced,
+        unchanged, deleted, sessions
+    FROM roomkeys_changes WHERE user_id = :user_id AND changed_ms >= :since_ms
+    ORDER BY changed_ms, version, etag"""
+#: Returns a version's rows of the record, in the order of etags, in the same columns.
+CHANGES_OF_VERSION = """
+    SELECT version, etag, changed_ms, act, device_id, operator, stored, replaced,
+        unchanged, deleted, sessions
+    FROM roomkeys_changes WHERE user_id = :user_id AND version = :version
+    ORDER BY etag, changed_ms"""

@@ -12,15 +12,17 @@ from ..types import (
     KeyPage,
     Limits,
     Position,
+    RecordedChange,
     Restore,
     Retention,
     RoomKey,
     UploadResult,
+    VersionRecord,
 )
 from .counts import KeyCounts
 from .downloads import Download, read_key
 from .engine import Engine, NotJsonError
-from .record import Record
+from .record import Record, read_user, read_version
 from .transactions import ConflictError, Transactions
 from .undo import Undo
 from .uploads import InsertGuess, Upload, Uploads
@@ -213,6 +215,24 @@ class EndToEndRoomKeyStore:
         """
         delete, backup = self._versions.delete, BackupId(user_id, version)
         return self._database.write("roomkeys_delete_version", delete, backup, actor)
+
+    def get_user_record(
+        self, user_id: str, since_ms: int
+    ) -> "Deferred[tuple[RecordedChange, ...]]":
+        """Fire with the recorded changes of a user's backups since a Unix time in
+        milliseconds, in their order."""
+        return self._database.run("roomkeys_get_record", read_user, user_id, since_ms)
+
+    def get_version_record(
+        self, user_id: str, version: int
+    ) -> "Deferred[VersionRecord]":
+        """Fire with the record of a version, deleted or not.
+
+        Raises:
+            NotFoundError: there never was such a version.
+        """
+        backup = BackupId(user_id, version)
+        return self._database.run("roomkeys_get_record", read_version, backup)
 
     def restore_version(
         self, user_id: str, version: int, actor: Actor

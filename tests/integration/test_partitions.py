@@ -352,6 +352,8 @@ def do_everything(store: EndToEndRoomKeyStore, sweeper: Sweeps, user: str) -> St
     assert (yield store.delete_version(user, newer, ACTOR))
     with mock.patch.object(versions, "DELETED_VERSIONS", 0):
         yield store.create_version(user, "algorithm", "{}", ACTOR)
+    yield store.get_user_record(user, 0)
+    yield store.get_version_record(user, newer)
     yield sweep(sweeper, user)
     yield store.forget_user(user)
 
