@@ -182,10 +182,12 @@ KEEP_REPLACED = """
     SELECT k.user_id, k.version, k.room_id, k.session_id, :replaced_ms, -v.etag,
         k.first_message_index, k.forwarded_count, k.is_verified, k.session_data
     FROM e2e_room_keys_versions AS v
-    JOIN e2e_room_keys AS k ON k.user_id = :user_id AND k.version = v.version
-    JOIN unnest(:kept_room_ids::text[], :kept_session_ids::text[])
+    CROSS JOIN unnest(:kept_room_ids::text[], :kept_session_ids::text[])
         AS u (room_id, session_id)
-        ON k.room_id = u.room_id AND k.session_id = u.session_id
+    CROSS JOIN LATERAL (
+        SELECT * FROM e2e_room_keys AS k
+        WHERE k.user_id = :user_id AND k.version = :version
+        AND k.room_id = u.room_id AND k.session_id = u.session_id OFFSET 0) AS k
     WHERE v.user_id = :user_id AND v.version = :version AND v.etag < 0"""
 #: Writes keys over those of the same ids after `CLAIM_WRITE`.
 WRITE_KEYS = f"""
@@ -219,10 +221,11 @@ KEEP_KEYS = """
         etag, first_message_index, forwarded_count, is_verified, session_data)
     SELECT k.user_id, k.version, k.room_id, k.session_id, :replaced_ms, :etag,
         k.first_message_index, k.forwarded_count, k.is_verified, k.session_data
-    FROM e2e_room_keys AS k
-    JOIN unnest(:room_ids::text[], :session_ids::text[]) AS u (room_id, session_id)
-        ON k.room_id = u.room_id AND k.session_id = u.session_id
-    WHERE k.user_id = :user_id AND k.version = :version"""
+    FROM unnest(:room_ids::text[], :session_ids::text[]) AS u (room_id, session_id)
+    CROSS JOIN LATERAL (
+        SELECT * FROM e2e_room_keys AS k
+        WHERE k.user_id = :user_id AND k.version = :version
+        AND k.room_id = u.room_id AND k.session_id = u.session_id OFFSET 0) AS k"""
 #: Writes replaced keys over the stored keys of their sessions. The parameters
 #: ``room_ids``, ``session_ids``, ``times`` and ``etags`` are arrays, which identify the
 #: replaced keys.
@@ -231,12 +234,13 @@ RESTORE_KEYS = """
         first_message_index, forwarded_count, is_verified, session_data)
     SELECT r.user_id, r.version, r.room_id, r.session_id,
         r.first_message_index, r.forwarded_count, r.is_verified, r.session_data
-    FROM roomkeys_replaced AS r
-    JOIN unnest(:room_ids::text[], :session_ids::text[], :times::bigint[],
-            :etags::bigint[]) AS u (room_id, session_id, replaced_ms, etag)
-        ON r.room_id = u.room_id AND r.session_id = u.session_id
-        AND r.replaced_ms = u.replaced_ms AND r.etag = u.etag
-    WHERE r.user_id = :user_id AND r.version = :version
+    FROM unnest(:room_ids::text[], :session_ids::text[], :times::bigint[],
+        :etags::bigint[]) AS u (room_id, session_id, replaced_ms, etag)
+    CROSS JOIN LATERAL (
+        SELECT * FROM roomkeys_replaced AS r
+        WHERE r.user_id = :user_id AND r.version = :version
+        AND r.room_id = u.room_id AND r.session_id = u.session_id
+        AND r.replaced_ms = u.replaced_ms AND r.etag = u.etag LIMIT 1) AS r
     ON CONFLICT (user_id, version, room_id, session_id) DO UPDATE SET
     first_message_index = excluded.first_message_index,
     forwarded_count = excluded.forwarded_count,

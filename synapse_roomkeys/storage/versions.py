@@ -213,10 +213,10 @@ class Versions:
         # A version that is deleted already may have keys, if the homeserver or an older
         # version of the plugin was killed during the deletion.
         txn.execute(statements.QUEUE_DELETION, queued)
+        rows = txn.fetchall()
         if version.is_deleted:
             return False
-        row = txn.fetchone()
-        keys = None if row is None else row[0]
+        keys = rows[0][0] if rows else None
         self._record.note(txn, backup, Change(DELETE_VERSION, actor, deleted=keys))
         # Synapse's own endpoints may have created the version.
         txn.execute(statements.SAVE_NUMBER, names(backup))

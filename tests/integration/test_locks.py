@@ -223,7 +223,7 @@ def test_a_wrong_guess_and_no_count_take_four_messages(
     sent = messages(monkeypatch)
     better = {"!room": {"1": key(), "2": key()}}
     assert (yield client.upload(version, better)) == (etag + 1, 2)
-    write = ["WITH", "INSERT", "UPDATE"]
+    write = ["WITH", "INSERT", "INSERT", "UPDATE"]
     lock_and_write = ["SELECT", *write]
     if way == "adds":
         assert sent == [lock_and_write, ["WITH"], write, ["INSERT"]]

@@ -25,7 +25,15 @@ NEWEST = max(int(file.name[:3]) for file in SCHEMA.iterdir())
 COUNT = "INSERT INTO roomkeys_counts VALUES ('@user:test.example', 1, 2, 3, 4)"
 #: Seconds that processes may take to start, and to be done.
 DEADLINE = 60.0
-OWN_TABLES = {"roomkeys_counts", "roomkeys_numbers", "roomkeys_schema"}
+OWN_TABLES = {
+    "roomkeys_changes",
+    "roomkeys_counts",
+    "roomkeys_deleted",
+    "roomkeys_leases",
+    "roomkeys_numbers",
+    "roomkeys_replaced",
+    "roomkeys_schema",
+}
 HOMESERVERS_TABLES = {"e2e_room_keys", "e2e_room_keys_versions"}
 #: Every column that there is, and every index, with the table it belongs to.
 SHAPE = {
