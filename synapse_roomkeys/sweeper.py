@@ -59,6 +59,8 @@ class Sweeper:
         self._is_awake = False
         self._has_stopped = False
         self._has_failed = False
+        #: Whether a pass has measured the queue since the start of the process.
+        self._has_measured = False
         #: Reactor's time at which to renew the lease.
         self._renewal = 0.0
 
@@ -116,6 +118,13 @@ class Sweeper:
             finally:
                 yield self._sweeps.end_lease(self._owner)
         queue: Queue = yield self._sweeps.measure_queue()
+        if queue.keys and not self._has_measured:
+            logger.info(
+                "%d keys of deleted versions wait for their deletion. Before you take"
+                " synapse_roomkeys out, delete them: see README.rst, Take it out",
+                queue.keys,
+            )
+        self._has_measured = True
         metrics.waiting_keys.set(queue.keys)
         metrics.deletion_delay.set(queue.delay)
 

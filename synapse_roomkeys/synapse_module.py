@@ -22,6 +22,7 @@ from synapse.module_api import (
 from synapse.module_api.errors import ConfigError
 from synapse.rest.client import room_keys
 from synapse.storage.database import make_conn
+from synapse.storage.databases.main import purge_events
 from synapse.storage.engines._base import IsolationLevel
 from twisted.internet.defer import Deferred, ensureDeferred, inlineCallbacks
 from twisted.web.http import Request
@@ -222,6 +223,28 @@ def _replace_in_group(builtin: Any, register: Register) -> str:
         raise _unexpected(f"{BUILTIN} once in {place}", f"it {times} times")
     groups["client"] = tuple(register if f is builtin else f for f in functions)
     return f"{BUILTIN} in {place}"
+
+
+def keep_keys_on_room_purge() -> None:
+    """Have Synapse keep the backed up keys of a room that it purges.
+
+    Synapse deletes the rows of a purged room from the tables in a tuple. The function
+    takes the table of keys out of the tuple.
+
+    Raises:
+        ConfigError: Synapse has no such tuple, or doesn't use it.
+    """
+    name, table = "purge_room_tables_with_room_id_column", "e2e_room_keys"
+    tables: tuple[str, ...] = getattr(purge_events, name, ())
+    purge: Any = getattr(purge_events.PurgeEventsStore, "_purge_room_txn", None)
+    used = getattr(getattr(purge, "__code__", None), "co_names", ())
+    if tables.count(table) != 1 or name not in used:
+        raise _unexpected(
+            f"{purge_events.__name__}.{name} with {table}, for the option"
+            " keep_keys_on_room_purge",
+            "no such tuple, or one that isn't used",
+        )
+    vars(purge_events)[name] = tuple(t for t in tables if t != table)
 
 
 def _refuse_second(functions: Iterable[Any]) -> None:

@@ -183,6 +183,15 @@ class KeptVersionTests(SweeperTests):
         self.host.reactor.pump([INTERVAL + 10, *[0.1] * 10])
         self.assertEqual(self.keys(), 0)
 
+    def test_waiting_keys_are_told_at_the_start(self) -> None:
+        """The log tells once what to do before the plugin is taken out."""
+        self.delete()
+        with self.assertLogs("synapse_roomkeys.sweeper", "INFO") as logs:
+            self.sweep()
+            self.host.reactor.pump([INTERVAL] * 3)
+        (message,) = [record.getMessage() for record in logs.records]
+        self.assertIn("20 keys of deleted versions wait", message)
+
     def test_a_deactivated_user(self) -> None:
         """Nothing of a deactivated user is kept."""
         self.delete()
