@@ -22,6 +22,7 @@ from .storage import EndToEndRoomKeyStore, report_broken_row
 from .sweeper import Sweeper
 from .types import (
     Actor,
+    BackupId,
     BackupInfo,
     BackupState,
     KeyMetadata,
@@ -118,17 +119,24 @@ class E2eRoomKeysHandler:
         number = wire.parse_version(version)
 
         def fetch(
-            after: Position | None, take: Callable[[KeyPage], bool]
+            after: Position | None, on_page: Callable[[KeyPage], bool]
         ) -> "Deferred[None]":
             return self._reads.run(
                 user_id,
                 self._store.get_pages,
-                *(user_id, number, room_id, after, take),
+                user_id,
+                number,
+                room_id,
+                after,
+                on_page,
             )
 
         pages = KeyPages(
-            *(fetch, self._downloads, user_id, self._clock),
-            partial(report_broken_row, (user_id, number)),
+            fetch,
+            self._downloads,
+            user_id,
+            self._clock,
+            partial(report_broken_row, BackupId(user_id, number)),
         )
         yield pages.advance()
         return pages
@@ -174,13 +182,13 @@ class E2eRoomKeysHandler:
         metrics.uploaded_keys.labels("replaced").inc(len(result.replaced))
         metrics.uploaded_keys.labels("kept").inc(result.kept)
 
-        who = f"user={user_id} device={device_id} version={version}"
-        room = _MESSAGE_SIZE - len(_REPLACED) - _size(ascii(who))
+        backup = f"user={user_id} device={device_id} version={version}"
+        max_size = _MESSAGE_SIZE - len(_REPLACED) - _size(ascii(backup))
 
         def log(keys: str) -> None:
-            logger.info(_REPLACED, who, keys)
+            logger.info(_REPLACED, backup, keys)
 
-        yield self._clock.for_each(log, _shown(result.replaced, room))
+        yield self._clock.for_each(log, _describe(result.replaced, max_size))
         return result
 
     @inlineCallbacks
@@ -202,12 +210,20 @@ class E2eRoomKeysHandler:
         state, deleted = yield self._write(
             user_id,
             self._delete_keys,
-            *(user_id, number, room_id, session_id, Actor(device_id)),
+            user_id,
+            number,
+            room_id,
+            session_id,
+            Actor(device_id),
         )
         logger.info(
             "Deleted keys: user=%s device=%s version=%s room=%s session=%s count=%d",
-            *(user_id, device_id, number),
-            *(wire.shown(room_id), wire.shown(session_id), deleted),
+            user_id,
+            device_id,
+            number,
+            wire.shown(room_id),
+            wire.shown(session_id),
+            deleted,
         )
         return state  # type: ignore[no-any-return]
 
@@ -245,7 +261,9 @@ class E2eRoomKeysHandler:
         number: int = yield self._write(
             user_id,
             self._store.create_version,
-            *(user_id, version_info.algorithm, version_info.auth_data),
+            user_id,
+            version_info.algorithm,
+            version_info.auth_data,
             Actor(device_id),
         )
         logger.info(
@@ -276,7 +294,8 @@ class E2eRoomKeysHandler:
         if not wire.is_json(info.auth_data):
             logger.error(
                 "Damaged version: its auth_data isn't JSON: user=%s version=%s",
-                *(user_id, info.version),
+                user_id,
+                info.version,
             )
             raise DamagedVersionError
         return info
@@ -302,7 +321,8 @@ class E2eRoomKeysHandler:
             self._store.update_version,
             user_id,
             wire.parse_version(version),
-            *(version_info.algorithm, version_info.auth_data),
+            version_info.algorithm,
+            version_info.auth_data,
             Actor(device_id),
         )
 
@@ -325,7 +345,9 @@ class E2eRoomKeysHandler:
         if is_first:
             logger.info(
                 "Deleted version: user=%s device=%s version=%s",
-                *(user_id, device_id, number),
+                user_id,
+                device_id,
+                number,
             )
         self._sweeper.wake()
 
@@ -348,7 +370,9 @@ class E2eRoomKeysHandler:
         yield self._write(user_id, self._store.restore_version, user_id, number, actor)
         logger.info(
             "Restored version: user=%s operator=%s version=%s",
-            *(user_id, operator, number),
+            user_id,
+            operator,
+            number,
         )
 
     @inlineCallbacks
@@ -375,13 +399,16 @@ class E2eRoomKeysHandler:
         )
         logger.info(
             "Restored keys: user=%s operator=%s version=%s count=%d",
-            *(user_id, operator, number, restored),
+            user_id,
+            operator,
+            number,
+            restored,
         )
         return restored
 
 
-def _shown(replaced: Iterable[Replacement], most: int) -> Iterator[str]:
-    """Yield the texts that describe replaced keys in the log, at most `most` characters
+def _describe(replaced: Iterable[Replacement], max_size: int) -> Iterator[str]:
+    """Yield texts that describe replaced keys in the log, at most `max_size` characters
     each (as counted by `_size`). A single key may exceed the limit.
 
     Each text holds as many keys as possible, because a log line costs the host as
@@ -392,17 +419,17 @@ def _shown(replaced: Iterable[Replacement], most: int) -> Iterator[str]:
     size = 0
     last_room: str | None = None
     for key in replaced:
-        shown = f" session={wire.shown(key.session_id)}"
-        shown += f" old={_order(key.old)} new={_order(key.new)}"
+        session = f" session={wire.shown(key.session_id)}"
+        session += f" old={_rank_fields(key.old)} new={_rank_fields(key.new)}"
         if key.room_id == last_room:
-            added = shown
+            added = session
         else:
             last_room, room = key.room_id, f" room={wire.shown(key.room_id)}"
-            added = room + shown
+            added = room + session
         size += _size(added)
-        if text and size > most:
+        if text and size > max_size:
             yield text
-            text = room + shown
+            text = room + session
             size = _size(text)
         else:
             text += added
@@ -410,10 +437,12 @@ def _shown(replaced: Iterable[Replacement], most: int) -> Iterator[str]:
         yield text
 
 
-def _order(key: KeyMetadata) -> str:
+def _rank_fields(key: KeyMetadata) -> str:
     """The three fields that rank a key, separated by slashes, for a log line."""
     return f"{key.first_message_index}/{key.forwarded_count}/{key.is_verified}"
 
 
 def _size(text: str) -> int:
+    """Length of an ASCII text in a JSON string, where a backslash precedes each quote
+    and each backslash."""
     return len(text) + text.count('"') + text.count("\\")

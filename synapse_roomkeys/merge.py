@@ -21,7 +21,7 @@ def rank(key: KeyMetadata) -> tuple[bool, int, int]:
     )
 
 
-def is_sound(stored: StoredKey) -> bool:
+def is_complete(stored: StoredKey) -> bool:
     """Whether a stored key has all fields. Any uploaded key is better than an
     incomplete stored key."""
     return (
@@ -35,7 +35,7 @@ def is_sound(stored: StoredKey) -> bool:
 def is_better(uploaded: KeyMetadata, stored: StoredKey) -> bool:
     """Whether an uploaded key replaces a stored key. If both rank equal, the stored key
     stays."""
-    return not is_sound(stored) or rank(uploaded) < rank(stored.metadata)
+    return not is_complete(stored) or rank(uploaded) < rank(stored.metadata)
 
 
 @attrs.frozen

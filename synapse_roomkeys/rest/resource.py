@@ -294,13 +294,17 @@ def note_refusal(request: Request, error: RoomKeysError) -> None:
     """
     metrics.refused_requests.labels(error.errcode).inc()
     method = request.method.decode("latin-1")
-    is_ordinary = error.code == 404 and method in ("GET", "HEAD")
+    is_routine = error.code == 404 and method in ("GET", "HEAD")
     notes = notes_of(request)
     logger.log(
-        logging.DEBUG if is_ordinary else logging.INFO,
+        logging.DEBUG if is_routine else logging.INFO,
         "Refused %s: user=%s device=%s: %d %s: %s",
-        *(method, notes.get("user"), notes.get("device")),
-        *(error.code, error.errcode, error.msg),
+        method,
+        notes.get("user"),
+        notes.get("device"),
+        error.code,
+        error.errcode,
+        error.msg,
         extra={
             "fields": {
                 "method": method,

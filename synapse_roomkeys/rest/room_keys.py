@@ -138,7 +138,7 @@ class RoomKeysServlet(UserServlet):
         check_ids(room_id, session_id)
         version = _version_of(request)
         state: BackupState = yield self.e2e_room_keys_handler.delete_room_keys(
-            *(requester.user_id, version, room_id, session_id, requester.device_id)
+            requester.user_id, version, room_id, session_id, requester.device_id
         )
         return 200, _state_dict(state)
 

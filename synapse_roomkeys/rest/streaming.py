@@ -35,12 +35,12 @@ WRITE_SIZE = 127 << 10
 #: container, not of the process. The value is twice the size of a write, because Linux
 #: accepts more data when half of the buffer was sent.
 UNSENT_SIZE = 256 << 10
-#: Interval between two checks of a long pause: a tenth (`_LOOK_PART`) of the stall
-#: timeout, but at most 30 seconds (`_LOOK_SECONDS`). A stalled client is therefore
+#: Interval between two checks of a long pause: a tenth (`_CHECK_PART`) of the stall
+#: timeout, but at most 30 seconds (`_MAX_CHECK_SECONDS`). A stalled client is therefore
 #: dropped a tenth of the timeout late at most. The maximum is below 60 seconds, after
 #: which Twisted drops idle connections.
-_LOOK_PART = 0.1
-_LOOK_SECONDS = 30.0
+_CHECK_PART = 0.1
+_MAX_CHECK_SECONDS = 30.0
 
 
 class Disconnected(Exception):
@@ -116,7 +116,7 @@ class PacedWriter:
         self._clock = clock
         self._stall_timeout = stall_timeout
         self._on_idle = on_idle
-        self._look_seconds = min(stall_timeout * _LOOK_PART, _LOOK_SECONDS)
+        self._check_seconds = min(stall_timeout * _CHECK_PART, _MAX_CHECK_SECONDS)
         self._chunks: Iterator[bytes] = iter(())
         self._waiting: Deferred[None] | None = None
         #: Reactor time at which the pause began, in seconds, or None.
@@ -142,7 +142,7 @@ class PacedWriter:
             connection is closed, and with any exception of the iterator.
         """
         self._chunks = chunks
-        self._write_on()
+        self._write_until_paused()
         if self._request is None:
             return fail(Disconnected("the client left"))
         if self._paused_at is None:
@@ -166,7 +166,7 @@ class PacedWriter:
         request.finish()
         self._read_at = self._clock.seconds()
         if unread_bytes(channel) is not None:
-            self._look_at_the_rest_after(HOLD_SECONDS, channel)
+            self._extend_idle_timeout_after(HOLD_SECONDS, channel)
 
     def abort(self) -> None:
         """Drop the connection, so the client doesn't mistake the partial response for a
@@ -181,7 +181,7 @@ class PacedWriter:
         if self._paused_at is None and self._request is not None:
             self._paused_at = self._read_at = self._clock.seconds()
             if self._timer is None:
-                self._look_after(CONTENDED_HOLD_SECONDS)
+                self._check_pause_after(CONTENDED_HOLD_SECONDS)
 
     def resumeProducing(self) -> None:
         """Continue to write. Called by the transport when the transport's buffer is
@@ -190,7 +190,7 @@ class PacedWriter:
         self._paused_at = None
         failure: Failure | None = None
         try:
-            self._write_on()
+            self._write_until_paused()
         except Exception:
             failure = Failure()
         if self._paused_at is None:
@@ -202,7 +202,7 @@ class PacedWriter:
         """Stop writing. Called by the transport when the connection is closed."""
         self._end("the client left")
 
-    def _write_on(self) -> None:
+    def _write_until_paused(self) -> None:
         """Write until the connection is paused or closed, or all chunks are written."""
         while self._paused_at is None and self._request is not None:
             chunk = next(self._chunks, None)
@@ -210,7 +210,7 @@ class PacedWriter:
                 return
             self._request.write(chunk)
 
-    def _look(self) -> None:
+    def _check_pause(self) -> None:
         """Check the pause: report the length to `on_idle`, and drop the connection if
         the client has read nothing for the stall timeout."""
         self._timer = None
@@ -222,25 +222,26 @@ class PacedWriter:
         left = self._seconds_left(channel)
         if left > 0:
             is_long = paused >= HOLD_SECONDS
-            usual = self._look_seconds if is_long else CONTENDED_HOLD_SECONDS
-            self._look_after(min(left, usual))
+            interval = self._check_seconds if is_long else CONTENDED_HOLD_SECONDS
+            self._check_pause_after(min(left, interval))
         else:
             self._end(f"the client read nothing for {self._stall_timeout} seconds")
             channel.forceAbortClient()
 
-    def _look_after(self, seconds: float) -> None:
-        self._timer = self._clock.call_later(seconds, self._look)
+    def _check_pause_after(self, seconds: float) -> None:
+        self._timer = self._clock.call_later(seconds, self._check_pause)
 
-    def _look_at_the_rest(self, channel: Any) -> None:
-        """Keep the connection open after the response's end while the client reads."""
+    def _extend_idle_timeout(self, channel: Any) -> None:
+        """Restart Twisted's idle timeout after the response's end while the client
+        reads."""
         left = self._seconds_left(channel)
         if self._unread and left > 0:
             # No effect while the connection's next request is being answered.
             channel.resetTimeout()
-            self._look_at_the_rest_after(min(left, self._look_seconds), channel)
+            self._extend_idle_timeout_after(min(left, self._check_seconds), channel)
 
-    def _look_at_the_rest_after(self, seconds: float, channel: Any) -> None:
-        self._clock.call_later(seconds, lambda: self._look_at_the_rest(channel))
+    def _extend_idle_timeout_after(self, seconds: float, channel: Any) -> None:
+        self._clock.call_later(seconds, lambda: self._extend_idle_timeout(channel))
 
     def _seconds_left(self, channel: Any) -> float:
         """Seconds left until the stall timeout, if the client reads nothing until
@@ -279,7 +280,7 @@ def stream_pages(
         is_complete = False
         while not is_complete:
             yield pages.advance()
-            yield writer.write_all(_encoded(pages, encoder))
+            yield writer.write_all(_encode(pages, encoder))
             is_complete = pages.is_complete
         writer.finish()
     except Disconnected as error:
@@ -295,11 +296,11 @@ def stream_pages(
         writer.abort()
 
 
-def _encoded(pages: KeyPages, encoder: BackupEncoder) -> Iterator[bytes]:
+def _encode(pages: KeyPages, encoder: BackupEncoder) -> Iterator[bytes]:
     """Yield chunks of the response until the keys of the current page are taken or
     released."""
-    goes_on = True
-    while goes_on:
+    has_more = True
+    while has_more:
         keys = pages.take(WRITE_SIZE)
         chunk = encoder.encode(keys)
         if keys.last is None:
@@ -307,4 +308,4 @@ def _encoded(pages: KeyPages, encoder: BackupEncoder) -> Iterator[bytes]:
             pages.release()
         metrics.download_bytes.inc(len(chunk))
         yield chunk
-        goes_on = pages.has_keys
+        has_more = pages.has_keys

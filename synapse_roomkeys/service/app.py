@@ -48,7 +48,7 @@ from ..sweeper import Sweeper
 from ..version import __version__
 from ..whoami import WhoamiAuth
 from .config import DatabaseConfig, ServiceConfig
-from .files import raise_file_limit, room_for_connections
+from .files import max_client_connections, raise_file_limit
 from .readiness import DatabaseReadiness
 from .site import ConnectionLimits, ServiceSite
 from .status import MetricsResource, Probe, ReadyResource, Root
@@ -74,7 +74,7 @@ class StartError(Exception):
     """The service can't start. The text has the cause for the operator."""
 
 
-def database_of(config: DatabaseConfig) -> tuple[PoolDatabase, Engine]:
+def make_database(config: DatabaseConfig) -> tuple[PoolDatabase, Engine]:
     """Create the connection pool of the configured database, without connecting.
 
     Raises:
@@ -104,7 +104,7 @@ class Service:
         self._config = config
         self._reactor = reactor
         self._clock = Clock(reactor)
-        self._database, self._engine = database_of(config.database)
+        self._database, self._engine = make_database(config.database)
         self._address = database_address(self._engine, config.database.args)
         outages = Outages(f"Database {self._address}")
         self._retrying = RetryingDatabase(
@@ -118,7 +118,7 @@ class Service:
         probe = Probe(readiness.check, reactor, outages)
         ready = ReadyResource(probe, self._homeserver, lambda: self._site.draining)
         self._files = raise_file_limit()
-        connections = self._room_for_connections()
+        connections = self._max_client_connections()
         served = Root(ready, self._make_resource())
         self._site = self._make_site(served, ConnectionLimits(connections, _SPARES))
         metrics.max_connections.set(connections)
@@ -168,10 +168,10 @@ class Service:
         register_servlets(hs, resource)
         return resource
 
-    def _room_for_connections(self) -> int:
+    def _max_client_connections(self) -> int:
         """The number of clients' connections that the limit of open files allows."""
         monitoring = _METRICS_CONNECTIONS.regular + _METRICS_CONNECTIONS.spare
-        return room_for_connections(
+        return max_client_connections(
             self._files,
             database_connections=self._database.size,
             other_connections=MAX_CONNECTIONS + monitoring + _SPARES,
@@ -191,7 +191,7 @@ class Service:
         """Upgrade the tables and listen. If either fails, log the cause and end the
         process with status 1."""
         try:
-            if self._room_for_connections() < 1:
+            if self._max_client_connections() < 1:
                 raise StartError(
                     f"{self._files} open files leave no room for a client's"
                     " connection: raise LimitNOFILE, or ulimit -n"

@@ -23,7 +23,7 @@ from ..clock import Clock
 from ..inline import Inline
 from ..storage import SchemaError, brief, database_address, rehearse_start
 from ..whoami import WhoamiAuth, error_text
-from .app import database_of, end_process
+from .app import end_process, make_database
 from .checks import endpoint_parameters
 from .config import ServiceConfig
 
@@ -35,7 +35,7 @@ SECONDS = 15
 HEALTH_SECONDS = 2
 #: Addresses that mean all addresses of a machine, and the loopback address at which
 #: the machine itself reaches such a listener.
-_EVERYWHERE = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}
+_WILDCARDS = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}
 #: Start of the body of ``/health``.
 _HEALTHY = b'{"status":"ok"'
 
@@ -54,7 +54,7 @@ class Check:
         """
         self._config = config
         self._reactor = reactor
-        self._database, self._engine = database_of(config.database)
+        self._database, self._engine = make_database(config.database)
         self._auth = WhoamiAuth(reactor, Clock(reactor), config.homeserver)
         self._code = 0
 
@@ -111,7 +111,7 @@ class Check:
             if (yield self._is_served(endpoint)):
                 return "in use by a running service, which answers /health"
             raise Problem(
-                f"{_clause(error)}. If another program uses the address, choose"
+                f"{str(error).rstrip('.')}. If another program uses the address, choose"
                 " another one. Else check that the address belongs to this machine, or"
                 " that the directory exists"
             ) from None
@@ -122,7 +122,7 @@ class Check:
     def _is_served(self, endpoint: str) -> Inline[bool]:
         """Fire with whether a key backup service answers ``/health`` at an endpoint."""
         agent = Agent.usingEndpointFactory(
-            self._reactor, _Always(self._client_endpoint(endpoint))
+            self._reactor, _FixedEndpoint(self._client_endpoint(endpoint))
         )
         try:
             asked = agent.request(b"GET", b"http://service/health")
@@ -139,7 +139,7 @@ class Check:
             return UNIXClientEndpoint(self._reactor, parameters["address"])
         host = parameters.get("interface", "")
         port = int(parameters["port"])
-        return HostnameEndpoint(self._reactor, _EVERYWHERE.get(host, host), port)
+        return HostnameEndpoint(self._reactor, _WILDCARDS.get(host, host), port)
 
     @inlineCallbacks
     def _try_database(self) -> Inline[str]:
@@ -194,7 +194,7 @@ class Check:
 
 @implementer(IAgentEndpointFactory)
 @attrs.frozen
-class _Always:
+class _FixedEndpoint:
     """Endpoint factory that returns the same endpoint for each URI."""
 
     endpoint: IStreamClientEndpoint
@@ -221,11 +221,6 @@ def _describe_new_file(path: Path) -> str:
             " service's user, or change the directory's owner"
         )
     return "the file doesn't exist yet; the service creates it at its start"
-
-
-def _clause(error: Exception) -> str:
-    """The text of an exception without a full stop at the end."""
-    return str(error).rstrip(".")
 
 
 def _print(name: str, outcome: str, text: str) -> None:

@@ -173,7 +173,8 @@ def _migrate(options: argparse.Namespace) -> int:
         synapse = _synapse(options.source or options.target)
         to_service = options.source is not None
         result = migrate(
-            *((synapse, service) if to_service else (service, synapse)),
+            synapse if to_service else service,
+            service if to_service else synapse,
             Progress(sys.stderr),
             Options(
                 keep=None if options.keep is None else Keep(options.keep),

@@ -35,7 +35,7 @@ def raise_file_limit() -> int:
     return hard
 
 
-def room_for_connections(
+def max_client_connections(
     files: int, *, database_connections: int, other_connections: int
 ) -> int:
     """Return the number of clients that may be connected: two files for each, one for

@@ -10,7 +10,7 @@ from twisted.internet.interfaces import IAddress
 
 from .checks import Network
 
-_SANE_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
+_VALID_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 #: Text in place of the address of a peer that connects by a unix socket.
 UNIX = "unix"
 
@@ -68,7 +68,7 @@ def choose_request_id(sent: bytes | None) -> str:
     Args:
         sent: X-Request-ID of a trusted proxy, of any bytes, or None.
     """
-    if sent is not None and _SANE_ID.fullmatch(sent):
+    if sent is not None and _VALID_ID.fullmatch(sent):
         return sent.decode("ascii")
     return secrets.token_hex(8)
 

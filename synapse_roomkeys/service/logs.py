@@ -31,10 +31,10 @@ MAX_TRACEBACK = 16384
 MAX_FIELD = 255
 #: Bytes reserved for a line's time, level, logger and request id, and also the minimum
 #: that a message may use.
-_ROOM = 256
-#: Minimum of seconds between two lines of a `RareLine`: an attack of one day logs 1,440
-#: lines.
-RARE_SECONDS = 60
+_RESERVED = 256
+#: Minimum of seconds between two lines of a `RateLimitedWarning`: an attack of one day
+#: logs 1,440 lines.
+WARNING_SECONDS = 60
 _TOKEN = re.compile(r"(access_token=|Bearer )[^\s&\"']+")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
@@ -55,7 +55,7 @@ def set_up_logs(log_format: str, level: str) -> None:
     globalLogBeginner.beginLoggingTo([STDLibLogObserver()], redirectStandardIO=False)
 
 
-class RareLine:
+class RateLimitedWarning:
     """A warning that is logged at most once a minute, however often its cause occurs.
 
     If warnings were left out, the next line has their number.
@@ -65,7 +65,7 @@ class RareLine:
         self,
         logger: logging.Logger,
         now: Callable[[], float],
-        seconds: float = RARE_SECONDS,
+        seconds: float = WARNING_SECONDS,
     ) -> None:
         """
         Args:
@@ -140,7 +140,8 @@ def _message(record: logging.LogRecord, taken: int = 0) -> str:
     Args:
         taken: number of bytes that fields use of the line.
     """
-    return _cut(_clean(record.getMessage()), max(MAX_LINE - _ROOM - taken, _ROOM))
+    size = max(MAX_LINE - _RESERVED - taken, _RESERVED)
+    return _cut(_clean(record.getMessage()), size)
 
 
 def _clean(text: str) -> str:
@@ -150,18 +151,18 @@ def _clean(text: str) -> str:
     return text.encode("ascii", "backslashreplace").decode()
 
 
-def _cut(text: str, room: int) -> str:
+def _cut(text: str, size: int) -> str:
     """Cut a text to a number of bytes in JSON. Append "..." to a text that was cut.
 
     Args:
         text: printable ASCII.
-        room: limit of the bytes, without the "...".
+        size: limit of the bytes, without the "...".
     """
     # In JSON quotes and backslashes need two bytes each.
-    if len(text) + text.count('"') + text.count("\\") <= room:
+    if len(text) + text.count('"') + text.count("\\") <= size:
         return text
-    sizes = accumulate(2 if char in '"\\' else 1 for char in text[:room])
-    return text[: sum(size <= room for size in sizes)] + "..."
+    sizes = accumulate(2 if char in '"\\' else 1 for char in text[:size])
+    return text[: sum(needed <= size for needed in sizes)] + "..."
 
 
 def _exception(record: logging.LogRecord) -> list[str]:

@@ -77,7 +77,7 @@ class ServiceRequest(Request):
                 # disk.
                 self.content = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115
             except OSError as error:
-                raise self._no_room(error) from None
+                raise self._refuse_unstored_body(error) from None
 
     def handleContentChunk(self, data: bytes) -> None:
         """As `twisted.web.http.Request.handleContentChunk`.
@@ -98,7 +98,7 @@ class ServiceRequest(Request):
         except OSError as error:
             content.close()
             self.content = BytesIO()
-            raise self._no_room(error) from None
+            raise self._refuse_unstored_body(error) from None
 
     def requestReceived(self, command: bytes, path: bytes, version: bytes) -> None:
         """As `twisted.web.http.Request.requestReceived`."""
@@ -188,10 +188,10 @@ class ServiceRequest(Request):
         else:
             super().process()  # type: ignore[no-untyped-call]
 
-    def _no_room(self, error: OSError) -> BodyRefusedError:
+    def _refuse_unstored_body(self, error: OSError) -> BodyRefusedError:
         """Log at most once a minute that a body can't be stored. Return the refusal."""
         channel = self.channel
-        channel.site.no_room.warn(
+        channel.site.disk_warning.warn(
             "No room for the body of an upload in %s: %s. Uploads of %d bytes or more"
             " are answered 503 until the directory has room",
             tempfile.tempdir or "any directory",

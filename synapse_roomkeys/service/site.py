@@ -15,7 +15,7 @@ from twisted.web.server import Site
 from .. import metrics
 from ..errors import BUSY_RETRY_AFTER, RoomKeysError, TooLargeError, UnavailableError
 from .checks import Network
-from .logs import RareLine
+from .logs import RateLimitedWarning
 from .request import BodyRefusedError, ServiceRequest
 
 logger = logging.getLogger(__name__)
@@ -126,9 +126,9 @@ class Channel(HTTPChannel):
 
     def checkPersistence(self, request: Any, version: bytes) -> bool:
         """As `HTTPChannel.checkPersistence`."""
-        kept: bool = super().checkPersistence(request, version)  # type: ignore[no-untyped-call]
+        is_persistent: bool = super().checkPersistence(request, version)  # type: ignore[no-untyped-call]
         is_last = self.site.draining or self.is_spare
-        return kept and self.persistent != 0 and not is_last
+        return is_persistent and self.persistent != 0 and not is_last
 
     def loseConnection(self) -> None:
         """As `HTTPChannel.loseConnection`. After a refusal, read and discard the rest
@@ -211,7 +211,7 @@ class ServiceSite(Site):
         draining: whether a stop has begun.
         channels: the open connections.
         too_large: text of the error for a body over the limit.
-        no_room: log line about bodies that can't be stored.
+        disk_warning: log line about bodies that can't be stored.
     """
 
     protocol = Channel  # type: ignore[assignment]
@@ -238,11 +238,11 @@ class ServiceSite(Site):
         self.trusted_proxies = trusted_proxies
         self.draining = False
         self.channels: set[Channel] = set()
-        self.no_room = RareLine(logger, reactor.seconds)
+        self.disk_warning = RateLimitedWarning(logger, reactor.seconds)
         self._limits = connections
         #: Spare connections, the oldest first.
         self._spares: dict[Channel, None] = {}
-        self._refused = RareLine(logger, reactor.seconds)
+        self._refused = RateLimitedWarning(logger, reactor.seconds)
         self._drained: Deferred[None] | None = None
 
     def buildProtocol(  # type: ignore[override]

@@ -49,30 +49,30 @@ class Probe:
         self._reactor = reactor
         self._outages = outages
         self._waiting: list[Deferred[str]] = []
-        self._asked = False
+        self._is_running = False
 
     def ask(self) -> "Deferred[str]":
         """Fire within `TIMEOUT` seconds with `OK`, or with one line about the
         failure."""
         waiter: Deferred[str] = Deferred()
         self._waiting.append(waiter)
-        if not self._asked:
-            self._asked = True
+        if not self._is_running:
+            self._is_running = True
             answer = self._check().addCallbacks(
                 lambda _: OK, lambda failure: error_line(failure.value)
             )
-            answer.addCallback(self._answer)
+            answer.addCallback(self._share)
         return waiter.addTimeout(TIMEOUT, self._reactor).addErrback(
-            self._give_up, waiter
+            self._time_out, waiter
         )
 
-    def _answer(self, answer: str) -> None:
-        self._asked = False
+    def _share(self, answer: str) -> None:
+        self._is_running = False
         waiting, self._waiting = self._waiting, []
         for waiter in waiting:
             waiter.callback(answer)
 
-    def _give_up(self, failure: Failure, waiter: "Deferred[str]") -> str:
+    def _time_out(self, failure: Failure, waiter: "Deferred[str]") -> str:
         self._waiting.remove(waiter)
         answer = f"no answer in {TIMEOUT} seconds"
         self._outages.note_failure(SILENT, answer)
@@ -119,8 +119,8 @@ class ReadyResource(Resource):
             for name, (_, answer) in zip(self._probes, answers, strict=True)
         }
         parts["service"] = "stopping" if self._is_draining() else OK
-        well = all(part == OK for part in parts.values())
-        respond(request, 200 if well else 503, parts)
+        is_ready = all(part == OK for part in parts.values())
+        respond(request, 200 if is_ready else 503, parts)
 
 
 class MetricsResource(Resource):

@@ -104,22 +104,19 @@ def read_key(
     if session_data is None:
         return None
     if not is_json(session_data):
-        report_broken_row((backup.user_id, backup.version), room_id, session_id)
+        report_broken_row(backup, room_id, session_id)
         return None
     return RoomKey(room_id, session_id, metadata(fields), session_data)
 
 
-def report_broken_row(backup: tuple[str, int], room_id: str, session_id: str) -> None:
-    """Log and count a stored key that no client could read.
-
-    Args:
-        backup: a user and a version.
-    """
+def report_broken_row(backup: BackupId, room_id: str, session_id: str) -> None:
+    """Log and count a stored key that no client could read."""
     metrics.broken_rows.inc()
     logger.error(
         "Left out a key: its session_data isn't JSON:"
         " user=%s version=%s room=%s session=%s",
-        *backup,
+        backup.user_id,
+        backup.version,
         shown(room_id),
         shown(session_id),
     )

@@ -51,7 +51,7 @@ def rank_forwarded_first(key: KeyMetadata) -> tuple[bool, int, int]:
 
 def is_not_worse(uploaded: KeyMetadata, stored: StoredKey) -> bool:
     """A rule by which an equal key takes the old one's place."""
-    return not merge.is_sound(stored) or (
+    return not merge.is_complete(stored) or (
         merge.rank(uploaded) <= merge.rank(stored.metadata)
     )
 

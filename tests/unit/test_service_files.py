@@ -7,7 +7,7 @@ from unittest import mock
 
 from twisted.trial.unittest import SynchronousTestCase
 
-from synapse_roomkeys.service.files import raise_file_limit, room_for_connections
+from synapse_roomkeys.service.files import max_client_connections, raise_file_limit
 
 
 class RaiseFileLimitTests(SynchronousTestCase):
@@ -47,14 +47,14 @@ class RaiseFileLimitTests(SynchronousTestCase):
 
 
 class RoomForConnectionsTests(SynchronousTestCase):
-    """Tests of `room_for_connections`."""
+    """Tests of `max_client_connections`."""
 
     def test_each_connection_takes_two_files(self) -> None:
         """A client connection takes two files, its socket and a temporary file for the
         body; a database connection takes three files."""
 
         def room(files: int, database: int) -> int:
-            return room_for_connections(
+            return max_client_connections(
                 files, database_connections=database, other_connections=50
             )
 

@@ -14,7 +14,7 @@ from synapse_roomkeys.service.logs import (
     MAX_FIELD,
     MAX_LINE,
     JsonFormatter,
-    RareLine,
+    RateLimitedWarning,
     TextFormatter,
     request_id,
 )
@@ -134,15 +134,15 @@ class FormatterTests(SynchronousTestCase):
         self.assertTrue(exception.endswith("ValueError: why"), exception)
 
 
-class RareLineTests(SynchronousTestCase):
-    """Tests of `RareLine`."""
+class RateLimitedWarningTests(SynchronousTestCase):
+    """Tests of `RateLimitedWarning`."""
 
     def test_a_rare_line_is_logged_once_a_period(self) -> None:
         """A line is logged at most once in 60 seconds, and the next line states how
         many were left out."""
         now = 100.0
         logger = logging.getLogger("synapse_roomkeys.test")
-        line = RareLine(logger, lambda: now, seconds=60)
+        line = RateLimitedWarning(logger, lambda: now, seconds=60)
         with self.assertLogs(logger) as logged:
             for now in (100.0, 101.0, 159.9, 160.0, 219.9, 300.0, 400.0):
                 line.warn("At %d", now)

@@ -20,7 +20,7 @@ from twisted.web.http import Request
 from twisted.web.resource import Resource
 from twisted.web.server import NOT_DONE_YET
 
-from synapse_roomkeys.service.logs import RARE_SECONDS
+from synapse_roomkeys.service.logs import WARNING_SECONDS
 from synapse_roomkeys.service.request import MEMORY_BYTES
 from synapse_roomkeys.service.site import (
     BODY_SECONDS,
@@ -377,7 +377,7 @@ class SiteTests(SynchronousTestCase):
         self.assertIn(b" 200 OK\r\n", transport.value())
         self.reactor.advance(SPARE_SECONDS)
         self.assertEqual(len(self.site.channels), MOST)
-        self.reactor.advance(RARE_SECONDS)
+        self.reactor.advance(WARNING_SECONDS)
         with self.assertLogs("synapse_roomkeys", "WARNING") as logged:
             self.connect()
         self.assertIn("200 times more since", logged.output[0])

@@ -6,7 +6,7 @@ from enum import Enum
 
 import attrs
 
-from ...merge import is_better, is_sound
+from ...merge import is_better, is_complete
 from ...storage.rows import metadata
 from ...types import StoredKey
 from .values import Held, Row, SourceVersion, Version
@@ -160,7 +160,7 @@ def _is_better(row: Row, old: Row) -> bool:
     """Apply the merge rule; a source's row with NULLs, or with data that isn't JSON,
     replaces no other row."""
     key = _stored(row)
-    return is_sound(key) and is_better(key.metadata, _stored(old))
+    return is_complete(key) and is_better(key.metadata, _stored(old))
 
 
 def _stored(row: Row) -> StoredKey:
