@@ -4,7 +4,7 @@ pause after each 429."""
 import logging
 import math
 from collections.abc import Mapping
-from typing import NoReturn, cast
+from typing import Annotated, NoReturn, cast
 
 import attrs
 import msgspec
@@ -21,6 +21,7 @@ from twisted.web.iweb import IResponse
 from . import metrics
 from .clock import Clock
 from .inline import Inline
+from .types import PositiveInt
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +48,14 @@ MAX_INTERVAL = 1.0
 RECOVERY = 0.98
 #: Seconds below which the interval becomes 0: a single request takes about as long.
 MIN_INTERVAL = 0.001
+#: HTTP address with an optional port and path, and without a user or a query.
+Address = Annotated[
+    str,
+    msgspec.Meta(
+        pattern=r"^https?://([\w.-]+|\[[0-9a-fA-F:.]+\])(:\d+)?(/[^\s?#@]*)?\Z",
+        description="an address such as https://matrix.example.org",
+    ),
+]
 
 
 @attrs.frozen
@@ -67,13 +76,13 @@ class HomeserverOptions:
         cache_entries: number of answers in memory.
     """
 
-    url: str
-    has_guests: bool = True
-    timeout_seconds: int = 10
-    retry_seconds: int = 5
-    cache_seconds: int = 60
-    refused_cache_seconds: int = 10
-    cache_entries: int = 10000
+    url: Address
+    has_guests: Annotated[bool, msgspec.Meta(description="true or false")] = True
+    timeout_seconds: PositiveInt = 10
+    retry_seconds: PositiveInt = 5
+    cache_seconds: PositiveInt = 60
+    refused_cache_seconds: PositiveInt = 10
+    cache_entries: PositiveInt = 10000
 
 
 @attrs.frozen

@@ -6,9 +6,13 @@ these classes can't be part of a reference cycle.
 """
 
 from collections.abc import Sequence
+from typing import Annotated
 
 import attrs
 import msgspec
+
+#: Type of an option that counts bytes, seconds, keys or the like.
+PositiveInt = Annotated[int, msgspec.Meta(ge=1, description="a positive integer")]
 
 
 @attrs.frozen
@@ -187,12 +191,12 @@ class Limits:
             two. 100 leaves room for clients that forget to delete.
     """
 
-    max_body_bytes: int = 10 * 1024 * 1024
-    max_session_data_bytes: int = 64 * 1024
-    max_waiting_requests: int = 5000
-    max_user_keys: int | None = None
-    max_user_bytes: int | None = None
-    max_user_versions: int = 100
+    max_body_bytes: PositiveInt = 10 * 1024 * 1024
+    max_session_data_bytes: PositiveInt = 64 * 1024
+    max_waiting_requests: PositiveInt = 5000
+    max_user_keys: PositiveInt | None = None
+    max_user_bytes: PositiveInt | None = None
+    max_user_versions: PositiveInt = 100
 
 
 @attrs.frozen

@@ -14,7 +14,6 @@ from twisted.internet.defer import (
     inlineCallbacks,
     maybeDeferred,
 )
-from twisted.internet.endpoints import serverFromString
 from twisted.internet.error import CannotListenError
 from twisted.internet.interfaces import IListeningPort
 
@@ -48,6 +47,7 @@ from ..sweeper import Sweeper
 from ..version import __version__
 from ..whoami import WhoamiAuth
 from .config import DatabaseConfig, ServiceConfig
+from .endpoints import Endpoint
 from .files import max_client_connections, raise_file_limit
 from .readiness import DatabaseReadiness
 from .site import ConnectionLimits, ServiceSite
@@ -238,7 +238,9 @@ class Service:
         return self._database.run("roomkeys_estimate", estimate_keys, self._engine)
 
     @inlineCallbacks
-    def _listen(self, option: str, endpoint: str, site: ServiceSite) -> Inline[None]:
+    def _listen(
+        self, option: str, endpoint: Endpoint, site: ServiceSite
+    ) -> Inline[None]:
         """Listen on an endpoint.
 
         Args:
@@ -248,7 +250,7 @@ class Service:
             StartError: the endpoint can't be opened.
         """
         try:
-            described = serverFromString(self._reactor, endpoint)
+            described = endpoint.server(self._reactor)
             self._ports.append((yield described.listen(site)))
         except (LookupError, AttributeError, TypeError):
             msg = f"{option}: {endpoint}: systemd passed no such socket"

@@ -10,7 +10,6 @@ from twisted.internet.defer import Deferred, inlineCallbacks
 from twisted.internet.endpoints import (
     HostnameEndpoint,
     UNIXClientEndpoint,
-    serverFromString,
 )
 from twisted.internet.error import CannotListenError
 from twisted.internet.interfaces import IStreamClientEndpoint
@@ -24,8 +23,8 @@ from ..inline import Inline
 from ..storage import SchemaError, brief, database_address, rehearse_start
 from ..whoami import WhoamiAuth, error_text
 from .app import end_process, make_database
-from .checks import endpoint_parameters
 from .config import ServiceConfig
+from .endpoints import Endpoint
 
 #: Timeout of each part in seconds. The timeouts of the homeserver (10 s) and of libpq
 #: (5 s for each host) are shorter by default, and their messages say more.
@@ -96,7 +95,7 @@ class Check:
             _print(name, "ok", found)
 
     @inlineCallbacks
-    def _try_listener(self, endpoint: str) -> Inline[str]:
+    def _try_listener(self, endpoint: Endpoint) -> Inline[str]:
         """Open a listener and close it; fire with a sentence for the operator.
 
         Raises:
@@ -104,7 +103,7 @@ class Check:
         """
         if endpoint.startswith("systemd:"):
             return "not tested: systemd opens the socket when it starts the service"
-        listening = serverFromString(self._reactor, endpoint)
+        listening = endpoint.server(self._reactor)
         try:
             port = yield listening.listen(Factory.forProtocol(Protocol))
         except (CannotListenError, OSError) as error:
@@ -119,7 +118,7 @@ class Check:
         return "the listener can be opened"
 
     @inlineCallbacks
-    def _is_served(self, endpoint: str) -> Inline[bool]:
+    def _is_served(self, endpoint: Endpoint) -> Inline[bool]:
         """Fire with whether a key backup service answers ``/health`` at an endpoint."""
         agent = Agent.usingEndpointFactory(
             self._reactor, _FixedEndpoint(self._client_endpoint(endpoint))
@@ -133,8 +132,8 @@ class Check:
             return False
         return body.startswith(_HEALTHY)
 
-    def _client_endpoint(self, endpoint: str) -> IStreamClientEndpoint:
-        parameters = endpoint_parameters(endpoint)
+    def _client_endpoint(self, endpoint: Endpoint) -> IStreamClientEndpoint:
+        parameters = endpoint.parameters()
         if "address" in parameters:
             return UNIXClientEndpoint(self._reactor, parameters["address"])
         host = parameters.get("interface", "")

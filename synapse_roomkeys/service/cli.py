@@ -147,7 +147,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _serve(options: argparse.Namespace) -> int:
     config = load_config(options.config, os.environ, options.homeserver)
-    set_up_logs(config.log_format, config.log_level)
+    set_up_logs(config.log.format, config.log.level)
     from twisted.internet import reactor
 
     return app.Service(config, reactor).run()

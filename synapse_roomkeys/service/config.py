@@ -7,29 +7,22 @@ such as ``ROOMKEYS_HOMESERVER_URL_FILE``, has the path of a file with the value.
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
+from ipaddress import ip_network
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import attrs
 import yaml
+from msgspec import Meta, convert
 
-from ..config import LIMITS, OptionError, positive_integer, unknown_option
+from ..config import OptionError, check_option, make_section, options_of
 from ..homeserver import HomeserverOptions
 from ..storage import find_wrong_argument
-from ..types import Limits, Retention
-from .checks import (
-    Network,
-    address,
-    boolean,
-    count,
-    endpoints,
-    networks,
-    one_of,
-    scalar,
-    some_endpoints,
-)
+from ..types import Limits, PositiveInt, Retention
+from .endpoints import Endpoint
+from .forwarded import Network
 
 #: Start of the names of all variables.
 PREFIX = "ROOMKEYS_"
@@ -55,7 +48,10 @@ _SYNAPSES = frozenset(
         _ARGS + "cp_reconnect",
     ]
 )
-_POOL = (_ARGS + "cp_min", _ARGS + "cp_max")
+_POOL = {_ARGS + "cp_min": PositiveInt, _ARGS + "cp_max": PositiveInt}
+#: Type of an argument of ``sqlite3.connect`` or ``psycopg2.connect``.
+_Argument = Annotated[str | int, Meta(description="a string or an integer")]
+_STRINGS = Meta(description="a list of strings")
 
 
 @attrs.frozen
@@ -70,10 +66,23 @@ class DatabaseConfig:
             may have a password, and are left out of ``repr``.
     """
 
-    name: str = "sqlite3"
+    name: Literal["sqlite3", "psycopg2"] = "sqlite3"
     args: Mapping[str, Any] = attrs.field(
         factory=lambda: {"database": "roomkeys.db"}, repr=False
     )
+
+
+@attrs.frozen
+class LogConfig:
+    """The section ``log:``.
+
+    Attributes:
+        format: plain text, or one JSON object a line.
+        level: the lowest level that is logged.
+    """
+
+    format: Literal["text", "json"] = "text"
+    level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
 
 
 @attrs.frozen
@@ -87,8 +96,7 @@ class ServiceConfig:
         metrics_listeners: endpoints that serve only metrics and status.
         trusted_proxies: networks of the proxies whose X-Forwarded-For and X-Request-ID
             are believed. Peers of a unix socket are always believed.
-        log_format: ``text`` or ``json``.
-        log_level: the lowest level that is logged.
+        log: the format of the log, and its lowest level.
         shutdown_seconds: time in which requests under way may end after a signal to
             stop.
         stalled_download_seconds: time for which a client may read nothing before its
@@ -99,34 +107,22 @@ class ServiceConfig:
 
     homeserver: HomeserverOptions
     database: DatabaseConfig = attrs.field(factory=DatabaseConfig)
-    listeners: tuple[str, ...] = ("tcp:8009:interface=127.0.0.1",)
-    metrics_listeners: tuple[str, ...] = ()
-    trusted_proxies: tuple[Network, ...] = ()
-    log_format: str = "text"
-    log_level: str = "INFO"
-    shutdown_seconds: int = 30
-    stalled_download_seconds: int = 300
+    listeners: Annotated[
+        tuple[Endpoint, ...],
+        Meta(min_length=1, description="a list of strings, at least one"),
+    ] = (Endpoint("tcp:8009:interface=127.0.0.1"),)
+    metrics_listeners: Annotated[tuple[Endpoint, ...], _STRINGS] = ()
+    trusted_proxies: Annotated[tuple[Network, ...], _STRINGS] = ()
+    log: LogConfig = attrs.field(factory=LogConfig)
+    shutdown_seconds: PositiveInt = 30
+    stalled_download_seconds: PositiveInt = 300
     limits: Limits = attrs.field(factory=Limits)
     retention: Retention = attrs.field(factory=Retention)
 
 
-_Check = Callable[[str, Any], Any]
-_numbers = [f.name for f in attrs.fields(HomeserverOptions) if f.type is int]
-#: The check of each option. The options in ``database.args`` are checked apart.
-OPTIONS: Mapping[str, _Check] = {
-    "homeserver.url": address,
-    "homeserver.has_guests": boolean,
-    **{f"homeserver.{name}": positive_integer for name in _numbers},
-    "database.name": one_of("sqlite3", "psycopg2"),
-    "listeners": some_endpoints,
-    "metrics_listeners": endpoints,
-    "trusted_proxies": networks,
-    "log.format": one_of("text", "json"),
-    "log.level": one_of("DEBUG", "INFO", "WARNING", "ERROR"),
-    "shutdown_seconds": positive_integer,
-    "stalled_download_seconds": positive_integer,
-    **{f"limits.{name}": positive_integer for name in LIMITS},
-}
+#: Types of the options by name, without those in ``database.args``.
+OPTIONS = options_of(ServiceConfig)
+_VARIABLES = {PREFIX + name.replace(".", "_").upper(): name for name in OPTIONS}
 _SECTIONS = {name.rpartition(".")[0] for name in OPTIONS} | {"database.args"}
 
 
@@ -150,21 +146,17 @@ def load_config(
         OptionError: an option is unknown, missing or wrong, or a file can't be read.
     """
     values = _read(paths, environ)
+    name = "homeserver.url"
     if homeserver is not None:
-        values["homeserver.url"] = address("--homeserver", homeserver)
-    if "homeserver.url" not in values:
-        raise OptionError(
-            "homeserver.url", f"must be set, or {PREFIX}HOMESERVER_URL, or --homeserver"
-        )
-    top = {name: value for name, value in values.items() if "." not in name}
-    log = {f"log_{name}": value for name, value in _section(values, "log.").items()}
-    return ServiceConfig(
-        homeserver=HomeserverOptions(**_section(values, "homeserver.")),
-        database=_database(values),
-        limits=Limits(**_section(values, "limits.")),
-        **top,
-        **log,
-    )
+        types = {"--homeserver": OPTIONS[name]}
+        values[name] = check_option("--homeserver", homeserver, types)
+    if name not in values:
+        msg = f"must be set, or {PREFIX}HOMESERVER_URL, or --homeserver"
+        raise OptionError(name, msg)
+    values[name] = values[name].rstrip("/")
+    values["database"] = _database(values)
+    config: ServiceConfig = make_section(ServiceConfig, values)
+    return config
 
 
 def load_database(paths: Sequence[Path], environ: Mapping[str, str]) -> DatabaseConfig:
@@ -212,7 +204,7 @@ def _read(paths: Sequence[Path], environ: Mapping[str, str]) -> dict[str, Any]:
     for path in paths:
         try:
             found = dict(_flat(read_yaml(path), ""))
-            values |= {name: _check(name)(name, v) for name, v in found.items()}
+            values |= {name: _check(name, value) for name, value in found.items()}
         except OptionError as error:
             raise OptionError(str(path), str(error)) from None
     for variable, text in environ.items():
@@ -221,26 +213,20 @@ def _read(paths: Sequence[Path], environ: Mapping[str, str]) -> dict[str, Any]:
     return {name: v for name, v in values.items() if name not in _SYNAPSES}
 
 
-def _section(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """Return the values whose names start with a prefix, by the rest of the names."""
-    return {
-        name.removeprefix(prefix): value
-        for name, value in values.items()
-        if name.startswith(prefix)
-    }
-
-
 def _database(values: Mapping[str, Any]) -> DatabaseConfig:
     name = values.get("database.name", "sqlite3")
-    args = _section(values, _ARGS)
+    args = {
+        option.removeprefix(_ARGS): value
+        for option, value in values.items()
+        if option.startswith(_ARGS)
+    }
     if name == "psycopg2":
         check_arguments(args)
         return DatabaseConfig(name, args)
     # The size of Synapse's pool is ignored: the service has one connection to SQLite.
     args = {n: value for n, value in args.items() if _ARGS + n not in _POOL}
-    for argument in args:
-        if argument != "database":
-            raise unknown_option(_ARGS + argument, [_ARGS + "database"])
+    for argument, value in args.items():
+        check_option(_ARGS + argument, value, {_ARGS + "database": _Argument})
     return DatabaseConfig(name, args) if args else DatabaseConfig()
 
 
@@ -265,28 +251,35 @@ def check_arguments(args: Mapping[str, Any]) -> None:
         raise OptionError(_ARGS + wrong, "isn't known to libpq, or has a wrong value")
 
 
-def _check(name: str) -> _Check:
-    """Return the check of an option.
+def _check(name: str, value: Any) -> Any:
+    """Return the value of an option in the option's type.
 
     Raises:
-        OptionError: the option is unknown.
+        OptionError: the option is unknown, or the value is wrong.
     """
+    if name in _SYNAPSES:
+        return value
     if name.startswith(_ARGS) and not _ARGUMENT.fullmatch(name):
         # Don't show the name: after a comma in an unquoted password, YAML's flow
         # mappings take the rest of the password for a name.
         msg = "has a key with other characters than a-z and _"
         raise OptionError("database.args", msg)
-    if name in _SYNAPSES:
-        return lambda option, value: value
-    if name in _POOL:
-        return count
     if name.startswith(_ARGS + "cp_"):
-        raise unknown_option(name, _POOL)
+        return check_option(name, _number(value), _POOL)
     if name.startswith(_ARGS):
-        return scalar
-    if name not in OPTIONS:
-        raise unknown_option(name, [*OPTIONS, "database.args"])
-    return OPTIONS[name]
+        return check_option(name, value, {name: _Argument})
+    known = {**OPTIONS, "database.args": _Argument}
+    return check_option(name, value, known, _parse)
+
+
+def _parse(expected: Any, value: Any) -> Any:
+    """Convert an item of a list to an endpoint or a network.
+
+    Raises:
+        ValueError: the item is wrong. The error quotes the item.
+    """
+    text = convert(value, str)
+    return ip_network(text) if expected is Network else Endpoint.parse(text)
 
 
 def _flat(content: Any, section: str) -> Iterator[tuple[str, Any]]:
@@ -314,7 +307,10 @@ def _variable(
         OptionError: no option has the variable, or the value or its file is wrong.
     """
     stem = variable.removesuffix("_FILE")
-    name = _option_of(stem)
+    args = PREFIX + "DATABASE_ARGS_"
+    name = _VARIABLES.get(stem)
+    if stem.startswith(args):
+        name = _ARGS + stem.removeprefix(args).lower()
     if name is None:
         if _KUBERNETES.search(variable):
             return {}
@@ -330,27 +326,22 @@ def _variable(
         except ValueError:
             raise OptionError(variable, "its file isn't text in UTF-8") from None
     try:
-        return {name: _check(name)(name, _decoded(name, text))}
+        return {name: _check(name, _decode(name, text))}
     except OptionError as error:
         raise OptionError(variable, str(error)) from None
 
 
-def _option_of(variable: str) -> str | None:
-    """Return the option that a variable is for, or None if there is none."""
-    args = PREFIX + "DATABASE_ARGS_"
-    if variable.startswith(args):
-        return _ARGS + variable.removeprefix(args).lower()
-    for name in OPTIONS:
-        if variable == PREFIX + name.replace(".", "_").upper():
-            return name
-    return None
-
-
-def _decoded(name: str, text: str) -> Any:
-    """Convert the text of a variable to the type that YAML would have."""
-    if name in ("listeners", "metrics_listeners", "trusted_proxies"):
+def _decode(name: str, text: str) -> Any:
+    """Convert the text of a variable: a list at its commas, digits to an integer, and
+    "true" and "false" to a boolean. An argument of the database stays a text."""
+    if name.startswith(_ARGS):
+        return text
+    if get_origin(get_args(OPTIONS[name])[0]) is tuple:
         return [part.strip() for part in text.split(",") if part.strip()]
-    if OPTIONS.get(name) is boolean:
-        return {"true": True, "false": False}.get(text.lower(), text)
-    numeric = OPTIONS.get(name) is positive_integer
-    return int(text) if numeric and text.isdecimal() else text
+    return {"true": True, "false": False}.get(text.lower(), _number(text))
+
+
+def _number(value: Any) -> Any:
+    """Convert a string of digits to an integer. Return other values unchanged."""
+    is_number = isinstance(value, str) and value.isdecimal()
+    return int(value) if is_number else value

@@ -5,16 +5,22 @@ import secrets
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from ipaddress import IPv4Address, IPv6Address, ip_address
+from typing import Any, Protocol, runtime_checkable
 
 from twisted.internet.interfaces import IAddress
-
-from .checks import Network
 
 _VALID_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 #: Text in place of the address of a peer that connects by a unix socket.
 UNIX = "unix"
 
 _Address = IPv4Address | IPv6Address
+
+
+@runtime_checkable
+class Network(Protocol):
+    """Network of IP addresses: an `IPv4Network` or an `IPv6Network`."""
+
+    def __contains__(self, address: Any, /) -> bool: ...
 
 
 def is_trusted(peer: IAddress, trusted: Iterable[Network]) -> bool:

@@ -14,7 +14,7 @@ from twisted.web.server import Site
 
 from .. import metrics
 from ..errors import BUSY_RETRY_AFTER, RoomKeysError, TooLargeError, UnavailableError
-from .checks import Network
+from .forwarded import Network
 from .logs import RateLimitedWarning
 from .request import BodyRefusedError, ServiceRequest
 

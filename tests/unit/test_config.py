@@ -38,10 +38,11 @@ class ParseModuleConfigTests(SynchronousTestCase):
         the option."""
         values: list[object] = [0, -1, 1.5, True, None, "1", []]
         for value in values:
-            error = self.assertRaises(
-                OptionError, parse_module_config, {"max_body_bytes": value}
-            )
-            self.assertIn("max_body_bytes", str(error))
+            for option in ("max_body_bytes", "max_user_keys"):
+                error = self.assertRaises(
+                    OptionError, parse_module_config, {option: value}
+                )
+                self.assertEqual(error.option, option)
 
     def test_a_list_is_refused(self) -> None:
         """A configuration that is not a mapping is refused."""

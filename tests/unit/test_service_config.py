@@ -17,11 +17,13 @@ from synapse_roomkeys.homeserver import HomeserverOptions
 from synapse_roomkeys.service.config import (
     OPTIONS,
     DatabaseConfig,
+    LogConfig,
     ServiceConfig,
     example,
     load_config,
     load_database,
 )
+from synapse_roomkeys.service.endpoints import Endpoint
 from synapse_roomkeys.types import Limits
 
 URL = "https://matrix.example.org"
@@ -101,11 +103,13 @@ class ConfigTests(SynchronousTestCase):
             ServiceConfig(
                 HomeserverOptions(URL, timeout_seconds=1, cache_entries=2),
                 DatabaseConfig("psycopg2", {"user": "a", "cp_max": 3}),
-                ("unix:/run/a:mode=660", "systemd:domain=INET:index=0"),
-                ("tcp:9",),
+                (
+                    Endpoint("unix:/run/a:mode=660"),
+                    Endpoint("systemd:domain=INET:index=0"),
+                ),
+                (Endpoint("tcp:9"),),
                 (),
-                "json",
-                "DEBUG",
+                LogConfig("json", "DEBUG"),
                 4,
                 5,
                 Limits(max_body_bytes=6),
@@ -135,7 +139,7 @@ class ConfigTests(SynchronousTestCase):
             url = None if name == "homeserver.url" else URL
             config: Any = load_config([], {variable: text}, url)
             found = attrs.asdict(config)
-            for key in name.replace("log.", "log_").split("."):
+            for key in name.split("."):
                 found = found[key]
             self.assertEqual(found, value, name)
         config = self.load(TRUSTED_PROXIES="10.0.0.0/8,192.168.1.1")
@@ -255,7 +259,7 @@ class ConfigTests(SynchronousTestCase):
             "ROOMKEYS_HOMESERVER_URL": "http://b",
         }
         config = load_config([first, second], variables, None)
-        self.assertEqual((config.log_format, config.log_level), ("json", "ERROR"))
+        self.assertEqual((config.log.format, config.log.level), ("json", "ERROR"))
         self.assertEqual(config.database.args, {"user": "a", "host": "c"})
         self.assertEqual(config.shutdown_seconds, 3)
         self.assertEqual(config.homeserver.url, "http://b")
@@ -322,6 +326,7 @@ class ConfigTests(SynchronousTestCase):
             "log.level": ["info", None],
             "shutdown_seconds": [0],
             "limits.max_body_bytes": [0, "10M"],
+            "limits.max_user_keys": [0, None],
             "database.args.password": [None, [SECRET], {"a": SECRET}],
             "database.args.cp_max": ["x", 0],
         }
@@ -338,6 +343,7 @@ class ConfigTests(SynchronousTestCase):
                 self.assertNotIn(SECRET, str(error))
         self.refused(None, "ROOMKEYS_LISTENERS", LISTENERS="")
         self.refused(None, "ROOMKEYS_LOG_FORMAT", LOG_FORMAT="xml")
+        self.refused(None, "ROOMKEYS_HOMESERVER_HAS_GUESTS", HOMESERVER_HAS_GUESTS="1")
         self.refused(None, "ROOMKEYS_SHUTDOWN_SECONDS", SHUTDOWN_SECONDS="1s")
         self.refused({"log": "json"}, "log: must be a mapping")
         self.refused(["log"], "must be a mapping")
