@@ -8,14 +8,10 @@ import sys
 import time
 from typing import Any
 
-from twisted.internet.defer import (
-    Deferred,
-    DeferredList,
-    inlineCallbacks,
-    maybeDeferred,
-)
+from twisted.application.service import MultiService
+from twisted.application.strports import service as listener_service
+from twisted.internet.defer import Deferred, inlineCallbacks
 from twisted.internet.error import CannotListenError
-from twisted.internet.interfaces import IListeningPort
 
 from .. import metrics
 from ..clock import Clock
@@ -88,8 +84,11 @@ def make_database(config: DatabaseConfig) -> tuple[PoolDatabase, Engine]:
         raise OptionError("database.name", str(error)) from None
 
 
-class Service:
+class Service(MultiService):
     """The service: a process that serves ``/room_keys`` until a signal stops it.
+
+    Each endpoint has its own child service, which listens. The listeners of clients
+    have a parent of their own, because a stop ends them first.
 
     Attributes:
         exit_code: exit status of the process.
@@ -100,6 +99,7 @@ class Service:
         Raises:
             OptionError: the database's driver isn't installed.
         """
+        super().__init__()  # type: ignore[no-untyped-call]
         self.exit_code = 0
         self._config = config
         self._reactor = reactor
@@ -126,7 +126,8 @@ class Service:
         root = Root(ready, JsonResource())
         root.putChild(b"metrics", MetricsResource(self._count_keys))
         self._metrics_site = self._make_site(root, _METRICS_CONNECTIONS)
-        self._ports: list[IListeningPort] = []
+        self._listeners = MultiService()
+        self._listeners.setServiceParent(self)
         self._stopping = False
         metrics.note_build(__version__, self._engine.name)
         pool = metrics.pool_transactions
@@ -144,7 +145,7 @@ class Service:
         # collection.
         gc.collect()
         gc.freeze()
-        self._reactor.callWhenRunning(self._start)
+        self._reactor.callWhenRunning(self.startService)
         self._reactor.run(installSignalHandlers=False)
         return self.exit_code
 
@@ -186,6 +187,30 @@ class Service:
             connections,
         )
 
+    def startService(self) -> None:
+        """As `IService.startService`. The service listens after the tables are
+        upgraded."""
+        super().startService()  # type: ignore[no-untyped-call]
+        self._start()
+
+    @inlineCallbacks
+    def stopService(self) -> Inline[None]:
+        """As `IService.stopService`. Stop listening for clients, finish requests and
+        transactions for ``shutdown_seconds``, drop the connections that are still
+        open, and then stop the ``metrics_listeners``."""
+        seconds = self._config.shutdown_seconds
+        end = self._reactor.seconds() + seconds
+        self._sweeper.stop()
+        drained = self._site.drain()
+        yield self._listeners.stopService()
+        late = self._reactor.callLater(seconds, self._drop)
+        yield drained
+        if late.active():
+            late.cancel()
+        while self._database.in_use and self._reactor.seconds() < end:
+            yield self._clock.sleep(_POLL_SECONDS)
+        yield super().stopService()  # type: ignore[no-untyped-call]
+
     @inlineCallbacks
     def _start(self) -> Inline[None]:
         """Upgrade the tables and listen. If either fails, log the cause and end the
@@ -197,10 +222,12 @@ class Service:
                     " connection: raise LimitNOFILE, or ulimit -n"
                 )
             yield self._upgrade()
+            if self._stopping:
+                return
             for endpoint in self._config.metrics_listeners:
-                yield self._listen("metrics_listeners", endpoint, self._metrics_site)
+                self._listen("metrics_listeners", endpoint, self._metrics_site, self)
             for endpoint in self._config.listeners:
-                yield self._listen("listeners", endpoint, self._site)
+                self._listen("listeners", endpoint, self._site, self._listeners)
         except StartError as error:
             logger.critical("Can't start: %s", error)
             self._end(1)
@@ -237,21 +264,21 @@ class Service:
         """Fire with an estimate of the number of keys in all backups."""
         return self._database.run("roomkeys_estimate", estimate_keys, self._engine)
 
-    @inlineCallbacks
     def _listen(
-        self, option: str, endpoint: Endpoint, site: ServiceSite
-    ) -> Inline[None]:
+        self, option: str, endpoint: Endpoint, site: ServiceSite, parent: MultiService
+    ) -> None:
         """Listen on an endpoint.
 
         Args:
             option: name of the option that has the endpoint, for the error.
+            parent: running service that becomes the parent of the listener.
 
         Raises:
             StartError: the endpoint can't be opened.
         """
         try:
-            described = endpoint.server(self._reactor)
-            self._ports.append((yield described.listen(site)))
+            listener = listener_service(str(endpoint), site, self._reactor)
+            listener.setServiceParent(parent)
         except (LookupError, AttributeError, TypeError):
             msg = f"{option}: {endpoint}: systemd passed no such socket"
             raise StartError(msg) from None
@@ -267,24 +294,9 @@ class Service:
 
     @inlineCallbacks
     def _stop(self) -> Inline[None]:
-        """Stop listening, finish requests for ``shutdown_seconds``, drop all others,
-        and end the process.
-
-        The ``metrics_listeners`` answer until the end.
-        """
-        seconds = self._config.shutdown_seconds
-        end = self._reactor.seconds() + seconds
-        logger.info("Stopping within %d seconds", seconds)
-        self._sweeper.stop()
-        drained = self._site.drain()
-        served = self._ports[len(self._config.metrics_listeners) :]
-        yield DeferredList([maybeDeferred(port.stopListening) for port in served])
-        late = self._reactor.callLater(seconds, self._drop)
-        yield drained
-        if late.active():
-            late.cancel()
-        while self._database.in_use and self._reactor.seconds() < end:
-            yield self._clock.sleep(_POLL_SECONDS)
+        """Stop the service and end the process."""
+        logger.info("Stopping within %d seconds", self._config.shutdown_seconds)
+        yield self.stopService()
         logger.info("Stopped")
         self._end(0)
 

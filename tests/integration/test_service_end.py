@@ -7,17 +7,21 @@ import signal
 import socket
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from http.client import HTTPResponse
 from pathlib import Path
 
+import psycopg2
 import pytest
+
+from synapse_roomkeys.storage.postgres_statements import TABLE_STATEMENTS
 
 from ..backup_client import Api
 from ..contract.base import ALGORITHM, AUTH_DATA, PREFIX, Rooms, key, keys_path, wrapped
 from ..servers.accounts import fetch
 from ..servers.fake_homeserver import Homeserver
+from ..servers.postgres import PostgresServer
 from ..servers.processes import HOST
 from ..servers.service import Service
 
@@ -231,6 +235,38 @@ def test_an_idle_service_exits(service: Service, number: signal.Signals) -> None
     service.send(number)
     assert service.wait(5.0) == 0
     assert "Stopped" in service.log()
+
+
+def test_a_signal_during_the_start(
+    postgres: PostgresServer, homeserver: Homeserver, tmp_path: Path
+) -> None:
+    """A service that is stopped while it waits for the lock of the tables exits with 0
+    and doesn't listen first."""
+    database = postgres.create_database()
+    service = Service(tmp_path, homeserver.url, database=database)
+    with closing(psycopg2.connect(**database)) as connection:
+        cursor = connection.cursor()
+        cursor.execute(TABLE_STATEMENTS.lock)
+        service.start_without_waiting()
+
+        def is_waiting() -> bool:
+            cursor.execute("SELECT 1 FROM pg_locks WHERE NOT granted")
+            return cursor.fetchone() is not None
+
+        wait_until(is_waiting, service)
+        service.send(signal.SIGTERM)
+        wait_until(lambda: "Stopping" in service.log(), service)
+    assert service.wait(DEADLINE) == 0
+    assert "listens on" not in service.log()
+    assert "Traceback" not in service.log()
+
+
+def wait_until(is_true: Callable[[], bool], service: Service) -> None:
+    """Wait for a condition. If it doesn't come true, fail with the service's log."""
+    deadline = time.monotonic() + DEADLINE
+    while not is_true():
+        assert time.monotonic() < deadline, service.log()
+        time.sleep(0.02)
 
 
 def test_a_closed_terminal(service: Service, homeserver: Homeserver) -> None:
