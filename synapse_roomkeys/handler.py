@@ -1,7 +1,7 @@
 """The operations of the key backup API, independent of HTTP and SQL."""
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, TypeVar
 
@@ -18,6 +18,7 @@ from .errors import (
 from .fairness import FairSemaphore, UserQueues
 from .inline import Inline
 from .pages import KeyPages
+from .replacements import MESSAGE, describe
 from .storage import EndToEndRoomKeyStore, report_broken_row
 from .sweeper import Sweeper
 from .types import (
@@ -25,11 +26,9 @@ from .types import (
     BackupId,
     BackupInfo,
     BackupState,
-    KeyMetadata,
     KeyPage,
     Limits,
     Position,
-    Replacement,
     Restore,
     RoomKey,
     UploadResult,
@@ -47,14 +46,10 @@ DOWNLOADS = 16
 #: after the other anyway, and four downloads suffice to keep the user's share of the
 #: database busy.
 DOWNLOADS_PER_USER = 4
-#: Maximum length of a log line about several replaced keys, in ASCII characters,
-#: including the backslashes that JSON adds. The service cuts longer lines.
-_MESSAGE_SIZE = 1792
 #: Seconds between two transactions of a deletion. Another process that waits for the
 #: lock of an SQLite file retries every 0.1 s: the pause lets the other process take
 #: the lock.
 _DELETION_PAUSE = 0.1
-_REPLACED = "Replaced keys (first_message_index/forwarded_count/is_verified): %s%s"
 
 
 class E2eRoomKeysHandler:
@@ -183,12 +178,11 @@ class E2eRoomKeysHandler:
         metrics.uploaded_keys.labels("kept").inc(result.kept)
 
         backup = f"user={user_id} device={device_id} version={version}"
-        max_size = _MESSAGE_SIZE - len(_REPLACED) - _size(ascii(backup))
 
         def log(keys: str) -> None:
-            logger.info(_REPLACED, backup, keys)
+            logger.info(MESSAGE, backup, keys)
 
-        yield self._clock.for_each(log, _describe(result.replaced, max_size))
+        yield self._clock.for_each(log, describe(backup, result.replaced))
         return result
 
     @inlineCallbacks
@@ -405,44 +399,3 @@ class E2eRoomKeysHandler:
             restored,
         )
         return restored
-
-
-def _describe(replaced: Iterable[Replacement], max_size: int) -> Iterator[str]:
-    """Yield texts that describe replaced keys in the log, at most `max_size` characters
-    each (as counted by `_size`). A single key may exceed the limit.
-
-    Each text holds as many keys as possible, because a log line costs the host as
-    much time as several keys do. The room id is written before the room's first key,
-    and again at the start of each text.
-    """
-    text = room = ""
-    size = 0
-    last_room: str | None = None
-    for key in replaced:
-        session = f" session={wire.shown(key.session_id)}"
-        session += f" old={_rank_fields(key.old)} new={_rank_fields(key.new)}"
-        if key.room_id == last_room:
-            added = session
-        else:
-            last_room, room = key.room_id, f" room={wire.shown(key.room_id)}"
-            added = room + session
-        size += _size(added)
-        if text and size > max_size:
-            yield text
-            text = room + session
-            size = _size(text)
-        else:
-            text += added
-    if text:
-        yield text
-
-
-def _rank_fields(key: KeyMetadata) -> str:
-    """The three fields that rank a key, separated by slashes, for a log line."""
-    return f"{key.first_message_index}/{key.forwarded_count}/{key.is_verified}"
-
-
-def _size(text: str) -> int:
-    """Length of an ASCII text in a JSON string, where a backslash precedes each quote
-    and each backslash."""
-    return len(text) + text.count('"') + text.count("\\")

@@ -54,6 +54,7 @@ ORDER = [
     "storage.sweeps",
     "storage",
     "sweeper",
+    "replacements",
     "handler",
     "rest.host",
     "rest.resource",
