@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import attrs
 import msgspec
 
-from .types import Limits, PositiveInt, Retention
+from .types import Boolean, Limits, PositiveInt, Retention
 
 
 class OptionError(Exception):
@@ -33,11 +33,14 @@ class ModuleConfig:
     Attributes:
         stalled_download_seconds: time for which a client may read nothing before its
             download is dropped, counted from the last byte that it took.
+        keep_keys_on_room_purge: Whether Synapse keeps the backed up keys of a room that
+            it purges.
         limits: sizes and numbers above which a request is refused.
         retention: what is kept of changed and deleted backups.
     """
 
     stalled_download_seconds: PositiveInt = 300
+    keep_keys_on_room_purge: Boolean = False
     limits: Limits = attrs.field(factory=Limits)
     retention: Retention = attrs.field(factory=Retention)
 

@@ -21,7 +21,7 @@ from twisted.web.iweb import IResponse
 from . import metrics
 from .clock import Clock
 from .inline import Inline
-from .types import PositiveInt
+from .types import Boolean, PositiveInt
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ class HomeserverOptions:
     """
 
     url: Address
-    has_guests: Annotated[bool, msgspec.Meta(description="true or false")] = True
+    has_guests: Boolean = True
     timeout_seconds: PositiveInt = 10
     retry_seconds: PositiveInt = 5
     cache_seconds: PositiveInt = 60

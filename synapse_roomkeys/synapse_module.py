@@ -102,6 +102,8 @@ class RoomKeysModule:
             on_user_deactivation_status_changed=self.forget_deactivated_user
         )
         metrics.note_build(__version__, engine.name)
+        if config.keep_keys_on_room_purge:
+            keep_keys_on_room_purge()
         place = replace_servlets(self.register_servlets)
         logger.info(
             "synapse_roomkeys %s answers /room_keys in Synapse %s: it replaced %s",

@@ -6,13 +6,20 @@ these classes can't be part of a reference cycle.
 """
 
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Literal
 
 import attrs
 import msgspec
 
 #: Type of an option that counts bytes, seconds, keys or the like.
 PositiveInt = Annotated[int, msgspec.Meta(ge=1, description="a positive integer")]
+#: Type of an option that turns something on or off.
+Boolean = Annotated[bool, msgspec.Meta(description="true or false")]
+#: Type of an option that counts days, of which 0 turns something off. The limit
+#: keeps times in the range of 64 bits.
+Days = Annotated[
+    int, msgspec.Meta(ge=0, le=100_000, description="an integer from 0 to 100,000")
+]
 
 
 @attrs.frozen
@@ -213,10 +220,10 @@ class Retention:
             delete the keys immediately, in the background.
     """
 
-    record_days: int = 28
-    keep_replaced: str = "lossy"
-    replaced_keys_days: int = 14
-    deleted_versions_days: int = 0
+    record_days: Days = 28
+    keep_replaced: Literal["lossy", "all", "off"] = "lossy"
+    replaced_keys_days: Days = 14
+    deleted_versions_days: Days = 0
 
 
 @attrs.frozen

@@ -3,7 +3,7 @@
 from twisted.trial.unittest import SynchronousTestCase
 
 from synapse_roomkeys.config import ModuleConfig, OptionError, parse_module_config
-from synapse_roomkeys.types import Limits
+from synapse_roomkeys.types import Limits, Retention
 
 
 class ParseModuleConfigTests(SynchronousTestCase):
@@ -21,9 +21,15 @@ class ParseModuleConfigTests(SynchronousTestCase):
                 "max_body_bytes": 2,
                 "max_session_data_bytes": 3,
                 "max_waiting_requests": 4,
+                "keep_keys_on_room_purge": True,
+                "record_days": 0,
+                "keep_replaced": "all",
+                "replaced_keys_days": 6,
+                "deleted_versions_days": 7,
             }
         )
-        self.assertEqual(config, ModuleConfig(1, Limits(2, 3, 4)))
+        retention = Retention(0, "all", 6, 7)
+        self.assertEqual(config, ModuleConfig(1, True, Limits(2, 3, 4), retention))
 
     def test_an_unknown_option_is_named(self) -> None:
         """An unknown option is an error that names the option and the similar known
@@ -39,6 +45,20 @@ class ParseModuleConfigTests(SynchronousTestCase):
         values: list[object] = [0, -1, 1.5, True, None, "1", []]
         for value in values:
             for option in ("max_body_bytes", "max_user_keys"):
+                error = self.assertRaises(
+                    OptionError, parse_module_config, {option: value}
+                )
+                self.assertEqual(error.option, option)
+
+    def test_a_wrong_value_of_retention_is_named(self) -> None:
+        """Days are integers from 0 on, and kept keys have three choices."""
+        wrong: dict[str, list[object]] = {
+            "record_days": [-1, 1.5, True, None, 100_001],
+            "keep_replaced": ["lossless", None, True],
+            "keep_keys_on_room_purge": [0, "yes", None],
+        }
+        for option, values in wrong.items():
+            for value in values:
                 error = self.assertRaises(
                     OptionError, parse_module_config, {option: value}
                 )

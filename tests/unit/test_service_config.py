@@ -130,6 +130,7 @@ class ConfigTests(SynchronousTestCase):
             "metrics_listeners": ("tcp:3", ("tcp:3",)),
             "log.format": ("json", "json"),
             "log.level": ("ERROR", "ERROR"),
+            "retention.keep_replaced": ("off", "off"),
         }
         for name in OPTIONS:
             if name == "trusted_proxies":
@@ -327,6 +328,8 @@ class ConfigTests(SynchronousTestCase):
             "shutdown_seconds": [0],
             "limits.max_body_bytes": [0, "10M"],
             "limits.max_user_keys": [0, None],
+            "retention.record_days": [-1, None, "1"],
+            "retention.keep_replaced": ["some", None],
             "database.args.password": [None, [SECRET], {"a": SECRET}],
             "database.args.cp_max": ["x", 0],
         }
