@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; return the exit status of the process.
 
     Args:
-        arguments: arguments of the command; without them, those of the process.
+        arguments: arguments of the command; by default, the process's arguments.
     """
     options = _parser().parse_args(arguments)
     try:

@@ -25,14 +25,14 @@ OK = "ok"
 #: only after a run of autovacuum, every few minutes.
 MEASURE_SECONDS = 300.0
 
-#: Cause of a test that has no result after `TIMEOUT`.
+#: Cause of a test without a result after `TIMEOUT`.
 SILENT = Cause(
     "silent", "Read the server's own log, and check the network to the server"
 )
 
 
 class Probe:
-    """A test with one run at a time, whose result all waiting requests share."""
+    """A test with a single run at a time. All waiting requests share the result."""
 
     def __init__(
         self,
@@ -42,8 +42,9 @@ class Probe:
     ) -> None:
         """
         Args:
-            check: starts a test, which fires with None, or logs its failure and fails.
-            outages: log for a test that has no result after `TIMEOUT` seconds.
+            check: starts a test. The Deferred fires with None, or fails after the test
+                has logged the failure.
+            outages: log for a test without a result after `TIMEOUT` seconds.
         """
         self._check = check
         self._reactor = reactor
@@ -151,7 +152,7 @@ class MetricsResource(Resource):
 
 
 class Root(Resource):
-    """The root: ``/health``, ``/ready``, and one resource for all other paths."""
+    """The root: ``/health``, ``/ready``, and a resource for all other paths."""
 
     def __init__(self, ready: ReadyResource, others: JsonResource) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
