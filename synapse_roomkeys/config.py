@@ -122,6 +122,9 @@ def check_option(
     if name not in known:
         msg = f"unknown option; known are {', '.join(known)}"
         raise OptionError(str(name), msg)
+    if value is False and "off" in get_args(known[name]):
+        # YAML reads an unquoted off as false.
+        value = "off"
     expected = f"must be {_describe(known[name])}"
     try:
         checked = msgspec.convert(value, known[name], dec_hook=dec_hook)

@@ -24,6 +24,9 @@ Start = Callable[[float, "Callable[[], Deferred[None]]"], DelayedCall]
 
 #: Seconds between two passes of a process.
 INTERVAL = 60.0
+#: Seconds until the next pass if a version was deleted while another process had the
+#: lease.
+_RETRY = 5.0
 #: Seconds after which the lease is renewed.
 _RENEWAL = LEASE_SECONDS / 6
 #: Pause after a transaction, as a multiple of the transaction's own time: the sweeper
@@ -89,10 +92,16 @@ class Sweeper:
     def run(self) -> Inline[None]:
         """Make a pass, and schedule the next one."""
         self._next = None
-        self._is_awake = False
+        was_awake, self._is_awake = self._is_awake, False
+        pause = INTERVAL
         try:
-            yield self._sweep()
+            has_lease = yield self._sweep()
             self._has_failed = False
+            if was_awake and not has_lease:
+                # The holder of the lease may have listed the queue before the deletion.
+                self._is_awake, pause = True, _RETRY
+            elif self._is_awake:
+                pause = 0
         except _InterruptedError:
             pass
         except UnavailableError:
@@ -104,19 +113,20 @@ class Sweeper:
                 logger.exception("The sweep failed; it is repeated every minute")
             self._has_failed = True
         if not self._has_stopped:
-            self._schedule(0 if self._is_awake else INTERVAL)
+            self._schedule(pause)
 
     @inlineCallbacks
-    def _sweep(self) -> Inline[None]:
-        """Delete what is due, if no other process does so, and measure the queue."""
-        if (yield self._sweeps.take_lease(self._owner)):
+    def _sweep(self) -> Inline[bool]:
+        """Delete what is due, unless another process has the lease, and measure the
+        queue. Fire with whether this process had the lease."""
+        has_lease: bool = yield self._sweeps.take_lease(self._owner)
+        if has_lease:
             self._renewal = self._clock.seconds() + _RENEWAL
-            try:
-                yield self._delete_due()
-                if (yield self._sweeps.is_expiry_due()):
-                    yield self._expire()
-            finally:
-                yield self._sweeps.end_lease(self._owner)
+            yield self._delete_due()
+            if (yield self._sweeps.is_expiry_due()):
+                yield self._expire()
+            # After an error the lease ends by itself.
+            yield self._sweeps.end_lease(self._owner)
         queue: Queue = yield self._sweeps.measure_queue()
         if queue.keys and not self._has_measured:
             logger.info(
@@ -127,6 +137,7 @@ class Sweeper:
         self._has_measured = True
         metrics.waiting_keys.set(queue.keys)
         metrics.deletion_delay.set(queue.delay)
+        return has_lease
 
     @inlineCallbacks
     def _delete_due(self) -> Inline[None]:

@@ -64,6 +64,11 @@ class ParseModuleConfigTests(SynchronousTestCase):
                 )
                 self.assertEqual(error.option, option)
 
+    def test_off_needs_no_quotes(self) -> None:
+        """YAML reads off as false, which is the same for a choice with "off"."""
+        config = parse_module_config({"keep_replaced": False})
+        self.assertEqual(config.retention.keep_replaced, "off")
+
     def test_a_list_is_refused(self) -> None:
         """A configuration that is not a mapping is refused."""
         self.assertRaises(OptionError, parse_module_config, ["max_body_bytes"])

@@ -110,6 +110,18 @@ class DeletionTests(SweeperTests):
         self.host.reactor.pump([1] * int(LEASE_SECONDS + INTERVAL))
         self.assertEqual(self.keys(), 0)
 
+    def test_a_deletion_during_the_sweep_of_another_process(self) -> None:
+        """A process that deleted a version tries again every 5 seconds."""
+        self.sweep()
+        other = self.other_process()
+        self.successResultOf(other.take_lease("other"))
+        self.delete()
+        self.host.reactor.pump([0, 5, 5])
+        self.assertEqual(self.keys(), 20)
+        self.successResultOf(other.end_lease("other"))
+        self.host.reactor.pump([5, *[0.1] * 10])
+        self.assertEqual(self.keys(), 0)
+
     def test_a_process_that_lost_the_lease_stops(self) -> None:
         """Another process took over, because this one was stopped for a minute."""
         self.delete()
