@@ -175,7 +175,7 @@ class E2eRoomKeysHandler:
         )
         metrics.uploaded_keys.labels("stored").inc(result.stored)
         metrics.uploaded_keys.labels("replaced").inc(len(result.replaced))
-        metrics.uploaded_keys.labels("kept").inc(result.kept)
+        metrics.uploaded_keys.labels("kept").inc(result.unchanged)
 
         backup = f"user={user_id} device={device_id} version={version}"
 

@@ -46,14 +46,14 @@ class MergePlan:
         writes: the keys to write: new keys and better keys.
         new: the new keys among `writes`.
         replaced: the stored keys that the better keys replace.
-        kept: number of uploaded keys that are not better than the stored keys.
+        unchanged: number of uploaded keys that are not better than the stored keys.
         added_bytes: growth of the backup's ``session_data`` in bytes; may be negative.
     """
 
     writes: tuple[RoomKey, ...]
     new: tuple[RoomKey, ...]
     replaced: tuple[Replacement, ...]
-    kept: int
+    unchanged: int
     added_bytes: int
 
 
@@ -68,7 +68,7 @@ def merge(stored: Mapping[int, StoredKey], uploaded: Iterable[RoomKey]) -> Merge
     writes: list[RoomKey] = []
     new: list[RoomKey] = []
     replaced: list[Replacement] = []
-    kept = added_bytes = 0
+    unchanged = added_bytes = 0
     for place, key in enumerate(uploaded):
         old: StoredKey | None = stored.get(place)
         if old is None:
@@ -82,8 +82,8 @@ def merge(stored: Mapping[int, StoredKey], uploaded: Iterable[RoomKey]) -> Merge
                 Replacement(key.room_id, key.session_id, old.metadata, key.metadata)
             )
         else:
-            kept += 1
-    return MergePlan(tuple(writes), tuple(new), tuple(replaced), kept, added_bytes)
+            unchanged += 1
+    return MergePlan(tuple(writes), tuple(new), tuple(replaced), unchanged, added_bytes)
 
 
 def size(text: str) -> int:

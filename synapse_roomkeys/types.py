@@ -170,13 +170,13 @@ class UploadResult:
         state: etag and number of keys after the upload.
         stored: number of new keys.
         replaced: the stored keys that were replaced by better keys.
-        kept: number of uploaded keys that were not better than the stored keys.
+        unchanged: number of uploaded keys that were not better than the stored keys.
     """
 
     state: BackupState
     stored: int
     replaced: tuple[Replacement, ...]
-    kept: int
+    unchanged: int
 
 
 @attrs.frozen

@@ -88,7 +88,9 @@ class RoomKeysServlet(UserServlet):
             requester.user_id, version, keys, requester.device_id
         )
         notes_of(request).update(
-            stored=result.stored, replaced=len(result.replaced), unchanged=result.kept
+            stored=result.stored,
+            replaced=len(result.replaced),
+            unchanged=result.unchanged,
         )
         return 200, _state_dict(result.state)
 

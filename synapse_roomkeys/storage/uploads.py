@@ -41,7 +41,7 @@ class InsertGuess:
 
     def note(self, user_id: str, result: UploadResult) -> None:
         """Remember whether an upload met stored sessions of the user."""
-        met_stored = bool(result.kept or result.replaced)
+        met_stored = bool(result.unchanged or result.replaced)
         self._met_stored[hash(user_id) % _SLOTS] = met_stored
 
 
@@ -177,7 +177,7 @@ class Uploads:
         """Return an upload's result, once the user's limits are checked."""
         if plan.new or plan.added_bytes > 0:
             self._counts.check_user(txn, upload.backup.user_id)
-        return UploadResult(state, len(plan.new), plan.replaced, plan.kept)
+        return UploadResult(state, len(plan.new), plan.replaced, plan.unchanged)
 
     def find(self, txn: Transaction, upload: Upload) -> Snapshot:
         """Read the version and the stored ones of the upload's sessions.
@@ -216,7 +216,7 @@ class Uploads:
             upload.actor,
             stored=len(plan.new),
             replaced=len(plan.replaced),
-            unchanged=plan.kept,
+            unchanged=plan.unchanged,
             sessions=name_sessions(plan.new, plan.replaced),
         )
         write = KeyWrite(

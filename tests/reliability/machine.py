@@ -247,7 +247,7 @@ class BackupMachine(RuleBasedStateMachine):
         self.check_state(version, result.state)
         kept = sum(version.backup.keys[i] is before.keys.get(i) for i in keys)
         new = len(version.backup.keys) - len(before.keys)
-        told = (result.stored, len(result.replaced), result.kept)
+        told = (result.stored, len(result.replaced), result.unchanged)
         assert told == (new, len(keys) - new - kept, kept)
 
     @rule(user_id=users, keys=uploads)

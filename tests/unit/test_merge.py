@@ -86,7 +86,7 @@ class MergeTests(SynchronousTestCase):
         plan = merge(stored, uploads)
         self.assertEqual(plan.writes, (better, new))
         self.assertEqual(len(plan.new), 1)
-        self.assertEqual(plan.kept, 2)
+        self.assertEqual(plan.unchanged, 2)
         data = better.session_data
         self.assertEqual(plan.added_bytes, 2 * len(data) - 8)
         self.assertEqual(plan.replaced, (Replacement("!room", "better", bad, good),))
