@@ -1,26 +1,11 @@
 """Time, timers and waiting for Deferreds, in a form that works in either host."""
 
-import gc
-import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 
-from twisted.internet.defer import Deferred, inlineCallbacks
-
-from .inline import Inline
+from twisted.internet.defer import Deferred
 
 T = TypeVar("T")
-
-#: Longest time for which interruptible work runs without yielding to the reactor, in
-#: seconds.
-SLICE = 0.005
-#: Factor of the pause after a step that used more than SLICE seconds of CPU: the pause
-#: is the excess times PRICE. With 200, one user delays others for longer than SLICE
-#: less than 1 % of the time, however often the user repeats the request.
-PRICE = 200
-#: Longest pause of `Clock.for_each`, in seconds.
-MAX_PAUSE = 10.0
 
 
 class DelayedCall(Protocol):
@@ -46,7 +31,7 @@ class Reactor(Protocol):
         call this method."""
 
 
-def as_it_is(deferred: "Deferred[T]") -> "Deferred[T]":
+def identity(deferred: "Deferred[T]") -> "Deferred[T]":
     """Return the Deferred unchanged: the ``yieldable`` of a host without log
     contexts."""
     return deferred
@@ -71,7 +56,7 @@ class Clock:
     def __init__(
         self,
         reactor: Reactor,
-        yieldable: "Callable[[Deferred[Any]], Deferred[Any]]" = as_it_is,
+        yieldable: "Callable[[Deferred[Any]], Deferred[Any]]" = identity,
         background: "Callable[..., Deferred[Any]]" = at_once,
     ) -> None:
         """
@@ -118,45 +103,3 @@ class Clock:
         slept: Deferred[None] = Deferred()
         self._reactor.callLater(seconds, slept.callback, None)
         return self.wait(slept)
-
-    @inlineCallbacks
-    def for_each(
-        self, call: Callable[[T], object], values: "Iterable[T]"
-    ) -> Inline[None]:
-        """Call a function with each value, yielding to the reactor after each `SLICE`.
-
-        The pause is as long as the CPU time of the slice. After a step that exceeded
-        `SLICE` (a single step can't be interrupted) the pause is longer: see `PRICE`.
-
-        Raises:
-            Exception: any exception of the function or of the iterator.
-        """
-        steps = map(call, values)
-        goes_on = True
-        while goes_on:
-            before = time.thread_time()
-            end = self._reactor.seconds() + SLICE
-            try:
-                with _uncollected():
-                    goes_on = any(self._reactor.seconds() > end for _ in steps)
-            finally:
-                if self._reactor.seconds() > end:
-                    yield self.sleep(_pause(time.thread_time() - before))
-
-
-@contextmanager
-def _uncollected() -> Iterator[None]:
-    """Context in which the garbage collector is disabled, because a collection would
-    otherwise count as CPU time of the user served at the moment."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
-
-
-def _pause(taken: float) -> float:
-    """Seconds for which to yield to the reactor after `taken` seconds of CPU time."""
-    return min(taken + PRICE * max(0, taken - SLICE), MAX_PAUSE)

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from twisted.internet.defer import Deferred, inlineCallbacks
 
-from . import metrics, wire
+from . import metrics
 from .clock import Clock
 from .errors import (
     DamagedVersionError,
@@ -16,11 +16,14 @@ from .errors import (
     unknown_version,
 )
 from .fairness import FairSemaphore, UserQueues
+from .identifiers import parse_version, quote_for_log
 from .inline import Inline
+from .json_text import is_valid_json
 from .pages import KeyPages
 from .replacements import MESSAGE, describe
 from .storage import EndToEndRoomKeyStore, report_broken_row
 from .sweeper import Sweeper
+from .throttling import for_each
 from .types import (
     Actor,
     BackupId,
@@ -33,6 +36,7 @@ from .types import (
     RoomKey,
     UploadResult,
 )
+from .wire import VersionInfo
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +99,7 @@ class E2eRoomKeysHandler:
         Raises:
             NotFoundError: the version doesn't exist.
         """
-        number = wire.parse_version(version)
+        number = parse_version(version)
         return self._reads.run(
             user_id, self._store.get_key, user_id, number, room_id, session_id
         )
@@ -111,7 +115,7 @@ class E2eRoomKeysHandler:
         Raises:
             NotFoundError: the version doesn't exist.
         """
-        number = wire.parse_version(version)
+        number = parse_version(version)
 
         def fetch(
             after: Position | None, on_page: Callable[[KeyPage], bool]
@@ -169,9 +173,9 @@ class E2eRoomKeysHandler:
         device_id: str | None,
     ) -> Inline[UploadResult]:
         keys: list[RoomKey] = []
-        yield self._clock.for_each(keys.append, room_keys)
+        yield for_each(self._clock, keys.append, room_keys)
         result: UploadResult = yield self._store.upload_keys(
-            user_id, wire.parse_version(version), keys, Actor(device_id)
+            user_id, parse_version(version), keys, Actor(device_id)
         )
         metrics.uploaded_keys.labels("stored").inc(result.stored)
         metrics.uploaded_keys.labels("replaced").inc(len(result.replaced))
@@ -182,7 +186,7 @@ class E2eRoomKeysHandler:
         def log(keys: str) -> None:
             logger.info(MESSAGE, backup, keys)
 
-        yield self._clock.for_each(log, describe(backup, result.replaced))
+        yield for_each(self._clock, log, describe(backup, result.replaced))
         return result
 
     @inlineCallbacks
@@ -200,7 +204,7 @@ class E2eRoomKeysHandler:
         Raises:
             NotFoundError: the version doesn't exist.
         """
-        number = wire.parse_version(version)
+        number = parse_version(version)
         state, deleted = yield self._write(
             user_id,
             self._delete_keys,
@@ -215,8 +219,8 @@ class E2eRoomKeysHandler:
             user_id,
             device_id,
             number,
-            wire.shown(room_id),
-            wire.shown(session_id),
+            quote_for_log(room_id),
+            quote_for_log(session_id),
             deleted,
         )
         return state  # type: ignore[no-any-return]
@@ -247,7 +251,7 @@ class E2eRoomKeysHandler:
     def create_version(
         self,
         user_id: str,
-        version_info: wire.VersionInfo,
+        version_info: VersionInfo,
         device_id: str | None = None,
     ) -> Inline[str]:
         """Create a version and make it the current version. Fire with the version's
@@ -275,7 +279,7 @@ class E2eRoomKeysHandler:
             NotFoundError: the version doesn't exist, or the user has no version.
             DamagedVersionError: the version's ``auth_data`` isn't JSON.
         """
-        number = None if version is None else wire.parse_version(version)
+        number = None if version is None else parse_version(version)
         info: BackupInfo | None = yield self._reads.run(
             user_id, self._store.get_info, user_id, number
         )
@@ -285,7 +289,7 @@ class E2eRoomKeysHandler:
                 if number is None
                 else unknown_version()
             )
-        if not wire.is_json(info.auth_data):
+        if not is_valid_json(info.auth_data):
             logger.error(
                 "Damaged version: its auth_data isn't JSON: user=%s version=%s",
                 user_id,
@@ -299,7 +303,7 @@ class E2eRoomKeysHandler:
         self,
         user_id: str,
         version: str,
-        version_info: wire.VersionInfo,
+        version_info: VersionInfo,
         device_id: str | None = None,
     ) -> Inline[None]:
         """Change the ``auth_data`` of a version.
@@ -314,7 +318,7 @@ class E2eRoomKeysHandler:
             user_id,
             self._store.update_version,
             user_id,
-            wire.parse_version(version),
+            parse_version(version),
             version_info.algorithm,
             version_info.auth_data,
             Actor(device_id),
@@ -332,7 +336,7 @@ class E2eRoomKeysHandler:
         Raises:
             NotFoundError: the version never existed.
         """
-        number = wire.parse_version(version)
+        number = parse_version(version)
         is_first: bool = yield self._write(
             user_id, self._store.delete_version, user_id, number, Actor(device_id)
         )
@@ -359,7 +363,7 @@ class E2eRoomKeysHandler:
             NotFoundError: the version isn't kept: it never existed, isn't deleted, or
                 some of its keys are deleted already.
         """
-        number = wire.parse_version(version)
+        number = parse_version(version)
         actor = Actor(None, operator)
         yield self._write(user_id, self._store.restore_version, user_id, number, actor)
         logger.info(
@@ -386,7 +390,7 @@ class E2eRoomKeysHandler:
         Raises:
             NotFoundError: the version doesn't exist.
         """
-        number = wire.parse_version(version)
+        number = parse_version(version)
         actor = Actor(None, operator)
         restored: int = yield self._write(
             user_id, self._store.restore_keys, user_id, number, restore, actor

@@ -9,10 +9,11 @@ from twisted.internet.defer import Deferred, inlineCallbacks
 from twisted.python.failure import Failure
 
 from .clock import Clock
+from .encoding import session_id_of
 from .fairness import FairSemaphore
 from .inline import Inline
+from .json_text import are_valid_json, is_valid_json
 from .types import KeyPage, Position
-from .wire import are_json, is_json, session_id_of
 
 #: Seconds after which a download passes its permit to a waiting download, like the time
 #: slice of a process. Each time, the download drops a prefetched page. With a slice of
@@ -168,9 +169,9 @@ class KeyPages:
             end += 1
         self._taken = end
         rows, sizes = self._page.rows[first:end], self._page.sizes[first:end]
-        if are_json([data for _, _, data in rows]):
+        if are_valid_json([data for _, _, data in rows]):
             return KeyPage(rows, sizes, self._reached())
-        are_whole = [is_json(data) for _, _, data in rows]
+        are_whole = [is_valid_json(data) for _, _, data in rows]
         for (room_id, head, _), is_whole in zip(rows, are_whole, strict=True):
             if not is_whole:
                 self._on_broken(room_id, session_id_of(head))

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 
-from . import wire
+from .identifiers import quote_for_log
 from .types import KeyMetadata, Replacement
 
 #: Log message with two texts: the backup, and its replaced keys.
@@ -28,12 +28,12 @@ def describe(backup: str, replaced: Iterable[Replacement]) -> Iterator[str]:
     size = 0
     last_room: str | None = None
     for key in replaced:
-        session = f" session={wire.shown(key.session_id)}"
+        session = f" session={quote_for_log(key.session_id)}"
         session += f" old={_rank_fields(key.old)} new={_rank_fields(key.new)}"
         if key.room_id == last_room:
             added = session
         else:
-            last_room, room = key.room_id, f" room={wire.shown(key.room_id)}"
+            last_room, room = key.room_id, f" room={quote_for_log(key.room_id)}"
             added = room + session
         size += _size(added)
         if text and size > max_size:

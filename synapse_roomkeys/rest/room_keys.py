@@ -10,12 +10,14 @@ from typing import Any
 from twisted.internet.defer import Deferred, inlineCallbacks
 from twisted.web.http import Request
 
+from ..encoding import BackupEncoder, encode_backup_info, encode_key
 from ..errors import (
     MissingParamError,
     NotJsonError,
     NoVersionToDeleteError,
     no_room_keys,
 )
+from ..identifiers import check_id
 from ..inline import Inline
 from ..pages import KeyPages
 from ..types import (
@@ -27,10 +29,6 @@ from ..types import (
     UploadResult,
 )
 from ..wire import (
-    BackupEncoder,
-    check_id,
-    encode_backup_info,
-    encode_key,
     parse_new_version,
     parse_upload,
     parse_version_info,

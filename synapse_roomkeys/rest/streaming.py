@@ -17,10 +17,10 @@ from zope.interface import implementer
 
 from .. import metrics
 from ..clock import Clock, DelayedCall
+from ..encoding import BackupEncoder
 from ..errors import RoomKeysError
 from ..inline import Inline
 from ..pages import CONTENDED_HOLD_SECONDS, HOLD_SECONDS, KeyPages
-from ..wire import BackupEncoder
 
 logger = logging.getLogger(__name__)
 

@@ -12,6 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from twisted.internet.defer import Deferred, execute
 from twisted.python.failure import Failure
 
+from synapse_roomkeys.encoding import encode_key
 from synapse_roomkeys.errors import RoomKeysError
 from synapse_roomkeys.storage import (
     SQLITE,
@@ -33,7 +34,6 @@ from synapse_roomkeys.types import (
     Retention,
     RoomKey,
 )
-from synapse_roomkeys.wire import encode_key
 
 from ..contract.base import ALGORITHM, NO_VERSION, same
 from ..memory import ImmediateDatabase, TriesOnce

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from synapse_roomkeys import wire
+from synapse_roomkeys import identifiers, wire
 from synapse_roomkeys.errors import RoomKeysError
 from synapse_roomkeys.service.logs import MAX_LINE, JsonFormatter, TextFormatter
 from synapse_roomkeys.types import Limits
@@ -120,12 +120,12 @@ def try_parsers(inputs: Inputs) -> bool:
             check_refusal(error)
     text = inputs.version()
     try:
-        assert 0 < wire.parse_version(text) < 2**63 and str(int(text)) == text
+        assert 0 < identifiers.parse_version(text) < 2**63 and str(int(text)) == text
     except RoomKeysError as error:
         check_refusal(error)
     text = inputs.id()
     try:
-        wire.check_id("Room", text)
+        identifiers.check_id("Room", text)
         assert 0 < len(text.encode()) <= 255 and "\0" not in text
     except RoomKeysError as error:
         check_refusal(error)

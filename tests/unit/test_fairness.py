@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterable, Iterator
 from twisted.internet.defer import Deferred
 from twisted.trial.unittest import SynchronousTestCase
 
-from synapse_roomkeys.clock import MAX_PAUSE, PRICE, SLICE, Clock
+from synapse_roomkeys.clock import Clock
 from synapse_roomkeys.errors import LimitExceededError, OutageError, UnavailableError
 from synapse_roomkeys.fairness import FairSemaphore, Lane, UserQueues
+from synapse_roomkeys.throttling import MAX_PAUSE, PAUSE_FACTOR, SLICE, for_each
 
 from ..memory import FakeReactor
 
@@ -221,7 +222,7 @@ class LaneTests(SynchronousTestCase):
 
 
 class ForEachTests(SynchronousTestCase):
-    """Tests of `Clock.for_each`, where two values take longer than a slice."""
+    """Tests of `for_each`, where two values take longer than a slice."""
 
     def setUp(self) -> None:
         self.reactor = FakeReactor()
@@ -236,7 +237,7 @@ class ForEachTests(SynchronousTestCase):
 
     def for_each(self, values: Iterable[int]) -> Deferred[None]:
         """Call `for_each` with the values."""
-        return Clock(self.reactor).for_each(self.got.append, values)
+        return for_each(Clock(self.reactor), self.got.append, values)
 
     def pause(self, seconds: float) -> None:
         """Check that no value is handled before a time, and let a little more than that
@@ -248,12 +249,12 @@ class ForEachTests(SynchronousTestCase):
 
     def test_a_pause_follows_each_slice(self) -> None:
         """After each slice of work, `for_each` pauses for the time of the work plus
-        `PRICE` times the excess over a slice."""
+        `PAUSE_FACTOR` times the excess over a slice."""
         done = self.for_each(self.values())
         for taken in (2, 4, 6, 8, 10):
             self.assertNoResult(done)
             self.assertEqual(self.got[-1], taken)
-            self.pause((1.04 + 0.04 * PRICE) * SLICE)
+            self.pause((1.04 + 0.04 * PAUSE_FACTOR) * SLICE)
         self.successResultOf(done)
         self.assertEqual(self.got, list(range(1, 11)))
 
@@ -263,7 +264,7 @@ class ForEachTests(SynchronousTestCase):
         self.successResultOf(self.for_each(self.values(0.09)))
 
     def test_a_pause_grows_with_the_excess_of_a_step(self) -> None:
-        """A step longer than a slice is followed by a pause of `PRICE` times the
+        """A step longer than a slice is followed by a pause of `PAUSE_FACTOR` times the
         excess, even if no other step follows."""
 
         def values() -> Iterator[int]:
@@ -271,7 +272,7 @@ class ForEachTests(SynchronousTestCase):
             yield 1
 
         done = self.for_each(values())
-        self.reactor.advance(PRICE * 0.5 * SLICE)
+        self.reactor.advance(PAUSE_FACTOR * 0.5 * SLICE)
         self.assertNoResult(done)
         self.reactor.advance(2 * SLICE)
         self.successResultOf(done)
@@ -336,7 +337,7 @@ class ForEachTests(SynchronousTestCase):
             raise KeyError
 
         done = self.for_each(values())
-        self.reactor.advance(PRICE * 0.5 * SLICE)
+        self.reactor.advance(PAUSE_FACTOR * 0.5 * SLICE)
         self.assertNoResult(done)
         self.reactor.advance(2 * SLICE)
         self.failureResultOf(done, KeyError)

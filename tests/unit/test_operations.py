@@ -11,6 +11,7 @@ from twisted.trial.unittest import SynchronousTestCase
 from synapse_roomkeys import metrics
 from synapse_roomkeys.clock import Clock
 from synapse_roomkeys.errors import NotFoundError, OutageError, UnavailableError
+from synapse_roomkeys.identifiers import quote_for_log
 from synapse_roomkeys.outages import Outages
 from synapse_roomkeys.service.logs import MAX_LINE, JsonFormatter, TextFormatter
 from synapse_roomkeys.storage import (
@@ -24,7 +25,7 @@ from synapse_roomkeys.storage import (
 )
 from synapse_roomkeys.storage.sqlite_engine import DELETED_AT_ONCE
 from synapse_roomkeys.types import BackupState, KeyMetadata, KeyPage, RoomKey
-from synapse_roomkeys.wire import VersionInfo, shown
+from synapse_roomkeys.wire import VersionInfo
 
 from ..contract import Client
 from ..contract.base import (
@@ -511,7 +512,7 @@ class LogTests(Operations):
                 found += [(room, session.split(" old=")[0]) for session in sessions]
                 for session in sessions:
                     self.assertTrue(session.endswith(" old=2/0/False new=1/0/False"))
-        self.assertEqual(found, [tuple(map(shown, pair)) for pair in ids])
+        self.assertEqual(found, [tuple(map(quote_for_log, pair)) for pair in ids])
 
     def test_long_names_leave_room_for_fewer_keys(self) -> None:
         """Of a user and a device that take a third of a line or half of it."""

@@ -9,7 +9,7 @@ from twisted.web.resource import Resource
 from twisted.web.server import Site
 
 from synapse_roomkeys import RoomKeysVersionServlet, register_servlets
-from synapse_roomkeys.clock import as_it_is
+from synapse_roomkeys.clock import identity
 from synapse_roomkeys.rest import JsonResource
 from synapse_roomkeys.types import Limits, Requester
 
@@ -98,7 +98,7 @@ class FaultTests(SynchronousTestCase):
         keys = f"/_matrix/client/v3/room_keys/keys?version={version}"
         for method, path in (("GET", VERSION), ("GET", keys), ("HEAD", keys)):
             turn: Deferred[None] = Deferred()
-            host.handler._reads.run(user.user_id, as_it_is, turn)
+            host.handler._reads.run(user.user_id, identity, turn)
             transport = host.send(method, path, token=user.access_token)
             self.assertEqual(transport.value(), b"")
             transport.loseConnection()

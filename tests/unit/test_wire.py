@@ -5,6 +5,7 @@ from unittest import mock
 
 from twisted.trial.unittest import SynchronousTestCase
 
+from synapse_roomkeys.encoding import BackupEncoder, encode_backup_info, encode_key
 from synapse_roomkeys.errors import (
     BadJsonError,
     InvalidParamError,
@@ -12,6 +13,7 @@ from synapse_roomkeys.errors import (
     NotJsonError,
     TooLargeError,
 )
+from synapse_roomkeys.identifiers import parse_version, quote_for_log
 from synapse_roomkeys.types import (
     BackupInfo,
     KeyMetadata,
@@ -19,16 +21,7 @@ from synapse_roomkeys.types import (
     Limits,
     RoomKey,
 )
-from synapse_roomkeys.wire import (
-    BackupEncoder,
-    encode_backup_info,
-    encode_key,
-    parse_new_version,
-    parse_upload,
-    parse_version,
-    parse_version_info,
-    shown,
-)
+from synapse_roomkeys.wire import parse_new_version, parse_upload, parse_version_info
 
 LIMITS = Limits(max_body_bytes=1000, max_session_data_bytes=100)
 BEFORE = b'{"first_message_index":1,"forwarded_count":2,"is_verified":true,'
@@ -168,9 +161,9 @@ class ParseUploadTests(SynchronousTestCase):
     def test_messages_are_short_with_escaped_characters(self) -> None:
         """A message is short even if each character of an id is escaped to several."""
         for id_ in ("\U0001f511" * 255, "\u00e9" * 255, "\ud800" * 255, "\0" * 255):
-            self.assertLess(len(shown(id_)), 610)
-            self.assertTrue(shown(id_).endswith('..."'))
-        self.assertEqual(len(shown("x" * 255)), 257)
+            self.assertLess(len(quote_for_log(id_)), 610)
+            self.assertTrue(quote_for_log(id_).endswith('..."'))
+        self.assertEqual(len(quote_for_log("x" * 255)), 257)
 
 
 class ParseVersionTests(SynchronousTestCase):
