@@ -13,17 +13,12 @@ from typing import Annotated, TypeVar
 import attrs
 import msgspec
 
-from .encoding import session_id_of as session_id_of
 from .errors import BadJsonError, NotJsonError, TooLargeError
-from .identifiers import check_id, quote_for_log
-from .json_text import check_syntax, is_valid_json
+from .identifiers import check_id
+from .json_text import check_syntax
 from .refusals import MAX_INTEGER, explain_refusal, load_refused, name_field
 from .throttling import has_too_many_objects
 from .types import KeyMetadata, Limits, RoomKey
-
-#: Aliases for imports in `storage`, as is `session_id_of`.
-is_json = is_valid_json
-shown = quote_for_log
 
 #: Maximum bytes of a body that creates or updates a version. A real body has some KiB.
 _MAX_VERSION_BODY_BYTES = 1 << 16

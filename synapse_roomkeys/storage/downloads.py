@@ -7,8 +7,9 @@ from typing import Any
 
 from .. import metrics
 from ..errors import unknown_version
+from ..identifiers import quote_for_log
+from ..json_text import is_valid_json
 from ..types import BackupId, KeyPage, Position, RoomKey
-from ..wire import is_json, shown
 from . import rows, statements
 from .engine import Engine, PageQuery, names
 from .rows import key_pages, keys_after, metadata
@@ -103,7 +104,7 @@ def read_key(
     *fields, session_data = row
     if session_data is None:
         return None
-    if not is_json(session_data):
+    if not is_valid_json(session_data):
         report_broken_row(backup, room_id, session_id)
         return None
     return RoomKey(room_id, session_id, metadata(fields), session_data)
@@ -117,6 +118,6 @@ def report_broken_row(backup: BackupId, room_id: str, session_id: str) -> None:
         " user=%s version=%s room=%s session=%s",
         backup.user_id,
         backup.version,
-        shown(room_id),
-        shown(session_id),
+        quote_for_log(room_id),
+        quote_for_log(session_id),
     )

@@ -3,8 +3,9 @@
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from ..encoding import session_id_of
+from ..json_text import is_valid_json
 from ..types import KeyMetadata, KeyPage, Position, RoomKey, StoredKey
-from ..wire import is_json, session_id_of
 from .engine import Snapshot
 
 #: Maximum number of keys in one page of a download: about 0.4 MB of real keys.
@@ -41,7 +42,7 @@ def read_snapshot(rows: list[tuple[Any, ...]], with_data: bool) -> Snapshot:
 
 def _is_whole(session_data: str) -> bool:
     """Return whether the session_data of a stored key can be sent to clients."""
-    return session_data != "null" and is_json(session_data)
+    return session_data != "null" and is_valid_json(session_data)
 
 
 def keys_after(after: Position | None) -> int:
