@@ -27,6 +27,15 @@ class RecountedKeys:
     size: int | None
 
 
+class NotMeasuredError(Exception):
+    """A transaction needs the bytes of a version's keys. The bytes aren't cached, and
+    the engine measures keys in batches, which are transactions of their own."""
+
+    def __init__(self, backup: BackupId) -> None:
+        super().__init__(backup)
+        self.backup = backup
+
+
 class KeyCounts:
     """The cached numbers of keys and bytes of the users' backups."""
 
@@ -46,19 +55,19 @@ class KeyCounts:
         return int(self._now())
 
     def window(self) -> CountWindow:
-        """The times of counts that are valid now."""
+        """Return the window of the times at which valid counts were counted."""
         now = self.now()
         return CountWindow(now - COUNT_LIFETIME, now)
 
     def state_after(
         self, txn: Transaction, backup: BackupId, before: Snapshot, added: int
     ) -> BackupState:
-        """Return the state of a version after a write that moved its etag, and its
-        cached count with it; recount its keys if no count was cached.
+        """Return the state of a version after a write that moved the etag and the
+        cached count. Recount the keys if no count was cached.
 
         Args:
             before: the version before the write.
-            added: how much the number of keys has grown.
+            added: number of added keys.
         """
         if before.count is None:
             return self.recount(txn, backup).state
@@ -67,8 +76,8 @@ class KeyCounts:
     def unchanged_state(
         self, txn: Transaction, backup: BackupId, before: Snapshot
     ) -> BackupState:
-        """Return the state of a version that wasn't written to; recount its keys if no
-        count was cached."""
+        """Return the state of an unchanged version. Recount the keys if no count was
+        cached."""
         if before.count is None:
             return self.recount(txn, backup).state
         return BackupState(before.etag, before.count)
@@ -78,11 +87,15 @@ class KeyCounts:
         cache the result.
 
         Raises:
+            NotMeasuredError: users' bytes are limited, and the engine measures keys in
+                batches.
             NotFoundError: there is no such version, or no longer.
         """
         parameters = {**names(backup), "now": self.now()}
         if self._limits.max_user_bytes is None:
             txn.execute(statements.COUNT_KEYS, parameters)
+        elif self._engine.count_keys_and_bytes is None:
+            raise NotMeasuredError(backup)
         else:
             txn.execute(self._engine.count_keys_and_bytes, parameters)
         rows = txn.fetchall()
@@ -96,6 +109,7 @@ class KeyCounts:
 
         Raises:
             UserLimitError: they exceed a limit.
+            NotMeasuredError: the bytes of a version must be measured in batches first.
         """
         max_keys, max_bytes = self._limits.max_user_keys, self._limits.max_user_bytes
         if max_keys is None and max_bytes is None:

@@ -236,7 +236,12 @@ class Engine(Protocol):
         name: the engine's name in metrics.
         error: base class of the driver's exceptions.
         tables: statements about tables and sessions.
-        count_keys_and_bytes: `COUNT_KEYS` that measures ``session_data`` as well.
+        count_keys_and_bytes: `COUNT_KEYS` that measures ``session_data`` as well; None
+            if keys are measured in batches, by `key_sizes`.
+        key_sizes: returns the room id, the session id and the bytes of ``session_data``
+            of a version's keys, ordered by the ids. The rows begin with the key
+            ``room_id``, ``session_id``, or the next key if that key isn't stored. There
+            are at most ``limit`` rows. None if `count_keys_and_bytes` is a statement.
         user_sizes: returns a row for each of a user's versions that isn't deleted: its
             version number, bytes of ``auth_data``, cached count and bytes of the keys.
             The cached values are NULL if their etag isn't the version's or if they were
@@ -250,7 +255,8 @@ class Engine(Protocol):
     name: str
     error: type[Exception]
     tables: TableStatements
-    count_keys_and_bytes: str
+    count_keys_and_bytes: str | None
+    key_sizes: str | None
     user_sizes: str
     pages_at_once: int
     has_insert: bool

@@ -80,7 +80,8 @@ class PostgresEngine:
     name = "postgresql"
     error: type[Exception]
     tables = sql.TABLE_STATEMENTS
-    count_keys_and_bytes = sql.COUNT_KEYS_AND_BYTES
+    count_keys_and_bytes: str | None = sql.COUNT_KEYS_AND_BYTES
+    key_sizes: str | None = None
     user_sizes = sql.USER_SIZES
     pages_at_once = PAGES_AT_ONCE
     has_insert = True

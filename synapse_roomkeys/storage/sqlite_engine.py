@@ -162,20 +162,12 @@ DELETE_SOME_ROOM_KEYS = f"""
         WHERE user_id = :user_id AND version = :version AND room_id = :room_id
         LIMIT {DELETED_AT_ONCE})"""
 
-#: Counts the keys of a version and their bytes, and caches both. Returns the etag, the
-#: count and the bytes; no row if there is no such version.
-COUNT_KEYS_AND_BYTES = """
-    INSERT INTO roomkeys_counts
-        (user_id, version, etag, key_count, key_bytes, counted_ts)
-    SELECT v.user_id, v.version, COALESCE(v.etag, 0), k.*, :now
-    FROM e2e_room_keys_versions AS v, (
-        SELECT COUNT(*), COALESCE(SUM(LENGTH(CAST(session_data AS BLOB))), 0)
-        FROM e2e_room_keys WHERE user_id = :user_id AND version = :version) AS k
-    WHERE v.user_id = :user_id AND v.version = :version AND v.deleted = 0
-    ON CONFLICT (user_id, version) DO UPDATE SET
-    etag = excluded.etag, key_count = excluded.key_count,
-    key_bytes = excluded.key_bytes, counted_ts = excluded.counted_ts
-    RETURNING etag, key_count, key_bytes"""
+#: Returns the ids of keys and the bytes of their session_data: see `Engine.key_sizes`.
+KEY_SIZES = """
+    SELECT room_id, session_id, LENGTH(CAST(session_data AS BLOB)) FROM e2e_room_keys
+    WHERE user_id = :user_id AND version = :version
+    AND (room_id, session_id) >= (:room_id, :session_id)
+    ORDER BY room_id, session_id LIMIT :limit"""
 #: Returns the sizes of a user's backups: see `Engine.user_sizes`.
 USER_SIZES = """
     SELECT v.version, LENGTH(CAST(v.auth_data AS BLOB)), c.key_count, c.key_bytes
@@ -245,7 +237,10 @@ class SqliteEngine:
     name = "sqlite"
     error: type[Exception] = sqlite3.Error
     tables = TABLE_STATEMENTS
-    count_keys_and_bytes = COUNT_KEYS_AND_BYTES
+    #: SQLite reads the data to measure them: 1,000,000 keys of 900 bytes took 6 seconds
+    #: with the file in the system's cache, and 13 seconds without.
+    count_keys_and_bytes: str | None = None
+    key_sizes: str | None = KEY_SIZES
     user_sizes = USER_SIZES
     pages_at_once = PAGES_AT_ONCE
     #: Without a server, there is no round trip that an insert could save.

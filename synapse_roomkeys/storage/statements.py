@@ -153,11 +153,17 @@ FIND_COUNT = """
         WHERE user_id = :user_id AND version = :version)
     FROM e2e_room_keys_versions
     WHERE user_id = :user_id AND version = :version AND deleted = 0"""
-#: Caches a count that `FIND_COUNT` returned, if the version still has that etag.
+#: Returns the etag of a version; no row if there is no such version.
+FIND_ETAG = """
+    SELECT COALESCE(etag, 0) FROM e2e_room_keys_versions
+    WHERE user_id = :user_id AND version = :version AND deleted = 0"""
+#: Caches a count that was read without a lock, if the version still has that etag.
+#: ``key_bytes`` may be NULL.
 KEEP_COUNT = """
     INSERT INTO roomkeys_counts
         (user_id, version, etag, key_count, key_bytes, counted_ts)
-    SELECT user_id, version, COALESCE(etag, 0), :key_count, CAST(NULL AS BIGINT), :now
+    SELECT user_id, version, COALESCE(etag, 0), :key_count,
+        CAST(:key_bytes AS BIGINT), :now
     FROM e2e_room_keys_versions
     WHERE user_id = :user_id AND version = :version AND deleted = 0
     AND COALESCE(etag, 0) = :etag

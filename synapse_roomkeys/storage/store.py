@@ -22,6 +22,7 @@ from ..types import (
 from .counts import KeyCounts
 from .downloads import Download, read_key
 from .engine import Engine, NotJsonError
+from .measuring import MeasuringDatabase
 from .record import Record, read_user, read_version
 from .transactions import ConflictError, Transactions
 from .undo import Undo
@@ -55,6 +56,10 @@ class EndToEndRoomKeyStore:
         self._engine = engine
         self._guess = InsertGuess() if guess is None else guess
         counts = KeyCounts(engine, now, limits)
+        #: Runs transactions that may need the bytes of a user's keys.
+        self._write = database.write
+        if limits.max_user_bytes is not None and engine.key_sizes is not None:
+            self._write = MeasuringDatabase(database, engine, counts).write
         record = Record(now, retention)
         self._uploads = Uploads(engine, counts, limits, self._guess, record)
         self._versions = Versions(engine, counts, limits, record)
@@ -71,7 +76,7 @@ class EndToEndRoomKeyStore:
             RoomKeysVersionError: it isn't the current one.
             UserLimitError: the user's backups would exceed a limit.
         """
-        write, transaction = self._database.write, self._uploads.upload
+        write, transaction = self._write, self._uploads.upload
         backup = BackupId(user_id, version)
         upload = Upload(backup, keys, actor, checks_data=False)
         result: UploadResult
@@ -135,7 +140,7 @@ class EndToEndRoomKeyStore:
         Raises:
             NotFoundError: there is no such version.
         """
-        return self._database.write(
+        return self._write(
             "roomkeys_delete_keys",
             self._versions.delete_keys,
             BackupId(user_id, version),
@@ -156,7 +161,7 @@ class EndToEndRoomKeyStore:
             UserLimitError: the user would have too many versions, or too many bytes.
         """
         create = self._versions.create
-        return self._database.write(
+        return self._write(
             "roomkeys_create_version", create, user_id, algorithm, auth_data, actor
         )
 
@@ -191,7 +196,7 @@ class EndToEndRoomKeyStore:
             InvalidParamError: it has another algorithm.
             UserLimitError: the user's backups would exceed a limit.
         """
-        return self._database.write(
+        return self._write(
             "roomkeys_update_version",
             self._versions.update,
             BackupId(user_id, version),

@@ -153,6 +153,7 @@ class Versions:
             **names(BackupId(user_id, info.version)),
             "etag": info.etag,
             "key_count": info.count,
+            "key_bytes": None,
             "now": self._counts.now(),
         }
         txn.execute(statements.KEEP_COUNT, parameters)

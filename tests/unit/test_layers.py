@@ -50,6 +50,7 @@ ORDER = [
     "storage.retries",
     "storage.rows",
     "storage.counts",
+    "storage.measuring",
     "storage.record",
     "storage.uploads",
     "storage.downloads",

@@ -1,10 +1,11 @@
-"""What all the backups of a user may hold together, where the operator limits it."""
+"""Limits of the keys, bytes and versions of a user's backups."""
 
 import json
 from typing import Any
 
 from twisted.trial.unittest import SynchronousTestCase
 
+from synapse_roomkeys.storage import measuring
 from synapse_roomkeys.types import BackupId, Limits
 
 from ..contract import Answer, User
@@ -18,7 +19,7 @@ AUTH_DATA_SIZE = 2
 
 
 class Device:
-    """A client that uploads keys of one room, each with some bytes of data."""
+    """A client that uploads keys of a single room."""
 
     def __init__(self, host: MemoryHost) -> None:
         self.host = host
@@ -36,7 +37,7 @@ class Device:
         return answers[0]
 
     def new_version(self) -> str:
-        """Make a version that becomes the current one."""
+        """Create a version, and use it from now on."""
         self.version = self.create().json["version"]
         return self.version
 
@@ -96,7 +97,7 @@ class UserLimitTests(SynchronousTestCase):
         self.assert_taken(device.upload("c"), 3)
 
     def test_who_is_at_the_limit_may_still_better_and_delete_keys(self) -> None:
-        """What makes a backup no larger isn't refused."""
+        """An upload or a deletion that doesn't enlarge a backup isn't refused."""
         device = Device(
             MemoryHost(Limits(max_user_keys=2, max_user_bytes=20 + AUTH_DATA_SIZE))
         )
@@ -108,7 +109,7 @@ class UserLimitTests(SynchronousTestCase):
         self.assert_taken(device.upload("c"), 2)
 
     def test_bytes_are_limited(self) -> None:
-        """The limit is of the data of the keys, new and replaced ones."""
+        """The limit counts ``session_data``, also of keys that replace others."""
         device = Device(MemoryHost(Limits(max_user_bytes=100 + AUTH_DATA_SIZE)))
         self.assert_taken(device.upload("a", size=60), 1)
         self.assert_refused(device.upload("b", size=41))
@@ -128,7 +129,7 @@ class UserLimitTests(SynchronousTestCase):
             self.assertEqual(answer.status, status)
 
     def test_a_deleted_key_frees_its_bytes(self) -> None:
-        """What a key held is counted anew after a deletion."""
+        """After a deletion, the bytes of the backup are measured again."""
         device = Device(MemoryHost(Limits(max_user_bytes=100 + AUTH_DATA_SIZE)))
         self.assert_taken(device.upload("a", size=60), 1)
         self.assert_taken(device.delete("a"), 0)
@@ -157,7 +158,7 @@ class UserLimitTests(SynchronousTestCase):
             self.assert_refused(device.upload("b"))
 
     def test_what_was_there_before_the_limit_counts(self) -> None:
-        """A backup whose size isn't cached is measured."""
+        """A backup without a cached size is measured."""
         host = MemoryHost(Limits(max_user_bytes=100 + AUTH_DATA_SIZE))
         device = Device(host)
         self.assert_taken(device.upload("a", size=60), 1)
@@ -173,8 +174,91 @@ class UserLimitTests(SynchronousTestCase):
         self.assert_refused(device.upload("b", size=41))
         self.assert_taken(device.upload("b", size=40), 2)
 
+    def measured_device(self, size: int) -> Device:
+        """Return a device whose backup of 5 keys with so many bytes each isn't measured
+        yet. Each transaction measures 2 keys at most."""
+        self.patch(measuring, "MEASURED_AT_ONCE", 2)
+        host = MemoryHost(Limits(max_user_bytes=100 + AUTH_DATA_SIZE))
+        device = Device(host)
+        self.assert_taken(device.upload(*"abcde", size=size), 5)
+        connection = host.database.connection
+        connection.execute("UPDATE e2e_room_keys SET room_id = '' WHERE rowid < 4")
+        connection.execute("UPDATE e2e_room_keys SET session_id = '' WHERE rowid = 2")
+        connection.execute("DELETE FROM roomkeys_counts")
+        connection.commit()
+        return device
+
+    def test_a_large_backup_is_measured_in_batches(self) -> None:
+        """On SQLite, the bytes of a backup are measured exactly in several short
+        transactions, and the limit holds to the byte."""
+        device = self.measured_device(size=19)
+        database = device.host.database
+        database.statements.clear()
+        self.assert_refused(device.upload("f", size=6))
+        batches = [text for text in database.statements if "LIMIT 3" in text]
+        self.assertEqual(len(batches), 3)
+        database.statements.clear()
+        self.assert_taken(device.upload("f", size=5), 6)
+        self.assertFalse([text for text in database.statements if "LIMIT 3" in text])
+        rows = database.connection.execute("SELECT key_bytes FROM roomkeys_counts")
+        self.assertEqual(rows.fetchall(), [(100,)])
+
+    def test_a_deletion_in_a_backup_that_is_not_measured(self) -> None:
+        """The answer to a DELETE has the exact count, also if the keys must be measured
+        first."""
+        device = self.measured_device(size=10)
+        self.assert_taken(device.delete("e"), 4)
+
+    def test_a_write_between_two_batches_is_measured(self) -> None:
+        """If another process writes to a backup between two batches, the backup is
+        measured again: the limit counts the other process' keys too."""
+        device = self.measured_device(size=10)
+        database = device.host.database
+        run, batches = database.run, 0
+
+        def write_after_two_batches(desc: str, *args: Any) -> Any:
+            nonlocal batches
+            batches += desc == "roomkeys_measure_keys"
+            if batches == 2 and desc == "roomkeys_measure_keys":
+                key = (device.user.user_id, "", "-", int(device.version), '"' * 40)
+                database.connection.execute(
+                    "INSERT INTO e2e_room_keys"
+                    " (user_id, room_id, session_id, version, session_data)"
+                    " VALUES (?, ?, ?, ?, ?)",
+                    key,
+                )
+                database.connection.execute(
+                    "UPDATE e2e_room_keys_versions SET etag = etag + 1"
+                )
+                database.connection.commit()
+            return run(desc, *args)
+
+        self.patch(database, "run", write_after_two_batches)
+        self.assert_refused(device.upload("f", size=11))
+        self.assertEqual(batches, 2 + 3)
+        self.assert_taken(device.upload("f", size=10), 7)
+
+    def test_a_version_that_is_deleted_between_two_batches(self) -> None:
+        """If another process deletes the measured version, the write is answered like
+        any write to a deleted version."""
+        device = self.measured_device(size=10)
+        database = device.host.database
+        run = database.run
+
+        def delete_before_measuring(desc: str, *args: Any) -> Any:
+            if desc == "roomkeys_measure_keys":
+                database.connection.execute(
+                    "UPDATE e2e_room_keys_versions SET deleted = 1"
+                )
+                database.connection.commit()
+            return run(desc, *args)
+
+        self.patch(database, "run", delete_before_measuring)
+        self.assertEqual(device.upload("f").status, 404)
+
     def test_a_version_that_is_deleted_while_it_is_counted(self) -> None:
-        """It counts no more, and the upload to another one is stored."""
+        """The keys of a deleted version don't count, and an upload to another
+        version is stored."""
         host = MemoryHost(Limits(max_user_keys=2))
         device = Device(host)
         old = device.version
@@ -221,7 +305,7 @@ class UserLimitTests(SynchronousTestCase):
         self.assertEqual(device.send("GET", VERSION).json["version"], device.version)
 
     def test_versions_are_limited(self) -> None:
-        """A version over the limit is refused, and one may follow a deleted one."""
+        """A version over the limit is refused, and accepted after a DELETE."""
         device = Device(MemoryHost(Limits(max_user_versions=2)))
         device.new_version()
         answer = device.create()

@@ -23,7 +23,14 @@ CALLS = {
 #: What statements are taken from, besides constants of modules: the modules of
 #: statements, attributes of an engine, and those that `PageQuery.select`, `saving` and
 #: `_read_files` return from such.
-SOURCES = {"statements", "sql", "tables", "count_keys_and_bytes", "user_sizes"}
+SOURCES = {
+    "statements",
+    "sql",
+    "tables",
+    "count_keys_and_bytes",
+    "user_sizes",
+    "key_sizes",
+}
 GIVEN_BY = {"select", "saving", "_read_files"}
 #: Functions that hand on the statement that they are given.
 FORWARDERS = {"execute", "_execute", "_stream"}
