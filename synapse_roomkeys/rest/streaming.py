@@ -82,6 +82,44 @@ def unread_bytes(channel: Any) -> int | None:
     return int.from_bytes(answer, sys.byteorder)
 
 
+class StallWatch:
+    """The time for which a connection's client has read nothing.
+
+    If the number of bytes in the kernel's send buffer has changed since the last check,
+    the client has read some bytes.
+
+    Attributes:
+        interval: seconds between two checks.
+        unread: bytes in the kernel's send buffer at the last check, or None.
+    """
+
+    def __init__(self, now: Callable[[], float], stall_timeout: float) -> None:
+        """
+        Args:
+            now: returns the reactor's time in seconds.
+            stall_timeout: seconds for which the client may read nothing.
+        """
+        self.interval = min(stall_timeout * _CHECK_PART, _MAX_CHECK_SECONDS)
+        self.unread: int | None = None
+        self._now = now
+        self._stall_timeout = stall_timeout
+        #: Reactor time at which the client was last seen to read.
+        self._read_at = now()
+
+    def restart(self) -> None:
+        """Restart the stall timeout."""
+        self._read_at = self._now()
+
+    def seconds_left(self, channel: Any) -> float:
+        """Check the connection. Return the seconds until the stall timeout if the
+        client reads nothing until then."""
+        unread = unread_bytes(channel)
+        if unread != self.unread:
+            self.unread = unread
+            self.restart()
+        return self._read_at + self._stall_timeout - self._now()
+
+
 @implementer(IPushProducer)
 class PacedWriter:
     """Producer that writes a response while the connection accepts data, and waits
@@ -89,9 +127,8 @@ class PacedWriter:
 
     Twisted pauses the producer when the transport's buffer is full, and resumes the
     producer when the buffer is empty. A slow client may need longer than the stall
-    timeout to empty the buffer. A timer therefore checks the connection during a pause:
-    if the number of bytes in the kernel's send buffer has changed since the last check,
-    the client has read some bytes.
+    timeout to empty the buffer. A timer therefore checks during a pause whether the
+    client reads.
     """
 
     def __init__(
@@ -116,14 +153,11 @@ class PacedWriter:
         self._clock = clock
         self._stall_timeout = stall_timeout
         self._on_idle = on_idle
-        self._check_seconds = min(stall_timeout * _CHECK_PART, _MAX_CHECK_SECONDS)
+        self._watch = StallWatch(clock.seconds, stall_timeout)
         self._chunks: Iterator[bytes] = iter(())
         self._waiting: Deferred[None] | None = None
         #: Reactor time at which the pause began, in seconds, or None.
         self._paused_at: float | None = None
-        #: Reactor time at which the client was last seen to read.
-        self._read_at = 0.0
-        self._unread: int | None = None
         self._timer: DelayedCall | None = None
         if self._request is not None:
             limit_unsent(request.channel)
@@ -164,7 +198,7 @@ class PacedWriter:
         self.stopProducing()
         request.unregisterProducer()
         request.finish()
-        self._read_at = self._clock.seconds()
+        self._watch.restart()
         if unread_bytes(channel) is not None:
             self._extend_idle_timeout_after(HOLD_SECONDS, channel)
 
@@ -179,7 +213,8 @@ class PacedWriter:
     def pauseProducing(self) -> None:
         """Pause. Called by the transport when the transport's buffer is full."""
         if self._paused_at is None and self._request is not None:
-            self._paused_at = self._read_at = self._clock.seconds()
+            self._paused_at = self._clock.seconds()
+            self._watch.restart()
             if self._timer is None:
                 self._check_pause_after(CONTENDED_HOLD_SECONDS)
 
@@ -219,10 +254,10 @@ class PacedWriter:
         channel = self._request.channel
         paused = self._clock.seconds() - self._paused_at
         self._on_idle(paused)
-        left = self._seconds_left(channel)
+        left = self._watch.seconds_left(channel)
         if left > 0:
             is_long = paused >= HOLD_SECONDS
-            interval = self._check_seconds if is_long else CONTENDED_HOLD_SECONDS
+            interval = self._watch.interval if is_long else CONTENDED_HOLD_SECONDS
             self._check_pause_after(min(left, interval))
         else:
             self._end(f"the client read nothing for {self._stall_timeout} seconds")
@@ -234,24 +269,14 @@ class PacedWriter:
     def _extend_idle_timeout(self, channel: Any) -> None:
         """Restart Twisted's idle timeout after the response's end while the client
         reads."""
-        left = self._seconds_left(channel)
-        if self._unread and left > 0:
+        left = self._watch.seconds_left(channel)
+        if self._watch.unread and left > 0:
             # No effect while the connection's next request is being answered.
             channel.resetTimeout()
-            self._extend_idle_timeout_after(min(left, self._check_seconds), channel)
+            self._extend_idle_timeout_after(min(left, self._watch.interval), channel)
 
     def _extend_idle_timeout_after(self, seconds: float, channel: Any) -> None:
         self._clock.call_later(seconds, lambda: self._extend_idle_timeout(channel))
-
-    def _seconds_left(self, channel: Any) -> float:
-        """Seconds left until the stall timeout, if the client reads nothing until
-        then."""
-        unread = unread_bytes(channel)
-        now = self._clock.seconds()
-        if unread != self._unread:
-            self._unread = unread
-            self._read_at = now
-        return self._read_at + self._stall_timeout - now
 
     def _end(self, reason: str) -> None:
         self._request = None

@@ -53,9 +53,9 @@ logger = logging.getLogger(__name__)
 
 #: Seconds between two checks for transactions under way during a stop.
 _POLL_SECONDS = 0.05
-#: Limits of the connections to the ``metrics_listeners``. A monitoring system opens a
-#: few connections.
-_METRICS_CONNECTIONS = ConnectionLimits(regular=16, spare=16)
+#: Number of regular connections to the ``metrics_listeners``, and of spare connections.
+#: A monitoring system opens a few connections.
+_METRICS_CONNECTIONS = 16
 #: Number of spare connections of the listeners. Half of the number is above 50, the
 #: default backlog of a listener in Twisted.
 _SPARES = 128
@@ -119,13 +119,16 @@ class Service(MultiService):
         ready = ReadyResource(probe, self._homeserver, lambda: self._site.draining)
         self._files = raise_file_limit()
         connections = self._max_client_connections()
-        served = Root(ready, self._make_resource())
-        self._site = self._make_site(served, ConnectionLimits(connections, _SPARES))
+        stall_seconds = config.stalled_download_seconds
+        limits = ConnectionLimits(connections, _SPARES, stall_seconds)
+        self._site = self._make_site(Root(ready, self._make_resource()), limits)
         metrics.max_connections.set(connections)
         metrics.connections.set_function(lambda: len(self._site.channels))
         root = Root(ready, JsonResource())
         root.putChild(b"metrics", MetricsResource(self._count_keys))
-        self._metrics_site = self._make_site(root, _METRICS_CONNECTIONS)
+        few = _METRICS_CONNECTIONS
+        limits = ConnectionLimits(few, few, stall_seconds)
+        self._metrics_site = self._make_site(root, limits)
         self._listeners = MultiService()
         self._listeners.setServiceParent(self)
         self._stopping = False
@@ -171,7 +174,7 @@ class Service(MultiService):
 
     def _max_client_connections(self) -> int:
         """The number of clients' connections that the limit of open files allows."""
-        monitoring = _METRICS_CONNECTIONS.regular + _METRICS_CONNECTIONS.spare
+        monitoring = 2 * _METRICS_CONNECTIONS
         return max_client_connections(
             self._files,
             database_connections=self._database.size,

@@ -1,7 +1,7 @@
 """The HTTP server: limits of size, time and number, and a graceful stop."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import attrs
@@ -14,6 +14,7 @@ from twisted.web.server import Site
 
 from .. import metrics
 from ..errors import BUSY_RETRY_AFTER, RoomKeysError, TooLargeError, UnavailableError
+from ..rest.streaming import StallWatch, limit_unsent
 from .forwarded import Network
 from .logs import RateLimitedWarning
 from .request import BodyRefusedError, ServiceRequest
@@ -60,10 +61,15 @@ class Channel(HTTPChannel):
     _phase_timeout: IDelayedCall | None = None
     #: Whether a request was refused before its body was received.
     _refusing = False
+    #: A request that is done, and whose answer fills the transport's buffer.
+    _unsent: ServiceRequest | None = None
+    #: Set while the connection waits for its client to read.
+    _stall: StallWatch | None = None
 
     def connectionMade(self) -> None:
         """As `Protocol.connectionMade`."""
         self.site.channels.add(self)
+        limit_unsent(self)
         super().connectionMade()  # type: ignore[no-untyped-call]
         if self.is_spare:
             self._set_phase_timeout(SPARE_SECONDS)
@@ -71,6 +77,10 @@ class Channel(HTTPChannel):
     def connectionLost(self, reason: Failure) -> None:  # type: ignore[override]
         """As `Protocol.connectionLost`."""
         self._set_phase_timeout(None)
+        if self._unsent is not None:
+            # The request is done already.
+            self.requests.remove(self._unsent)
+            self._unsent = None
         super().connectionLost(reason)  # type: ignore[no-untyped-call]
         self.site.forget(self)
 
@@ -106,6 +116,13 @@ class Channel(HTTPChannel):
         except BodyRefusedError as refusal:
             self._refuse(refusal.answer)
             self.allContentReceived()
+        # During an answer, Twisted buffers what the client sends. While the client
+        # doesn't read the answer, Twisted never stops reading.
+        if self._handlingRequest and self._waitingForTransport:
+            buffered = sum(map(len, self._dataBuffer))
+            if buffered > self._optimisticEagerReadSize:
+                producer: Any = self._networkProducer
+                producer.pauseProducing()
 
     def allHeadersReceived(self) -> None:
         """As `HTTPChannel.allHeadersReceived`."""
@@ -130,10 +147,30 @@ class Channel(HTTPChannel):
         is_last = self.site.draining or self.is_spare
         return is_persistent and self.persistent != 0 and not is_last
 
+    def requestDone(self, request: Any) -> None:
+        """As `HTTPChannel.requestDone`. If the transport's buffer is full (64 KiB), the
+        connection's next request isn't begun until the client has read the buffered
+        answers. If the client reads nothing, drop the connection."""
+        if self._waitingForTransport:
+            self._unsent = request
+            self._await_reading()
+        else:
+            super().requestDone(request)  # type: ignore[no-untyped-call]
+
+    def resumeProducing(self) -> None:
+        """As `HTTPChannel.resumeProducing`. The transport's buffer is empty."""
+        super().resumeProducing()  # type: ignore[no-untyped-call]
+        request, self._unsent = self._unsent, None
+        if request is not None:
+            self._set_phase_timeout(None)
+            super().requestDone(request)  # type: ignore[no-untyped-call]
+
     def loseConnection(self) -> None:
-        """As `HTTPChannel.loseConnection`. After a refusal, read and discard the rest
-        of the body for `LINGER_SECONDS`, so that the client can read the response."""
+        """As `HTTPChannel.loseConnection`. If the client doesn't read the buffered
+        answers, drop the connection. After a refusal, read and discard the rest of the
+        body for `LINGER_SECONDS`, so that the client can read the response."""
         if not self._refusing:
+            self._await_reading()
             super().loseConnection()  # type: ignore[no-untyped-call]
             return
         transport: Any = self.transport
@@ -171,17 +208,38 @@ class Channel(HTTPChannel):
         self._transferDecoder = None
         self.length = 0
 
-    def _set_phase_timeout(self, seconds: float | None) -> None:
-        """Replace the timeout after which the connection is dropped.
+    def _await_reading(self) -> None:
+        """Drop the connection as soon as the client has read nothing for the site's
+        stall timeout."""
+        site = self.site
+        self._stall = StallWatch(site.reactor.seconds, site.stall_seconds)
+        self._set_phase_timeout(self._stall.interval, self._check_reading)
+
+    def _check_reading(self) -> None:
+        assert self._stall is not None
+        left = self._stall.seconds_left(self)
+        if left <= 0:
+            self.drop()
+        else:
+            seconds = min(left, self._stall.interval)
+            self._set_phase_timeout(seconds, self._check_reading)
+
+    def _set_phase_timeout(
+        self, seconds: float | None, call: Callable[[], None] | None = None
+    ) -> None:
+        """Replace the timeout of the connection's phase.
 
         Args:
             seconds: the new timeout, or None for none.
+            call: called after the timeout; by default `drop`.
         """
         if self._phase_timeout is not None and self._phase_timeout.active():
             self._phase_timeout.cancel()
         self._phase_timeout = None
         if seconds is not None:
-            self._phase_timeout = self.site.reactor.callLater(seconds, self.drop)
+            self._phase_timeout = self.site.reactor.callLater(
+                seconds, call or self.drop
+            )
 
 
 @attrs.frozen
@@ -193,10 +251,13 @@ class ConnectionLimits:
         spare: limit of the spare connections. If half of them are open, each new spare
             connection replaces the oldest. The other half is a reserve: the reactor
             accepts a whole backlog before it closes any connection.
+        stall_seconds: seconds for which a client may read nothing before its connection
+            is dropped.
     """
 
     regular: int
     spare: int
+    stall_seconds: float
 
 
 class ServiceSite(Site):
@@ -212,6 +273,7 @@ class ServiceSite(Site):
         channels: the open connections.
         too_large: text of the error for a body over the limit.
         disk_warning: log line about bodies that can't be stored.
+        stall_seconds: as in `ConnectionLimits`.
     """
 
     protocol = Channel  # type: ignore[assignment]
@@ -239,6 +301,7 @@ class ServiceSite(Site):
         self.draining = False
         self.channels: set[Channel] = set()
         self.disk_warning = RateLimitedWarning(logger, reactor.seconds)
+        self.stall_seconds = connections.stall_seconds
         self._limits = connections
         #: Spare connections, the oldest first.
         self._spares: dict[Channel, None] = {}

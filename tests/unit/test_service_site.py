@@ -38,6 +38,8 @@ LIMIT = 100
 HEALTH = b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n"
 #: Largest number of connections, and of additional connections for the status.
 MOST, SPARE = 8, 6
+#: Seconds for which a client may read nothing.
+STALL_SECONDS = 300
 GET = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n"
 PUT = b"PUT / HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n"
 
@@ -105,7 +107,7 @@ class SiteTests(SynchronousTestCase):
         self.resource = PendingRequests()
         time = cast(IReactorTime, self.reactor)
         self.site = ServiceSite(
-            self.resource, time, LIMIT, (), ConnectionLimits(MOST, SPARE)
+            self.resource, time, LIMIT, (), ConnectionLimits(MOST, SPARE, STALL_SECONDS)
         )
 
     def connect(self) -> tuple[Channel, Transport]:
@@ -181,6 +183,31 @@ class SiteTests(SynchronousTestCase):
         channel.dataReceived(GET[10:])
         self.answer()
         self.assertEqual(transport.value().count(b"200 OK"), 2)
+
+    def test_a_pipelined_request_waits_until_answers_are_read(self) -> None:
+        """While the transport's buffer is full, the next request isn't begun. If the
+        client reads, the requests are answered in order; if it reads nothing, the
+        connection is dropped after the stall timeout. Each answer has one access
+        line."""
+        channel, transport = self.connect()
+        with self.assertLogs("synapse_roomkeys.access") as logged:
+            channel.dataReceived(GET * 3)
+            channel.pauseProducing()
+            self.answer()
+            self.reactor.pump([STALL_SECONDS / 20] * 19)
+            self.assertEqual(self.resource.requests, [])
+            channel.resumeProducing()
+            self.answer()
+            self.assertEqual(len(self.resource.requests), 1)
+            channel.pauseProducing()
+            self.answer()
+            self.reactor.pump([STALL_SECONDS / 20] * 19)
+            self.assertTrue(transport.connected)
+            self.reactor.pump([STALL_SECONDS / 20] * 2)
+            self.assertFalse(transport.connected)
+        self.assertEqual(len(logged.output), 3)
+        self.assertNotIn("broken off", "".join(logged.output))
+        self.assertEqual(self.reactor.getDelayedCalls(), [])
 
     def test_the_rest_of_a_refused_body_is_discarded(self) -> None:
         """After a body is refused, the rest of the body is discarded for
