@@ -281,6 +281,12 @@ class Engine(Protocol):
         In each transaction, a statement sees all commits before the statement.
         """
 
+    def execute_all(
+        self, statements: Sequence[str], txn: Transaction, parameters: Any
+    ) -> None:
+        """Run statements with the same parameters, in one round trip. Their results are
+        lost."""
+
     def lock_version(self, txn: Transaction, backup: BackupId) -> LockedVersion | None:
         """Lock a version's row until the commit. The commit returns once it is on disk.
 

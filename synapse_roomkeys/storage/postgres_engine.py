@@ -126,6 +126,13 @@ class PostgresEngine:
     def begin_write(self, txn: Transaction) -> None:
         """Do nothing: the driver begins the transaction. It is READ COMMITTED."""
 
+    def execute_all(
+        self, statements: Sequence[str], txn: Transaction, parameters: Any
+    ) -> None:
+        """As `Engine.execute_all`."""
+        statement = ";".join(statements)
+        txn.execute(statement, parameters)
+
     def lock_version(self, txn: Transaction, backup: BackupId) -> LockedVersion | None:
         """As `Engine.lock_version`."""
         txn.execute(sql.LOCK_VERSION, names(backup))

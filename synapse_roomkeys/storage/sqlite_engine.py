@@ -267,6 +267,13 @@ class SqliteEngine:
         """As `Engine.begin_write`."""
         txn.execute(BEGIN_WRITE)
 
+    def execute_all(
+        self, statements: Sequence[str], txn: Transaction, parameters: Any
+    ) -> None:
+        """As `Engine.execute_all`."""
+        for statement in statements:
+            txn.execute(statement, parameters)
+
     def lock_version(self, txn: Transaction, backup: BackupId) -> LockedVersion | None:
         """As `Engine.lock_version`."""
         txn.execute(LOCK_VERSION, names(backup))

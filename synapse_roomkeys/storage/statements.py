@@ -207,8 +207,7 @@ SET_ETAG = """
     WHERE user_id = :user_id AND version = :version AND deleted = 0
     AND COALESCE(etag, 0) = :expected_etag"""
 #: Queues a version for the deletion of its keys, unless it is queued already, and keeps
-#: its auth_data, so that the version can be given back until then. Returns the cached
-#: number of keys, or NULL; no row if the version is queued already.
+#: its auth_data, so that the version can be given back until then.
 QUEUE_DELETION = """
     INSERT INTO roomkeys_deleted
         (user_id, version, deleted_ms, auth_data, key_count, is_started)
@@ -217,13 +216,22 @@ QUEUE_DELETION = """
         WHERE user_id = :user_id AND version = :version), 0
     FROM e2e_room_keys_versions AS v
     WHERE v.user_id = :user_id AND v.version = :version
-    ON CONFLICT (user_id, version) DO NOTHING RETURNING key_count"""
+    ON CONFLICT (user_id, version) DO NOTHING"""
 #: Marks a version deleted and blanks its auth_data. No request returns the auth_data of
 #: a deleted version. The column can't be NULL, and an empty object is JSON that
 #: Synapse's own endpoints can read.
 MARK_DELETED = """
     UPDATE e2e_room_keys_versions SET deleted = 1, auth_data = '{}'
     WHERE user_id = :user_id AND version = :version"""
+#: Records the deletion of a version that is queued, with its number of keys.
+NOTE_DELETION = """
+    INSERT INTO roomkeys_changes (user_id, version, etag, changed_ms, act, device_id,
+        operator, stored, replaced, unchanged, deleted, sessions)
+    SELECT v.user_id, v.version, COALESCE(v.etag, 0), :changed_ms, :act, :device_id,
+        :operator, :stored, :replaced, :unchanged, d.key_count, :sessions
+    FROM e2e_room_keys_versions AS v JOIN roomkeys_deleted AS d
+        ON d.user_id = :user_id AND d.version = v.version
+    WHERE v.user_id = :user_id AND v.version = :version"""
 #: Makes a deleted version readable again, with its auth_data and a new etag. Writes no
 #: row unless the version is queued and none of its keys is deleted yet.
 UNMARK_DELETED = """

@@ -52,7 +52,7 @@ class Undo:
         choices = self._choose(txn, backup, restore)
         if not choices:
             return 0
-        txn.execute(statements.ETAG, names(backup))
+        txn.execute(statements.FIND_ETAG, names(backup))
         ((etag,),) = txn.fetchall()
         keys = [choice.key for choice in choices]
         now_ms = self._record.now_ms()

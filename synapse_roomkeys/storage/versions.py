@@ -211,18 +211,25 @@ class Versions:
         if version is None:
             raise unknown_version()
         queued = {**names(backup), "now_ms": self._record.now_ms()}
-        # A version that is deleted already may have keys, if the homeserver or an older
-        # version of the plugin was killed during the deletion.
-        txn.execute(statements.QUEUE_DELETION, queued)
-        rows = txn.fetchall()
         if version.is_deleted:
+            # The version may have keys, if the homeserver or an older version of the
+            # plugin was killed during the deletion.
+            txn.execute(statements.QUEUE_DELETION, queued)
             return False
-        keys = rows[0][0] if rows else None
-        self._record.note(txn, backup, Change(DELETE_VERSION, actor, deleted=keys))
-        # Synapse's own endpoints may have created the version.
-        txn.execute(statements.SAVE_NUMBER, names(backup))
-        txn.execute(statements.MARK_DELETED, names(backup))
-        txn.execute(statements.FORGET_COUNT, names(backup))
+        note = self._record.parameters(Change(DELETE_VERSION, actor))
+        recorded = () if note is None else (statements.NOTE_DELETION,)
+        self._engine.execute_all(
+            (
+                statements.QUEUE_DELETION,
+                *recorded,
+                # Synapse's own endpoints may have created the version.
+                statements.SAVE_NUMBER,
+                statements.MARK_DELETED,
+                statements.FORGET_COUNT,
+            ),
+            txn,
+            {**queued, **(note or {})},
+        )
         return True
 
     def restore(self, txn: Transaction, backup: BackupId, actor: Actor) -> None:

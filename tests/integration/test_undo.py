@@ -104,10 +104,10 @@ def test_a_deleted_version_comes_back(kept: OwnSite) -> Steps:
 
 
 @inlineCallbacks
-def test_two_sweepers_delete_once(backend: Backend) -> Steps:
+def test_two_sweepers_delete_once(backend: Backend, kept: OwnSite) -> Steps:
     """Two processes that are woken together delete all keys of a deleted version."""
-    one = OwnSite(backend)
-    two = OwnSite(backend, one.auth)
+    one = OwnSite(backend, kept.auth)
+    two = OwnSite(backend, kept.auth)
     for site in (one, two):
         yield site.start()
     client = Client(one.host, one.host.new_user())

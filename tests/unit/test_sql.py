@@ -14,6 +14,7 @@ PACKAGE = Path(synapse_roomkeys.__file__).parent
 #: Calls whose first argument is SQL.
 CALLS = {
     "execute",
+    "execute_all",
     "_execute",
     "_stream",
     "executemany",
@@ -33,7 +34,7 @@ SOURCES = {
 }
 GIVEN_BY = {"select", "saving", "_read_files"}
 #: Functions that hand on the statement that they are given.
-FORWARDERS = {"execute", "_execute", "_stream"}
+FORWARDERS = {"execute", "execute_all", "_execute", "_stream"}
 #: The least number of calls that there are: fewer means that they aren't found.
 LEAST_CALLS = 50
 _Binding = ast.Assign | ast.AugAssign | ast.NamedExpr
@@ -58,12 +59,12 @@ def leaves(node: ast.expr) -> Iterator[ast.expr]:
     elif (
         isinstance(node, ast.Call)
         and isinstance(node.func, ast.Attribute)
-        and node.func.attr in ("format", "replace", "items")
+        and node.func.attr in ("format", "replace", "items", "join")
     ):
         yield from leaves(node.func.value)
         for argument in (*node.args, *(word.value for word in node.keywords)):
             yield from leaves(argument)
-    elif isinstance(node, ast.Subscript):
+    elif isinstance(node, ast.Subscript | ast.Starred):
         yield from leaves(node.value)
     elif (
         isinstance(node, ast.Call)
