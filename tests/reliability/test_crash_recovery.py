@@ -17,10 +17,11 @@ import pytest
 from twisted.internet.defer import Deferred, inlineCallbacks
 
 from synapse_roomkeys.service.config import DatabaseConfig
+from synapse_roomkeys.storage.statements import ALL_TABLES
 
 from ..backup_client import Api
 from ..contract import User
-from ..contract.base import key
+from ..contract.base import key, version_path
 from ..integration.test_migrate import (
     ADD_KEY,
     ADD_VERSION,
@@ -56,13 +57,7 @@ DEADLINE = 30.0
 #: test would be meaningless.
 MIN_FRACTION = 0.25
 #: The tables created by the service.
-TABLES = (
-    "e2e_room_keys",
-    "e2e_room_keys_versions",
-    "roomkeys_counts",
-    "roomkeys_numbers",
-    "roomkeys_schema",
-)
+TABLES = ALL_TABLES
 #: Program: the service without ``SET LOCAL synchronous_commit TO ON``. With this
 #: setting, a commit waits for the disk.
 WITHOUT_SYNCHRONOUS_COMMIT = """
@@ -149,6 +144,42 @@ def test_killed_service(
             service.url, lambda _: homeserver.new_user(), kill, SERVICE_KILLS
         )
         assert "Traceback" not in service.log()
+
+
+def test_a_killed_deletion(
+    homeserver: Homeserver, new_database: NewDatabase, tmp_path: Path
+) -> None:
+    """After a kill of the service in the middle of the deletion of a version's keys,
+    the next process deletes the remaining keys, and no other user loses a key."""
+    database = new_database()
+    place = place_of(database, tmp_path)
+    owner, other = homeserver.new_user(), homeserver.new_user()
+    count = "SELECT COUNT(*) FROM e2e_room_keys WHERE user_id = ?"
+
+    def left() -> int:
+        ((keys,),) = place.run(count, (owner.user_id,))
+        number: int = keys
+        return number
+
+    with Service(tmp_path, homeserver.url, database=database) as service:
+        apis = [Api(service.url, user.access_token) for user in (owner, other)]
+        versions = [api.create_version() for api in apis]
+        for api, version in zip(apis, versions, strict=True):
+            for part in range(4):
+                keys = {f"{part}.{i}": key() for i in range(2500)}
+                api.upload(version, {"!room": keys})
+        apis[0].delete(version_path(versions[0]))
+        until(lambda: left() < 10_000)
+        service.kill()
+        at_kill = left()
+        assert 0 < at_kill < 10_000
+        # The lease of the killed process ends a minute after its last batch.
+        place.run("UPDATE roomkeys_leases SET until_ms = 0")
+        service.start()
+        until(lambda: not left())
+        assert len(apis[1].download(versions[1])["!room"]) == 10_000
+        assert apis[1].tally(versions[1]) == (4, 10_000)
+    print(f"killed with {at_kill} keys left")
 
 
 @inlineCallbacks
