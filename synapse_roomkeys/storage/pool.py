@@ -44,8 +44,8 @@ _SERVER_DEFAULTS = """
         ('tcp_keepalives_interval', '5'), ('tcp_keepalives_count', '2')
     ) AS ours (name, value) USING (name)
     WHERE source = 'default' AND pg_backend_pid() = %s"""
-#: If a read-only connection is younger than these seconds, older connections are kept.
-#: Else, with a server that stays read-only, all would reconnect at each write.
+#: If a read-only connection is younger than these seconds, older connections are kept:
+#: a server that stays read-only must not make all reconnect at each write.
 _YOUNG_SECONDS = 1.0
 
 
@@ -148,11 +148,11 @@ class _PostgresConnection(adbapi.Connection):
 
 
 class _PostgresPool(adbapi.ConnectionPool):
-    """A pool that replaces its connections when one was lost or is read-only.
+    """A pool that replaces all connections when a connection is lost or read-only.
 
-    After a restart of the server all connections are dead; after a failover behind one
-    address all lead to what is a standby now. Each thread replaces its own connection
-    before its next transaction.
+    After a restart of the server all connections are dead. After a failover behind an
+    address all connections lead to the new standby. Each thread replaces its own
+    connection before the next transaction.
     """
 
     connectionFactory = _PostgresConnection
@@ -186,17 +186,22 @@ class _PostgresPool(adbapi.ConnectionPool):
         except Exception as error:
             connection = self.connections.get(self._thread())
             if connection is not None:
+                is_lost = bool(connection.closed)
                 is_read_only = isinstance(error, ReadOnlyError)
                 is_read_only |= self._judge(error) is Fault.READ_ONLY
-                if connection.closed or is_read_only:
-                    self._replace(connection)
+                if is_lost or is_read_only:
+                    self._replace(connection, is_lost)
             raise
 
-    def _replace(self, connection: Any) -> None:
-        """Close the thread's connection, and mark older connections as stale."""
+    def _replace(self, connection: Any, is_lost: bool) -> None:
+        """Close the thread's connection, and mark older connections as stale.
+
+        Args:
+            is_lost: Whether the connection was lost, not read-only.
+        """
         self._drop(connection)
         now = time.monotonic()
-        if self._connected[self._thread()] < now - _YOUNG_SECONDS:
+        if is_lost or self._connected[self._thread()] < now - _YOUNG_SECONDS:
             self._stale = now
 
 
@@ -262,7 +267,7 @@ def postgres_database(arguments: Mapping[str, Any]) -> PoolDatabase:
             "cp_reconnect": True,
             "cp_openfun": prepare,
             **with_timeouts(arguments),
-            # Statements and keys are UTF-8, whatever PGCLIENTENCODING says.
+            # Statements and keys are UTF-8, also if PGCLIENTENCODING differs.
             "client_encoding": "UTF8",
         },
     )
