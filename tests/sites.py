@@ -38,10 +38,10 @@ from .memory import StubAuth, own_site
 
 @attrs.frozen
 class Backend:
-    """A real database, and how to connect to it as often as one likes.
+    """A real database, for any number of connection pools.
 
     Attributes:
-        arguments: those of psycopg2, or None for an SQLite file.
+        arguments: the arguments of psycopg2, or None for an SQLite file.
         path: the SQLite file.
     """
 
@@ -51,11 +51,11 @@ class Backend:
 
     @property
     def engine(self) -> Engine:
-        """What the plugin knows of it."""
+        """A new engine for the database."""
         return SQLITE if self.arguments is None else postgres()
 
     def connect(self) -> PoolDatabase:
-        """A pool of its own, as another process would have one."""
+        """Return a new connection pool, like the pool of another process."""
         if self.arguments is None:
             return sqlite_database(str(self.path))
         return postgres_database(self.arguments)
@@ -64,7 +64,7 @@ class Backend:
 class OwnSite:
     """A server of the plugin's own, listening on the loopback interface.
 
-    Two of them on one backend are to it what two processes are.
+    For the backend, two servers are like two processes.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class OwnSite:
         limits = limits or Limits()
         self.guess = InsertGuess()
         retention = retention or Retention()
-        engine = backend.engine
+        self.engine = engine = backend.engine
         retrying = RetryingDatabase(self.database, engine, clock, Outages("Database"))
         self.store = EndToEndRoomKeyStore(
             retrying, engine, time.time, limits, retention, self.guess
@@ -98,7 +98,7 @@ class OwnSite:
     @inlineCallbacks
     def start(self) -> Generator[Deferred[Any], Any, HttpHost]:
         """Make the tables, listen, and fire with the address to talk to."""
-        yield self.database.run("upgrade", upgrade_tables, self.backend.engine, True)
+        yield self.database.run("upgrade", upgrade_tables, self.engine, True)
         self.sweeper.start()
         listen: Any = reactor.listenTCP
         self._port = listen(0, own_site(self.hs), interface="127.0.0.1")
@@ -111,7 +111,7 @@ class OwnSite:
 
     @property
     def port(self) -> int:
-        """The TCP port it listens on."""
+        """The TCP port of the server."""
         port: Any = self._port
         number: int = port.getHost().port
         return number

@@ -2,6 +2,7 @@
 
 from .arguments import database_address, find_wrong_argument, with_timeouts
 from .causes import CONNECTIONS, LOCK, SCHEMA, WRITE_CAUSES
+from .citus import find_cluster
 from .downloads import report_broken_row
 from .engine import Engine
 from .pool import PoolDatabase, postgres_database, sqlite_database
@@ -46,6 +47,7 @@ __all__ = [
     "check_tables",
     "database_address",
     "estimate_keys",
+    "find_cluster",
     "find_wrong_argument",
     "pack_array",
     "postgres",

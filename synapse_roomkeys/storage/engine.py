@@ -8,6 +8,7 @@ import attrs
 
 from ..outages import Cause
 from ..types import BackupId, Position, Replacement, RoomKey, StoredKey
+from .citus import Cluster
 from .faults import Fault
 from .transactions import Transaction
 
@@ -235,7 +236,6 @@ class Engine(Protocol):
     Attributes:
         name: the engine's name in metrics.
         error: base class of the driver's exceptions.
-        tables: statements about tables and sessions.
         count_keys_and_bytes: `COUNT_KEYS` that measures ``session_data`` as well; None
             if keys are measured in batches, by `key_sizes`.
         key_sizes: returns the room id, the session id and the bytes of ``session_data``
@@ -248,19 +248,27 @@ class Engine(Protocol):
             counted outside of the `CountWindow`.
         pages_at_once: maximum number of pages that a download reads in one transaction.
         has_insert: Whether `insert_if_all_new` is implemented.
-        has_cursor: Whether `next_page` is implemented: within a transaction, it
-            continues after `read_page`.
+        is_distributed: Whether the tables are distributed over several nodes. False
+            until `find_cluster` has found distributed tables.
     """
 
     name: str
     error: type[Exception]
-    tables: TableStatements
     count_keys_and_bytes: str | None
     key_sizes: str | None
     user_sizes: str
     pages_at_once: int
     has_insert: bool
-    has_cursor: bool
+    is_distributed: bool
+
+    @property
+    def tables(self) -> TableStatements:
+        """Statements about tables and sessions."""
+
+    @property
+    def has_cursor(self) -> bool:
+        """Whether `next_page` is implemented: within a transaction, it continues after
+        `read_page`."""
 
     def prepare(self, txn: Transaction) -> Transaction:
         """Return a transaction that accepts named parameters (``:name``) and sets the
@@ -274,6 +282,10 @@ class Engine(Protocol):
 
     def is_not_json(self, error: Exception) -> bool:
         """Return whether an error says that ``session_data`` isn't JSON."""
+
+    def find_cluster(self, txn: Transaction) -> Cluster | None:
+        """Return the database's Citus cluster, or None, and set `is_distributed`. Each
+        process calls the method at the start."""
 
     def begin_write(self, txn: Transaction) -> None:
         """Begin a transaction that reads and then writes.

@@ -1,6 +1,8 @@
 """PostgreSQL: the class that sends the statements and judges the driver's errors."""
 
+import math
 import re
+import time
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -9,8 +11,10 @@ from twisted.enterprise import adbapi
 
 from ..outages import Cause
 from ..types import BackupId, RoomKey
+from . import postgres_settings as settings
 from . import postgres_statements as sql
 from .causes import find_postgres_cause
+from .citus import Cluster, find_cluster
 from .engine import (
     CountWindow,
     DeletedKeys,
@@ -20,18 +24,24 @@ from .engine import (
     KeyWrite,
     LockedVersion,
     PageQuery,
+    TableStatements,
     names,
 )
 from .faults import Fault, judge_sqlstate
 from .transactions import Transaction
 
-#: How many pages a download reads in one transaction. It keeps one of several
-#: connections for some 50 ms.
+#: Number of pages that a download reads in one transaction, while holding one of the
+#: connections for about 50 ms.
 PAGES_AT_ONCE = 25
 
 #: SQLSTATEs of a cast to JSON that fails: invalid_text_representation, and
 #: statement_too_complex for a text that is nested too deeply.
 _NOT_JSON = ("22P02", "54001")
+#: SQLSTATE of a statement after its statement_timeout.
+_STATEMENT_TIMEOUT = "57014"
+#: SQLSTATEs, by their beginning, of a statement for which Citus got no answer of the
+#: node with the user's keys: connection exceptions, and the timeout.
+_NODE_FAULTS = ("08", _STATEMENT_TIMEOUT)
 #: A named parameter. A colon of a cast (``::text``) stands beside another one.
 _PARAMETER = re.compile(r"(?<!:):([a-z_]+)")
 
@@ -44,12 +54,16 @@ def to_pyformat(statement: str) -> str:
 
 
 class PostgresTransaction:
-    """A transaction that takes named parameters and sends `LIMITS` with its first
-    statement."""
+    """A transaction that accepts named parameters, and sends settings in one message
+    with the first statement."""
 
-    def __init__(self, txn: Transaction) -> None:
+    def __init__(self, txn: Transaction, limits: str) -> None:
+        """
+        Args:
+            limits: the settings, each with a semicolon.
+        """
         self._txn = txn
-        self._is_new = True
+        self._limits = limits
         self.fetchone = txn.fetchone
         self.fetchall = txn.fetchall
 
@@ -65,8 +79,7 @@ class PostgresTransaction:
 
     def execute(self, statement: str, parameters: Any = ()) -> Any:
         """As `Transaction.execute`."""
-        limits = sql.LIMITS if self._is_new else ""
-        self._is_new = False
+        limits, self._limits = self._limits, ""
         return self._txn.execute(limits + to_pyformat(statement), parameters)
 
 
@@ -79,17 +92,19 @@ class PostgresEngine:
 
     name = "postgresql"
     error: type[Exception]
-    tables = sql.TABLE_STATEMENTS
     count_keys_and_bytes: str | None = sql.COUNT_KEYS_AND_BYTES
     key_sizes: str | None = None
     user_sizes = sql.USER_SIZES
     pages_at_once = PAGES_AT_ONCE
     has_insert = True
-    has_cursor = True
 
     def __init__(self) -> None:
         import psycopg2
 
+        self.is_distributed = False
+        #: Monotonic time of the last statement timeout, in seconds. Written by the
+        #: reactor thread and by database threads, read by database threads.
+        self._last_stall = -math.inf
         self.error = psycopg2.Error
         # Errors without a SQLSTATE are libpq's, for a connection that failed or broke,
         # or, of these classes, psycopg2's own, for a wrong call.
@@ -100,9 +115,27 @@ class PostgresEngine:
             psycopg2.ProgrammingError,
         )
 
+    @property
+    def tables(self) -> TableStatements:
+        """As `Engine.tables`."""
+        if self.is_distributed:
+            return sql.DISTRIBUTED_TABLE_STATEMENTS
+        return sql.TABLE_STATEMENTS
+
+    @property
+    def has_cursor(self) -> bool:
+        """As `Engine.has_cursor`. Citus fetches all rows of a cursor to the node of the
+        service's connection before the first page."""
+        return not self.is_distributed
+
     def prepare(self, txn: Transaction) -> Transaction:
         """As `Engine.prepare`."""
-        return PostgresTransaction(txn)
+        if not self.is_distributed:
+            return PostgresTransaction(txn, settings.LIMITS)
+        suspicious = time.monotonic() - self._last_stall < settings.SUSPICION_SECONDS
+        if suspicious:
+            return PostgresTransaction(txn, settings.SUSPICIOUS_LIMITS)
+        return PostgresTransaction(txn, settings.DISTRIBUTED_LIMITS)
 
     def judge(self, error: Exception) -> Fault:
         """As `Engine.judge`."""
@@ -111,6 +144,12 @@ class PostgresEngine:
         if not isinstance(error, self.error):
             return Fault.DEFECT
         code = getattr(error, "pgcode", None)
+        if code and self.is_distributed and code.startswith(_NODE_FAULTS):
+            # Retries run in the lane of locked transactions, one after the other:
+            # retries for users of a hanging node hold a single connection.
+            if code == _STATEMENT_TIMEOUT:
+                self._last_stall = time.monotonic()
+            return Fault.LOCKED
         if code:
             return judge_sqlstate(code)
         return Fault.DEFECT if isinstance(error, self._wrong_calls) else Fault.OUTAGE
@@ -123,8 +162,15 @@ class PostgresEngine:
         """As `Engine.is_not_json`."""
         return getattr(error, "pgcode", None) in _NOT_JSON
 
+    def find_cluster(self, txn: Transaction) -> Cluster | None:
+        """As `Engine.find_cluster`."""
+        cluster = find_cluster(txn)
+        if cluster is not None and cluster.is_distributed:
+            self.is_distributed = True
+        return cluster
+
     def begin_write(self, txn: Transaction) -> None:
-        """Do nothing: the driver begins the transaction. It is READ COMMITTED."""
+        """Do nothing: the driver begins the transaction, in READ COMMITTED."""
 
     def execute_all(
         self, statements: Sequence[str], txn: Transaction, parameters: Any
@@ -239,6 +285,8 @@ class PostgresEngine:
         self, txn: Transaction, backup: BackupId, room_id: str | None
     ) -> DeletedKeys:
         """As `Engine.delete_keys`; one transaction deletes all keys."""
+        if self.is_distributed:
+            txn.execute(settings.DELETION_LIMIT)
         if room_id is None:
             txn.execute(sql.DELETE_KEYS, names(backup))
         else:
@@ -247,7 +295,8 @@ class PostgresEngine:
 
     def read_page(self, txn: Transaction, query: PageQuery) -> list[tuple[Any, ...]]:
         """As `Engine.read_page`."""
-        txn.execute(query.select(sql.DOWNLOADS), query.parameters)
+        downloads = sql.DISTRIBUTED_DOWNLOADS if self.is_distributed else sql.DOWNLOADS
+        txn.execute(query.select(downloads), query.parameters)
         return txn.fetchall()
 
     def next_page(self, txn: Transaction, count: int) -> list[tuple[Any, ...]]:

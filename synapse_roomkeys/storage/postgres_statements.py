@@ -1,32 +1,24 @@
-"""The statements of PostgreSQL alone, each as it is sent.
+"""The statements of PostgreSQL alone, each as sent.
 
-Parameters are named as in `statements`. `PostgresTransaction` translates them.
+Parameters are named as in `statements`. `PostgresTransaction` translates the names.
 """
 
+from collections.abc import Callable
+
+import attrs
+
 from .engine import DownloadStatements, TableStatements
+from .postgres_settings import IDLE_SECONDS
 from .statements import ALL_TABLES
 
-#: Longest wait for a lock, in seconds. An upload holds its lock for milliseconds, and
-#: each wait keeps a connection from others. Transactions are retried for some seconds.
-LOCK_SECONDS = 1
-#: Longest pause between two statements of a transaction, in seconds. Then the server
-#: ends the session and frees its locks, because the process was stopped or its machine
-#: is gone: the work between two statements takes milliseconds.
-IDLE_SECONDS = 10
-#: Settings of each transaction, sent in one message with its first statement.
-LIMITS = (
-    f"SET LOCAL lock_timeout TO {1000 * LOCK_SECONDS};"
-    f" SET LOCAL idle_in_transaction_session_timeout TO {1000 * IDLE_SECONDS}; "
-)
-
-#: Locks a version's row until the commit. Returns its algorithm, and whether it is
-#: deleted. With synchronous_commit on, the commit is on disk when it returns, whatever
-#: the operator's default is.
+#: Locks a version's row until the commit. Returns the version's algorithm, and 1 for a
+#: deleted version. With synchronous_commit on, the commit returns once it is on disk,
+#: also if the operator's default is off.
 LOCK_VERSION = """SET LOCAL synchronous_commit TO ON;
     SELECT algorithm, deleted FROM e2e_room_keys_versions
     WHERE user_id = :user_id AND version = :version FOR UPDATE"""
 
-#: Inserts a version, unless its number is taken. The commit is on disk when it returns.
+#: Inserts a version, unless its number is taken. The commit returns once it is on disk.
 INSERT_VERSION = """SET LOCAL synchronous_commit TO ON;
     INSERT INTO e2e_room_keys_versions
         (user_id, version, algorithm, auth_data, deleted, etag)
@@ -103,14 +95,14 @@ _KEYS = f"""unnest(:room_ids::text[]), unnest(:session_ids::text[]),
 # 3. The last statement makes the etag positive again, only if it is negative.
 #
 # No committed etag is negative, and the transaction holds the locks of both rows. After
-# a claim that failed, there is no mark, so nothing is written. The claim alone has
+# a claim that failed, there is no mark, and no row is written. The claim alone has
 # conditions on other rows: a process that takes no lock can't make the statements
-# decide differently. The claim stands in one message with the lock, but in a statement
-# of its own, so it sees what others committed while the lock was waited for.
+# decide differently. The claim is a separate statement after the lock, in the same
+# message, and therefore sees all commits before the lock was granted.
 #
-# The INSERT is no part of the claim because of Citus, which sends a statement to a
-# shard as it is only if no INSERT stands beside a WITH, and an INSERT ... SELECT only
-# if its user_id comes from a distributed table.
+# The INSERT is no part of the claim because of Citus. Citus sends a statement unchanged
+# to a shard only if no INSERT stands beside a WITH, and an INSERT ... SELECT only if
+# the user_id comes from a distributed table.
 
 #: Claims a version for the insertion of keys. The claim fails unless all keys are new,
 #: the version is the current one, and a count of its etag is cached. The cached count
@@ -277,20 +269,14 @@ USER_SIZES = """
     WHERE v.user_id = :user_id AND v.deleted = 0"""
 
 
-def _download(condition: str) -> str:
-    """Return the statements that open a download's cursor and fetch its first page: see
-    `DownloadStatements`.
+def _page(condition: str, limit: str) -> str:
+    """Return the query of a download's keys: see `DownloadStatements`.
 
     PostgreSQL builds the text of a key up to the data, which leaves Python's
     interpreter to other threads meanwhile. The data are a column of their own: they
     aren't copied into a longer text, and Python checks whether they are JSON.
-
-    With sorting off, the rows come in the order of the index; else PostgreSQL reads and
-    sorts all keys that may follow, for each page. Without the LIMIT, PostgreSQL would
-    compile the query (JIT) for a large backup.
     """
-    return f"""SET LOCAL enable_sort = off; SET LOCAL enable_incremental_sort = off;
-    DECLARE download NO SCROLL CURSOR FOR
+    return f"""
     SELECT k.room_id, to_json(k.session_id)::text
         || ':{{"first_message_index":'
         || GREATEST(COALESCE(k.first_message_index, 0), 0)
@@ -305,17 +291,46 @@ def _download(condition: str) -> str:
         FROM e2e_room_keys
         WHERE user_id = :user_id AND version = :version AND session_data <> 'null'
         {condition}
-        ORDER BY room_id, session_id LIMIT :limit
-    ) AS k ON TRUE; FETCH :count FROM download"""
+        ORDER BY room_id, session_id LIMIT {limit}
+    ) AS k ON TRUE"""
 
 
-#: Downloads of session_data, JSON or not.
-DOWNLOADS = DownloadStatements(
-    backup=_download(""),
-    backup_after=_download("AND (room_id, session_id) > (:room_id, :session_id)"),
-    room=_download("AND room_id = :room_id"),
-    room_after=_download("AND room_id = :room_id AND session_id > :session_id"),
-)
+def _with_cursor(condition: str) -> str:
+    """Return the statements that open a download's cursor and fetch its first page.
+
+    With sorting off, the rows come in the order of the index; else PostgreSQL reads and
+    sorts all keys that may follow, for each page. Without the LIMIT, PostgreSQL would
+    compile the query (JIT) for a large backup.
+    """
+    return f"""SET LOCAL enable_sort = off; SET LOCAL enable_incremental_sort = off;
+    DECLARE download NO SCROLL CURSOR FOR {_page(condition, ":limit")};
+    FETCH :count FROM download"""
+
+
+def _without_cursor(condition: str) -> str:
+    """Return the query of one page."""
+    return _page(condition, ":count")
+
+
+def _downloads(select: Callable[[str], str]) -> DownloadStatements:
+    """Return the downloads of session_data, JSON or not.
+
+    Args:
+        select: returns the statement for a condition on the keys.
+    """
+    return DownloadStatements(
+        backup=select(""),
+        backup_after=select("AND (room_id, session_id) > (:room_id, :session_id)"),
+        room=select("AND room_id = :room_id"),
+        room_after=select("AND room_id = :room_id AND session_id > :session_id"),
+    )
+
+
+#: Downloads by a cursor.
+DOWNLOADS = _downloads(_with_cursor)
+#: Downloads from distributed tables, with a query for each page. Settings of the
+#: transaction don't reach the nodes, on which docs/scaling.rst turns sorting off.
+DISTRIBUTED_DOWNLOADS = _downloads(_without_cursor)
 #: Returns the next rows of the transaction's download.
 FETCH_PAGE = "FETCH :count FROM download"
 
@@ -348,4 +363,12 @@ TABLE_STATEMENTS = TableStatements(
     FROM pg_class, (SELECT to_regclass('e2e_room_keys') AS root) AS keys
     WHERE relkind = 'r'
     AND (oid = root OR oid IN (SELECT relid FROM pg_partition_tree(root)))""",
+)
+#: Statements about distributed tables. The test of a write is a read, because a write
+#: of the schema number would need all nodes. PostgreSQL's statistics of distributed
+#: tables are on the nodes, so the number of keys is the sum of the cached counts.
+DISTRIBUTED_TABLE_STATEMENTS = attrs.evolve(
+    TABLE_STATEMENTS,
+    touch="SELECT number FROM roomkeys_schema",
+    estimate_keys="SELECT COALESCE(SUM(key_count), 0)::bigint FROM roomkeys_counts",
 )

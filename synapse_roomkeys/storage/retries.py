@@ -47,7 +47,7 @@ class RetryingDatabase:
     create_version leaves an unused version.
 
     On PostgreSQL, a transaction waits for a lock for a second at most
-    (`postgres_statements.LOCK_SECONDS`). Two lanes keep waiting transactions from
+    (`postgres_settings.LOCK_SECONDS`). Two lanes keep waiting transactions from
     taking every connection: writes share some of the connections, and retries after a
     lock timeout run one after the other. An SQLite file has one connection and one
     lock, and no lanes.

@@ -7,6 +7,7 @@ from ..describe import error_line
 from ..version import __version__
 from . import statements
 from .causes import OTHER, SCHEMA
+from .citus import Cluster, distribute_own_tables, find_asynchronous_nodes
 from .engine import Engine
 from .transactions import Transaction
 
@@ -53,14 +54,20 @@ def upgrade_tables(txn: Transaction, engine: Engine, homeserver_tables: bool) ->
         homeserver_tables: create the homeserver's tables too, in a database without a
             homeserver.
 
+    In a Citus cluster, the coordinator alone creates tables. Once the homeserver's
+    tables are distributed, the plugin's own tables are distributed too.
+
     Raises:
-        SchemaError: the tables are newer than this version of the plugin, or the
-            database's encoding isn't UTF8.
+        SchemaError: the tables are newer than this version of the plugin, the
+            database's encoding isn't UTF8, or the node is a worker of Citus on which a
+            table isn't distributed.
     """
     files = _read_files()
     missing = _find_missing(txn, engine, max(files))
+    cluster = engine.find_cluster(txn)
+    _check_cluster(txn, cluster)
     _check_encoding(txn, engine)
-    if not missing:
+    if not missing and (cluster is None or not cluster.undistributed):
         return
     txn.execute(engine.tables.lock)
     for number in _find_missing(txn, engine, max(files)):
@@ -69,6 +76,9 @@ def upgrade_tables(txn: Transaction, engine: Engine, homeserver_tables: bool) ->
                 txn.execute(statement)
     for statement in _SAVE_NUMBER:
         txn.execute(statement.format(number=max(files)))
+    cluster = engine.find_cluster(txn)
+    if cluster is not None:
+        distribute_own_tables(txn, cluster)
 
 
 def probe_tables(txn: Transaction, engine: Engine) -> None:
@@ -104,7 +114,9 @@ def rehearse_start(txn: Transaction, engine: Engine) -> str:
         SchemaError: the service wouldn't start.
     """
     newest = max(_read_files())
-    if not _find_tables(txn, engine):
+    tables = _find_tables(txn, engine)
+    _check_cluster(txn, engine.find_cluster(txn))
+    if not tables:
         txn.execute(engine.tables.lock)
         txn.execute(_TRY_TABLE)
         txn.execute(_DROP_TABLE)
@@ -144,6 +156,24 @@ def _find_missing(txn: Transaction, engine: Engine, newest: int) -> list[int]:
         )
     dropped = [_FILES_OF[table] for table in _FILES_OF if table not in tables]
     return sorted({*range(last + 1, newest + 1), *chain.from_iterable(dropped)})
+
+
+def _check_cluster(txn: Transaction, cluster: Cluster | None) -> None:
+    """Raise a SchemaError if the tables aren't distributed as they have to be, or if a
+    node with tables may lose committed keys."""
+    if cluster is None:
+        return
+    problem = cluster.find_problem()
+    if problem is not None:
+        raise SchemaError(problem)
+    nodes = find_asynchronous_nodes(txn) if cluster.is_distributed else []
+    if nodes:
+        raise SchemaError(
+            f"synchronous_commit is off on {', '.join(nodes)}: a crash would lose keys"
+            " whose upload was answered. Turn it on at the coordinator with ALTER ROLE"
+            " ... SET synchronous_commit TO on, and see docs/scaling.rst for the other"
+            " settings of the role"
+        )
 
 
 def _check_encoding(txn: Transaction, engine: Engine) -> None:
@@ -187,7 +217,9 @@ def check_tables(txn: Transaction, engine: Engine) -> str | None:
             if not set(columns) <= set(found):
                 return f"{expected}; found {', '.join(found)}"
             expected = f"expected table {table} with its unique index"
-            txn.execute(statements.PROBES[table])
+            # Citus would ask a node of a distributed table, which may be down.
+            if not engine.is_distributed:
+                txn.execute(statements.PROBES[table])
         except engine.error as error:
             if engine.find_cause(error) not in (SCHEMA, OTHER):
                 raise

@@ -8,6 +8,7 @@ from typing import Any
 from ..outages import Cause
 from ..types import BackupId, RoomKey
 from .causes import find_sqlite_cause
+from .citus import Cluster
 from .engine import (
     CountWindow,
     DeletedKeys,
@@ -245,6 +246,7 @@ class SqliteEngine:
     pages_at_once = PAGES_AT_ONCE
     #: Without a server, there is no round trip that an insert could save.
     has_insert = False
+    is_distributed = False
     has_cursor = False
 
     def prepare(self, txn: Transaction) -> Transaction:
@@ -262,6 +264,10 @@ class SqliteEngine:
     def is_not_json(self, error: Exception) -> bool:
         """As `Engine.is_not_json`."""
         return str(error) == "malformed JSON"
+
+    def find_cluster(self, txn: Transaction) -> Cluster | None:
+        """Return None."""
+        return None
 
     def begin_write(self, txn: Transaction) -> None:
         """As `Engine.begin_write`."""

@@ -49,8 +49,9 @@ OWN_TABLES = (
 #: The homeserver's tables and the plugin's own.
 ALL_TABLES = (*TABLES, *OWN_TABLES)
 
-#: Returns the columns of a table, without reading a row of it.
-COLUMNS = "SELECT * FROM {table} LIMIT 0"
+#: Returns the columns of a table, without reading a row of it, or asking a node of a
+#: distributed table.
+COLUMNS = "SELECT * FROM {table} WHERE FALSE"
 #: By table, a statement that fails unless the unique index exists that the conflict
 #: targets below need. EXPLAIN plans the INSERT and writes nothing.
 PROBES = {

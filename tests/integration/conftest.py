@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from itertools import count
 from typing import Any
@@ -12,9 +13,12 @@ from pytest_twisted import blockon
 from ..client import HttpHost
 from ..contract import User
 from ..servers import PostgresServer, Synapse
+from ..servers.citus import PROGRAMS
 from ..sites import Backend, OwnSite
 
 _numbers = count()
+#: The tests on Citus run only where there is a Citus.
+collect_ignore = [] if PROGRAMS in os.environ else ["test_citus.py"]
 
 
 @pytest.fixture(scope="session", params=["sqlite", "postgres"])

@@ -1,4 +1,4 @@
-"""Who waits for whom, on PostgreSQL, one step at a time."""
+"""Waits for locks on PostgreSQL, step by step."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ def backend(
 
 @pytest.fixture(params=["adds", "looks"], autouse=True)
 def way(site: OwnSite, request: pytest.FixtureRequest) -> str:
-    """How an upload begins: it adds new keys at once, or it looks what is there."""
+    """The first statement of an upload: the insertion of new keys ("adds"), or the
+    query of stored keys ("looks")."""
     met_stored = site.guess._met_stored
     met_stored[:] = bytes([request.param == "looks"]) * len(met_stored)
     way: str = request.param
@@ -42,7 +43,7 @@ def way(site: OwnSite, request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def other(site: OwnSite) -> Iterator[Any]:
-    """Another process' transaction, which the test takes step by step."""
+    """Another process' transaction, under the test's control."""
     connection = psycopg2.connect(**(site.backend.arguments or {}))
     yield connection
     connection.rollback()
@@ -51,7 +52,7 @@ def other(site: OwnSite) -> Iterator[Any]:
 
 @inlineCallbacks
 def until_waiting(site: OwnSite) -> Generator[Deferred[Any], Any, None]:
-    """Wait until somebody waits for a row's lock."""
+    """Wait until a transaction waits for a row lock."""
     watcher = psycopg2.connect(**(site.backend.arguments or {}))
     watcher.autocommit = True
     cursor = watcher.cursor()
@@ -70,7 +71,7 @@ def until_waiting(site: OwnSite) -> Generator[Deferred[Any], Any, None]:
 def test_an_upload_that_waited_for_a_new_version_is_refused(
     site: OwnSite, other: Any
 ) -> Steps:
-    """What was current when the upload looked need not be when its turn comes."""
+    """An upload that gets the lock after the creation of a newer version is refused."""
     client = Client(site.host, site.host.new_user())
     version: str = yield client.create_version()
     yield client.info()
@@ -95,7 +96,7 @@ def test_an_upload_that_waited_for_a_new_version_is_refused(
 
 @inlineCallbacks
 def test_a_new_version_waits_for_an_upload(site: OwnSite, other: Any) -> Steps:
-    """A version isn't replaced while keys are being written to it."""
+    """A new version waits for the end of an upload to the current version."""
     client = Client(site.host, site.host.new_user())
     version: str = yield client.create_version()
     yield client.info()
@@ -115,7 +116,7 @@ def test_a_new_version_waits_for_an_upload(site: OwnSite, other: Any) -> Steps:
 def test_an_upload_that_waited_for_another_looks_again(
     site: OwnSite, other: Any
 ) -> Steps:
-    """A key that another upload wrote meanwhile is merged, not written over."""
+    """A key from another upload during the wait is merged, not overwritten."""
     client = Client(site.host, site.host.new_user())
     version: str = yield client.create_version()
     yield client.info()
@@ -142,8 +143,9 @@ def test_an_upload_that_waited_for_another_looks_again(
 def test_a_key_that_was_added_without_a_lock_is_merged(
     site: OwnSite, other: Any, way: str
 ) -> Steps:
-    """Synapse's own endpoints in another process lock nothing. What they add is met
-    when the same key is added; an upload that has looked before writes over it."""
+    """Synapse's own endpoints take no lock. If they insert a key of an upload, the
+    upload's insertion fails and the upload merges. An upload that has queried the
+    stored keys overwrites the key."""
     client = Client(site.host, site.host.new_user())
     version: str = yield client.create_version()
     yield client.info()
@@ -169,8 +171,8 @@ def test_a_key_that_was_added_without_a_lock_is_merged(
 def test_new_keys_are_added_without_a_look(
     site: OwnSite, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> Steps:
-    """An upload looks first only if the user's last one met sessions that were there:
-    then adding them at once would likely be in vain again."""
+    """An upload begins with a query only if the user's last upload contained stored
+    sessions, because an insertion would likely fail again."""
     client = Client(site.host, site.host.new_user())
     version: str = yield client.create_version()
     done = noted(site, monkeypatch)
@@ -193,7 +195,7 @@ def test_new_keys_are_added_without_a_look(
 
 
 def noted(site: OwnSite, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What uploads do from now on, one after the other."""
+    """Return a list that collects the steps of later uploads."""
     done: list[str] = []
     for name, method in (("add", "insert"), ("find", "find")):
         step: Any = getattr(site.store._uploads, method)
@@ -211,8 +213,8 @@ def test_a_wrong_guess_and_no_count_take_four_messages(
     site: OwnSite, other: Any, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> Steps:
     """An upload of one batch takes four messages at most: it locks and fails to insert,
-    reads, writes, and recounts. After an upload that met stored keys, the user's next
-    upload saves the first message."""
+    reads, writes, and recounts. After an upload with stored keys, the next upload saves
+    the first message."""
     client = Client(site.host, site.host.new_user())
     version: str = yield client.create_version()
     etag, _ = yield client.upload(version, {"!room": {"1": key(index=9)}})
@@ -232,8 +234,8 @@ def test_a_wrong_guess_and_no_count_take_four_messages(
 
 
 def messages(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """Return a list that collects each message that is sent from now on: the first word
-    of each of its statements, except those of settings."""
+    """Return a list that collects later messages: the first word of each statement,
+    without settings."""
     sent: list[list[str]] = []
     execute = PostgresTransaction.execute
 
@@ -248,8 +250,7 @@ def messages(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 
 @inlineCallbacks
 def test_what_is_not_new_is_not_added(site: OwnSite, way: str) -> Steps:
-    """A single session that is there keeps all of an upload from being added without a
-    look."""
+    """A single stored session makes an upload query the stored keys before writing."""
     client = Client(site.host, site.host.new_user())
     version: str = yield client.create_version()
     assert (yield client.upload(version, {"!room": {"1": key(index=5)}})) == (1, 1)
@@ -276,7 +277,7 @@ def test_what_is_not_new_is_not_added(site: OwnSite, way: str) -> Steps:
 def test_a_count_that_is_not_cached(
     site: OwnSite, other: Any, way: str, change: str
 ) -> Steps:
-    """Keys are added to what is counted then, not to what was cached elsewhen."""
+    """Without a valid cached count, the keys are counted after the upload."""
     client = Client(site.host, site.host.new_user())
     version: str = yield client.create_version()
     yield client.info()
@@ -291,8 +292,8 @@ def test_a_count_that_is_not_cached(
 def test_a_count_that_is_old(
     site: OwnSite, other: Any, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> Steps:
-    """Keys are added as ever, and then all are counted anew, also those that others
-    have added meanwhile without moving the etag."""
+    """After an upload with an expired count, all keys are recounted, also keys of other
+    processes that left the etag unchanged."""
     client = Client(site.host, site.host.new_user())
     version: str = yield client.create_version()
     done = noted(site, monkeypatch)
@@ -316,8 +317,8 @@ def test_a_count_that_is_old(
 def test_an_upload_waits_for_a_count_that_is_being_kept(
     site: OwnSite, other: Any
 ) -> Steps:
-    """Somebody who counts keys holds an upload up until the count is kept, and the
-    upload's keys come on top."""
+    """An upload waits for a transaction that caches a count, and adds the upload's keys
+    to this count."""
     client = Client(site.host, site.host.new_user())
     version: str = yield client.create_version()
     yield client.info()
@@ -335,8 +336,8 @@ def test_an_upload_waits_for_a_count_that_is_being_kept(
 
 @inlineCallbacks
 def test_a_count_that_is_locked(site: OwnSite, other: Any) -> Steps:
-    """A version is shown with the count of its keys, though another process doesn't let
-    go of the row where the count would be cached."""
+    """GET of a version returns the count of keys while another process locks the row of
+    the cached count."""
     client = Client(site.host, site.host.new_user())
     version: str = yield client.create_version()
     yield client.upload(version, {"!room": {"1": key()}})

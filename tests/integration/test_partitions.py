@@ -1,4 +1,4 @@
-"""The plugin on tables that are partitioned by user: each statement goes to one."""
+"""The plugin on tables partitioned by user: each statement uses a single partition."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from synapse_roomkeys.storage import (
     versions,
 )
 from synapse_roomkeys.storage.engine import DownloadStatements
-from synapse_roomkeys.storage.postgres_engine import to_pyformat
+from synapse_roomkeys.storage.postgres_engine import PostgresEngine, to_pyformat
 from synapse_roomkeys.types import (
     Actor,
     BackupId,
@@ -56,7 +56,7 @@ TABLES = (
     *("roomkeys_counts", "roomkeys_numbers"),
     *("roomkeys_changes", "roomkeys_deleted", "roomkeys_replaced"),
 )
-#: As the plugin makes them, index by index, but partitioned.
+#: The plugin's tables with all indexes, but partitioned.
 PARTITIONED = """
     CREATE TABLE e2e_room_keys (
         user_id TEXT NOT NULL, room_id TEXT NOT NULL, session_id TEXT NOT NULL,
@@ -103,7 +103,7 @@ PARTITION = """
     CREATE TABLE {table}_{number} PARTITION OF {table}
         FOR VALUES WITH (MODULUS {partitions}, REMAINDER {number})"""
 
-#: The partitions that the transaction has locked, and so read or written, so far.
+#: Returns the partitions locked by the transaction, which has read or written them.
 LOCKED = """
     SELECT relation::regclass::text FROM pg_locks JOIN pg_inherits
     ON inhrelid = relation WHERE pid = pg_backend_pid()"""
@@ -117,7 +117,7 @@ test_own_site = test_contract.test_own_site
 
 @pytest.fixture(scope="module")
 def backend(postgres: PostgresServer) -> Backend:
-    """A new database with tables that are partitioned."""
+    """A new database with partitioned tables."""
     arguments = postgres.create_database()
     with closing(psycopg2.connect(**arguments)) as connection:
         with connection.cursor() as cursor:
@@ -135,7 +135,7 @@ def backend(postgres: PostgresServer) -> Backend:
 
 @pytest.fixture
 def database(backend: Backend) -> Iterator[PoolDatabase]:
-    """Connections to it."""
+    """Connections to the database."""
     database = backend.connect()
     yield database
     database.close()
@@ -143,10 +143,10 @@ def database(backend: Backend) -> Iterator[PoolDatabase]:
 
 @attrs.frozen
 class Sent:
-    """A statement that was sent.
+    """A statement and its partitions.
 
     Attributes:
-        touched: the partitions that it read or wrote.
+        touched: the partitions read or written by the statement.
     """
 
     statement: str
@@ -163,7 +163,7 @@ class Sent:
 
 
 class Explained:
-    """A transaction that has each statement explained just before it is run."""
+    """A transaction that explains each statement before running the statement."""
 
     def __init__(self, txn: Transaction, sent: list[Sent]) -> None:
         self._txn = txn
@@ -203,8 +203,8 @@ class Explained:
         return self._txn.fetchall()
 
     def _explain(self, query: str, parameters: Any) -> set[str]:
-        """The partitions that a statement touches: those in its plan, and those that
-        it locks, as the plan of an INSERT doesn't say where the rows go."""
+        """Return the partitions of a statement: from the plan, and from the locks,
+        because the plan of an INSERT doesn't name the rows' partitions."""
         self._txn.execute(f"EXPLAIN (ANALYZE, FORMAT JSON) {query}", parameters)
         planned = set(relations_of(self._txn.fetchone()[0]))
         self._txn.execute(LOCKED)
@@ -214,10 +214,11 @@ class Explained:
 
 @attrs.frozen
 class ExplainedDatabase(TriesOnce):
-    """A database that keeps what is sent to it."""
+    """A database that collects the sent statements."""
 
     database: PoolDatabase
     sent: list[Sent] = attrs.field(factory=list)
+    transaction: type[Explained] = Explained
 
     def run(
         self, desc: str, function: Callable[..., T], *args: Any, **kwargs: Any
@@ -225,13 +226,13 @@ class ExplainedDatabase(TriesOnce):
         """As `Database.run`."""
 
         def explained(txn: Transaction) -> T:
-            return function(Explained(txn, self.sent), *args, **kwargs)
+            return function(self.transaction(txn, self.sent), *args, **kwargs)
 
         return self.database.run(desc, explained)
 
 
 def relations_of(plan: Any) -> Iterator[str]:
-    """The relations that a plan has anywhere in it."""
+    """Yield the relations of a plan."""
     if isinstance(plan, list):
         for part in plan:
             yield from relations_of(part)
@@ -248,12 +249,12 @@ def is_partition(relation: str) -> bool:
 
 
 def named(statement: str) -> set[str]:
-    """The tables that a statement names."""
+    """Return the tables in a statement."""
     return {table for table in TABLES if re.search(rf"\b{table}\b", statement)}
 
 
 def all_statements() -> set[str]:
-    """Return each statement of the plugin that serves users, without settings."""
+    """Return each statement of the plugin for users, without settings."""
     found: set[str] = set()
     for module in (statements, postgres_statements, sweeps):
         for name, value in vars(module).items():
@@ -262,10 +263,9 @@ def all_statements() -> set[str]:
                     found.add(value)
                 elif isinstance(value, DownloadStatements):
                     found |= set(attrs.astuple(value))
-    # These name no user: they read no user's rows, or those of all users.
+    # Statements without a user: of no user's rows, or of the rows of all users.
     apart = {
         statements.COLUMNS,
-        postgres_statements.LIMITS,
         postgres_statements.FETCH_PAGE,
         postgres_statements.SEPARATOR,
         *(sweeps.TAKE_LEASE, sweeps.END_LEASE, sweeps.LAST_EXPIRY, sweeps.SAVE_EXPIRY),
@@ -277,14 +277,14 @@ def all_statements() -> set[str]:
 
 
 def keys(index: int, count: int, room_id: str = "!room") -> list[RoomKey]:
-    """Keys of one room, of sessions that are the same each time."""
+    """Return keys of a room, with the same sessions in each call."""
     metadata = KeyMetadata(index, 0, False)
     return [RoomKey(room_id, f"{i}", metadata, '"secret"') for i in range(count)]
 
 
 @inlineCallbacks
 def upload_and_download(store: EndToEndRoomKeyStore, user: str, version: int) -> Steps:
-    """New keys, better ones and equal ones, and each kind of download."""
+    """Upload new keys, better keys and equal keys, and download in each way."""
     for index, room_id in ((5, "!room"), (5, "!other"), (4, "!room"), (4, "!room")):
         yield store.upload_keys(user, version, keys(index, 600, room_id), ACTOR)
     for of_room in (None, "!room"):
@@ -304,7 +304,7 @@ def upload_and_download(store: EndToEndRoomKeyStore, user: str, version: int) ->
 
 @inlineCallbacks
 def meet_broken_rows(store: EndToEndRoomKeyStore, user: str, version: int) -> Steps:
-    """Each kind of download of keys whose data aren't JSON, and good ones instead."""
+    """Download keys whose data aren't JSON in each way, and replace the keys."""
     broken = [broken_key(key) for key in keys(5, 600, "!broken")]
     yield store.upload_keys(user, version, broken, ACTOR)
     for of_room in (None, "!broken"):
@@ -323,13 +323,13 @@ def meet_broken_rows(store: EndToEndRoomKeyStore, user: str, version: int) -> St
 
 
 def broken_key(key: RoomKey) -> RoomKey:
-    """The key with data that aren't JSON."""
+    """Return the key with data other than JSON."""
     return RoomKey(key.room_id, key.session_id, key.metadata, "not json")
 
 
 @inlineCallbacks
 def do_everything(store: EndToEndRoomKeyStore, sweeper: Sweeps, user: str) -> Steps:
-    """Call each operation, in each state that makes it send other statements."""
+    """Call each operation, in each state with different statements."""
     version: int = yield store.create_version(user, "algorithm", "{}", ACTOR)
     yield meet_broken_rows(store, user, version)
     yield store.delete_keys(user, version, None, None, ACTOR)
@@ -360,7 +360,7 @@ def do_everything(store: EndToEndRoomKeyStore, sweeper: Sweeps, user: str) -> St
 
 @inlineCallbacks
 def restore_keys(store: EndToEndRoomKeyStore, user: str, version: int) -> Steps:
-    """Replace keys by verified ones that decrypt less, and give the old ones back."""
+    """Replace keys by verified keys that decrypt less, and give the old keys back."""
     yield store.upload_keys(user, version, keys(5, 600), ACTOR)
     verified = KeyMetadata(9, 0, True)
     worse = [RoomKey("!room", f"{i}", verified, '"new"') for i in range(3)]
@@ -388,7 +388,7 @@ def sweep(sweeper: Sweeps, user: str) -> Steps:
 def test_partitioned_tables_are_taken_as_they_are(
     backend: Backend, database: PoolDatabase
 ) -> Steps:
-    """The plugin finds partitioned tables and adds none but the one that says so."""
+    """The plugin uses partitioned tables, and adds only tables without users."""
     before = yield database.run("relations", relations)
     assert {name for name, kind in before if kind == "p"} == set(TABLES)
     yield database.run("upgrade", upgrade_tables, backend.engine, True)
@@ -404,11 +404,14 @@ def test_partitioned_tables_are_taken_as_they_are(
 def test_each_statement_touches_one_partition(
     backend: Backend, database: PoolDatabase
 ) -> Steps:
-    """Every statement of the plugin reads and writes one partition of each table that
-    it names, the same for all of a user's rows."""
+    """Every statement of the plugin reads and writes one partition of each named table,
+    the same for all rows of a user."""
     explained = ExplainedDatabase(database)
+    distributed = PostgresEngine()
+    distributed.is_distributed = True
     stores = [
-        EndToEndRoomKeyStore(explained, backend.engine, time.time, limits, Retention())
+        EndToEndRoomKeyStore(explained, engine, time.time, limits, Retention())
+        for engine in (backend.engine, distributed)
         for limits in (Limits(), Limits(max_user_bytes=10**9))
     ]
     sweeper = Sweeps(explained, backend.engine, time.time, Retention())
@@ -416,7 +419,7 @@ def test_each_statement_touches_one_partition(
     touched: dict[str, set[str]] = {}
     for i in range(8):
         first = len(explained.sent)
-        yield do_everything(stores[i % 2], sweeper, f"@user{i}:test.example")
+        yield do_everything(stores[i % 4], sweeper, f"@user{i}:test.example")
         sent = [s for s in explained.sent[first:] if s.statement in all_statements()]
         (home,) = {check(one) for one in sent}
         homes.add(home)
@@ -424,14 +427,14 @@ def test_each_statement_touches_one_partition(
             touched.setdefault(one.statement, set()).update(one.numbers)
     assert len(homes) > 1
     assert touched.keys() == all_statements()
-    # An INSERT that writes no row locks no partition of its table, but others did.
+    # An INSERT without a row locks no partition of its table; other calls wrote rows.
     for statement, tables in touched.items():
         assert named(statement) <= tables, statement
 
 
 def check(sent: Sent) -> str:
-    """Return the number of the partitions that a statement touched: one of each
-    table, of the same number."""
+    """Return the number of a statement's partitions: one partition of each table, with
+    the same number."""
     assert named(sent.statement), sent.statement
     (home,) = {tuple(numbers) for numbers in sent.numbers.values()}
     assert len(home) == 1, sent
@@ -439,6 +442,6 @@ def check(sent: Sent) -> str:
 
 
 def relations(txn: Transaction) -> set[tuple[Any, ...]]:
-    """The tables and indexes that are no partitions, and of which kind they are."""
+    """Return the tables and indexes without partitions, with their kinds."""
     txn.execute(RELATIONS)
     return set(txn.fetchall())

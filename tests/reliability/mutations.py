@@ -1,4 +1,4 @@
-"""Faults for a store, each of which a test must notice."""
+"""Faults for a store. A test must detect each fault."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ Patch: TypeAlias = Any
 
 
 def changed(text: str, old: str, new: str) -> str:
-    """A statement with a fault; the place for it must be there."""
+    """Return a statement with a fault in a given place."""
     assert text.count(old) == 1, text
     return text.replace(old, new)
 
 
 def statement(name: str, old: str, new: str) -> Patch:
-    """A fault in a statement that both engines share."""
+    """A fault in a statement of both engines."""
     return mock.patch.object(
         statements, name, changed(getattr(statements, name), old, new)
     )
 
 
 def rank_forwarded_first(key: KeyMetadata) -> tuple[bool, int, int]:
-    """A rank that takes the fields in another order."""
+    """A rank with a wrong order of the fields."""
     return (
         not key.is_verified,
         key.forwarded_count or 0,
@@ -50,7 +50,7 @@ def rank_forwarded_first(key: KeyMetadata) -> tuple[bool, int, int]:
 
 
 def is_not_worse(uploaded: KeyMetadata, stored: StoredKey) -> bool:
-    """A rule by which an equal key takes the old one's place."""
+    """A rule by which an equal key replaces the stored key."""
     return not merge.is_complete(stored) or (
         merge.rank(uploaded) <= merge.rank(stored.metadata)
     )
@@ -59,13 +59,13 @@ def is_not_worse(uploaded: KeyMetadata, stored: StoredKey) -> bool:
 def all_but_one(
     keys: Sequence[RoomKey], *, batches: Callable[..., Any] = rows.batches
 ) -> Any:
-    """What is written, without the first key of several."""
+    """Return the batches of all keys but the first of several."""
     return batches(keys[1:] or keys)
 
 
 @contextmanager
 def off_by_one(name: str) -> Iterator[None]:
-    """A fault in one number of what an upload writes, on both engines."""
+    """A fault in a number of an upload, on both engines."""
     with ExitStack() as patches:
         for engine in (SqliteEngine, PostgresEngine):
             patches.enter_context(_off_by_one(engine, name))
@@ -83,7 +83,7 @@ def _off_by_one(engine: type[SqliteEngine] | type[PostgresEngine], name: str) ->
 
 
 def on_postgres(old: str, new: str) -> Patch:
-    """A fault in what writes keys on PostgreSQL, with a lock and without."""
+    """A fault in the statements that write keys on PostgreSQL."""
     names = ("CLAIM_WRITE", "WRITE_KEYS", "SETTLE_WRITE")
     texts = {name: getattr(postgres_statements, name) for name in names}
     (place,) = (name for name, text in texts.items() if old in text)
@@ -98,7 +98,7 @@ def execute_and_commit(
     *,
     execute: Callable[..., Any] = PostgresTransaction.execute,
 ) -> Any:
-    """A statement that is a transaction of its own."""
+    """Execute a statement and commit."""
     result = execute(self, statement, parameters)
     self._txn._connection.commit()
     return result
@@ -110,13 +110,13 @@ def only_page(
     *,
     pages: Callable[..., Iterator[KeyPage]] = rows.key_pages,
 ) -> Iterator[KeyPage]:
-    """A page that claims to be the last one."""
+    """Return pages without a position for the next page."""
     for page in pages(found, asked):
         yield attrs.evolve(page, last=None)
 
 
 def adds_anything() -> Patch:
-    """PostgreSQL that takes all keys for new ones, and writes over others."""
+    """PostgreSQL that inserts keys without a check and overwrites stored keys."""
     always = "EXISTS (SELECT UNION ALL "
     claim = changed(postgres_statements.CLAIM_INSERT, "NOT EXISTS (", always)
     _, conflict, over = postgres_statements.WRITE_KEYS.partition("ON CONFLICT")
@@ -126,12 +126,12 @@ def adds_anything() -> Patch:
 
 
 def without_lock() -> Patch:
-    """PostgreSQL without a lock on the version, but for that of its UPDATE."""
+    """PostgreSQL without the lock on the version before an upload."""
     unlocked = changed(postgres_statements.LOCK_VERSION, " FOR UPDATE", "")
     return mock.patch.object(postgres_statements, "LOCK_VERSION", unlocked)
 
 
-#: What one request after the other can show.
+#: Faults that consecutive requests can show.
 PLAIN: dict[str, Callable[[], Patch]] = {
     "wrong rank": lambda: mock.patch.object(merge, "rank", rank_forwarded_first),
     "equal keys replace": lambda: mock.patch.object(merge, "is_better", is_not_worse),
@@ -142,7 +142,7 @@ PLAIN: dict[str, Callable[[], Patch]] = {
         "DELETE_ROOM_KEY", "session_id = :", "session_id >= :"
     ),
 }
-#: What only requests at the same time can show.
+#: Faults that only concurrent requests can show.
 RACES: dict[str, Callable[[], Patch]] = {
     "no etag in the claim": lambda: on_postgres(
         "COALESCE(etag, 0) = :expected_etag", ":expected_etag IS NOT NULL"
@@ -156,7 +156,7 @@ RACES: dict[str, Callable[[], Patch]] = {
         PostgresTransaction, "execute", execute_and_commit
     ),
 }
-#: What clients of one version can't see.
+#: Faults that are invisible to the clients of a single version.
 HIDDEN: dict[str, Callable[[], Patch]] = {
     "a count for ever": lambda: mock.patch.object(counts, "COUNT_LIFETIME", 10**9),
     "nobody forgotten": lambda: statement(

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -36,6 +37,9 @@ _DEFAULTS: Mapping[str, str] = MappingProxyType({})
 
 class PostgresServer(Server):
     """A database server whose cluster is deleted when the object is closed."""
+
+    #: How the server authenticates clients.
+    _authentication = "scram-sha-256"
 
     def __init__(
         self,
@@ -75,7 +79,7 @@ class PostgresServer(Server):
         if self._home is None:
             self._home = self._create_cluster()
         self._process = Process(
-            [str(binaries(self._user) / "postgres"), *self._settings()],
+            [str(self._programs() / "postgres"), *self._settings()],
             output=self.directory / "postgres.log",
             cwd=self._home,
             environment=_environment(),
@@ -89,6 +93,19 @@ class PostgresServer(Server):
         if self._process is not None:
             self._process.stop(signal.SIGINT)
             self._process = None
+
+    def freeze_backends(self) -> None:
+        """Stop the postmaster's children (SIGSTOP), as a disk that hangs does."""
+        self._signal_backends(signal.SIGSTOP)
+
+    def thaw_backends(self) -> None:
+        """Continue the processes that `freeze_backends` has stopped."""
+        self._signal_backends(signal.SIGCONT)
+
+    def _signal_backends(self, number: int) -> None:
+        for pid in _children(self.pid):
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
 
     def kill(self) -> None:
         """Kill the postmaster and its backends with SIGKILL, as in a crash.
@@ -155,6 +172,10 @@ class PostgresServer(Server):
             self.take_ownership(path)
         self.start()
 
+    def _programs(self) -> Path:
+        """Return the directory of PostgreSQL's programs."""
+        return binaries(self._user)
+
     def _create_cluster(self) -> Path:
         """Create a cluster owned by the user that the server runs as; return its
         parent."""
@@ -165,7 +186,7 @@ class PostgresServer(Server):
             _change_owner(home, self._user)
             _change_owner(secret, self._user)
         where = ["--pgdata", str(home / "data"), "--pwfile", str(secret)]
-        who = ["--username", _SUPERUSER, "--auth", "scram-sha-256"]
+        who = ["--username", _SUPERUSER, "--auth", self._authentication]
         shape = ["--encoding", "UTF8", "--locale", "C", "--no-sync"]
         self._run("initdb", *where, *who, *shape, cwd=home)
         return home
@@ -210,7 +231,7 @@ class PostgresServer(Server):
             StartFailed: the exit code isn't 0; the text holds the output.
         """
         done = subprocess.run(
-            [str(binaries(self._user) / program), *arguments],
+            [str(self._programs() / program), *arguments],
             cwd=cwd or self._home,
             env={**_environment(), "PGPASSWORD": self._password},
             stdin=subprocess.DEVNULL,

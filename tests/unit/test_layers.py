@@ -1,4 +1,4 @@
-"""The structure: imports run downwards, and all SQL names its user."""
+"""The structure: imports run downwards, and all SQL names a user."""
 
 import ast
 import re
@@ -11,12 +11,12 @@ import attrs
 from twisted.trial.unittest import SynchronousTestCase
 
 import synapse_roomkeys
-from synapse_roomkeys.storage import postgres_statements, sqlite_engine
+from synapse_roomkeys.storage import postgres_statements, sqlite_engine, sweeps
 from synapse_roomkeys.storage import statements as shared
 from synapse_roomkeys.storage.engine import DownloadStatements
 
 PACKAGE = Path(synapse_roomkeys.__file__).parent
-#: The modules from the lowest to the highest; each imports only those before it.
+#: The modules from the lowest to the highest; each imports only earlier modules.
 ORDER = [
     "version",
     "describe",
@@ -40,8 +40,10 @@ ORDER = [
     "storage.faults",
     "storage.causes",
     "storage.transactions",
+    "storage.citus",
     "storage.engine",
     "storage.sqlite_engine",
+    "storage.postgres_settings",
     "storage.postgres_statements",
     "storage.postgres_engine",
     "storage.schema",
@@ -96,7 +98,7 @@ ORDER = [
     "service.__main__",
     "",
 ]
-#: What only some modules may know, by the first part of its name.
+#: By the first part of an import's name, the modules with this import.
 KNOWN_BY = {
     "synapse": {"synapse_module"},
     "prometheus_client": {"metrics", "service.status"},
@@ -123,15 +125,14 @@ KNOWN_BY = {
 }
 
 
-#: Statements that read or write no row of a user's.
+#: Statements without a row of a user.
 NAMELESS = (
     "statements.COLUMNS",
     "sqlite_engine.BEGIN_WRITE",
-    "postgres_statements.LIMITS",
     "postgres_statements.FETCH_PAGE",
     "postgres_statements.SEPARATOR",
 )
-#: The least number of statements that there are: fewer means that they aren't found.
+#: Minimum number of statements. With fewer, the search for statements is broken.
 LEAST_STATEMENTS = 50
 
 
@@ -142,8 +143,8 @@ def module_name(path: Path) -> str:
 
 
 def imports(path: Path) -> Iterator[tuple[str, bool]]:
-    """What a module imports, and whether that is of this package; whatever the place
-    of the import in the module."""
+    """Yield the imports of a module, at any place in the module, and whether the import
+    is of this package."""
     is_package = path.name == "__init__.py"
     here = [part for part in module_name(path).split(".") if part]
     for node in ast.walk(ast.parse(path.read_text())):
@@ -167,7 +168,7 @@ class LayerTests(SynchronousTestCase):
         self.assertEqual(found, set(ORDER))
 
     def test_imports_run_downwards(self) -> None:
-        """A module imports only those below it."""
+        """A module imports only lower modules."""
         for path in PACKAGE.rglob("*.py"):
             importer = module_name(path)
             for imported, own in imports(path):
@@ -179,7 +180,7 @@ class LayerTests(SynchronousTestCase):
                     )
 
     def test_what_few_may_know(self) -> None:
-        """Synapse, the drivers and the encoders are known in one place each."""
+        """Synapse, each driver and each encoder are imported in few modules."""
         for path in PACKAGE.rglob("*.py"):
             for imported, own in imports(path):
                 knowing = KNOWN_BY.get(imported.partition(".")[0])
@@ -187,7 +188,8 @@ class LayerTests(SynchronousTestCase):
                     self.assertIn(module_name(path), knowing, imported)
 
     def test_the_package_needs_no_synapse(self) -> None:
-        """It can be imported where Synapse isn't installed, and says what it lacks."""
+        """Without Synapse, the package can be imported, and the module's error names
+        Synapse."""
         code = (
             "import sys; sys.modules['synapse'] = None; import synapse_roomkeys as s;"
             "s.register_servlets; s.E2eRoomKeysHandler\n"
@@ -205,7 +207,7 @@ class LayerTests(SynchronousTestCase):
 
 
 def statements() -> dict[str, str]:
-    """All the statements that name tables of keys, by the names they have."""
+    """Return all statements about tables of keys, by name."""
     found: dict[str, str] = {}
     for module in (shared, sqlite_engine, postgres_statements):
         place = module.__name__.rpartition(".")[2]
@@ -223,10 +225,10 @@ def statements() -> dict[str, str]:
 
 
 class StatementTests(SynchronousTestCase):
-    """What holds for every statement."""
+    """The rules for every statement."""
 
     def test_each_use_of_a_table_names_the_user(self) -> None:
-        """Every part that reads or writes a table says whose rows."""
+        """Every part of a statement names the user of the rows."""
         self.assertGreaterEqual(len(statements()), LEAST_STATEMENTS)
         table = re.compile(r"(?:FROM|JOIN|UPDATE|INTO|LATERAL)\s+(\w*room_?keys\w*)")
         for name, statement in statements().items():
@@ -242,9 +244,22 @@ class StatementTests(SynchronousTestCase):
             for target in re.findall(r"ON CONFLICT \((.*?)\)", statement):
                 self.assertEqual(target.split(", ")[0], "user_id", name)
 
+    def test_citus_can_send_each_statement_to_one_shard(self) -> None:
+        """No INSERT stands in a statement with a WITH, an INSERT ... SELECT takes the
+        user from a table, and no cursor reads distributed tables."""
+        texts = {n: s for n, s in statements().items() if "sqlite_engine" not in n}
+        texts |= {n: s for n, s in vars(sweeps).items() if isinstance(s, str)}
+        for name, text in texts.items():
+            for part in text.split(";"):
+                if "INSERT INTO" in part:
+                    self.assertNotRegex(part, r"\bWITH\b(?! ORDINALITY)", name)
+                    self.assertNotRegex(part, r"\)\s+SELECT\s+[:']", name)
+            if ".DISTRIBUTED_DOWNLOADS." in name:
+                self.assertNotIn("DECLARE", text, name)
+
     def test_marks_are_parameters(self) -> None:
-        """A parameter stands in no literal, and nothing looks like the marks of
-        psycopg2, or of Synapse, which translates each question mark."""
+        """No parameter stands in a literal, and no statement has a mark of psycopg2 or
+        a question mark, because Synapse translates question marks."""
         for name, statement in statements().items():
             self.assertNotIn("%", statement, name)
             self.assertNotIn("?", statement, name)

@@ -1,4 +1,4 @@
-"""SQL is written in the source: what comes from outside is only ever a parameter."""
+"""SQL text comes from the source alone; values from outside are parameters."""
 
 from __future__ import annotations
 
@@ -21,27 +21,23 @@ CALLS = {
     "copy_expert",
     "executescript",
 }
-#: What statements are taken from, besides constants of modules: the modules of
-#: statements, attributes of an engine, and those that `PageQuery.select`, `saving` and
-#: `_read_files` return from such.
+#: Names of further sources of statements: the modules of statements, attributes of an
+#: engine, and the settings of a transaction.
 SOURCES = {
-    "statements",
-    "sql",
-    "tables",
-    "count_keys_and_bytes",
-    "user_sizes",
-    "key_sizes",
+    *("statements", "sql", "tables", "count_keys_and_bytes", "user_sizes"),
+    *("key_sizes", "settings", "_limits"),
 }
+#: Functions that return a statement of the sources.
 GIVEN_BY = {"select", "saving", "_read_files"}
-#: Functions that hand on the statement that they are given.
+#: Functions that pass their statement on.
 FORWARDERS = {"execute", "execute_all", "_execute", "_stream"}
-#: The least number of calls that there are: fewer means that they aren't found.
+#: Minimum number of calls in the package. With fewer, the search for calls is broken.
 LEAST_CALLS = 50
 _Binding = ast.Assign | ast.AugAssign | ast.NamedExpr
 
 
 def leaves(node: ast.expr) -> Iterator[ast.expr]:
-    """The parts that a statement is put together from."""
+    """Yield the parts of a statement."""
     if isinstance(node, ast.JoinedStr):
         for part in node.values:
             yield from leaves(
@@ -77,7 +73,7 @@ def leaves(node: ast.expr) -> Iterator[ast.expr]:
 
 
 def bindings(function: ast.AST, name: str) -> Iterator[ast.expr | None]:
-    """What a name is bound to in a function; None for its own parameter."""
+    """Yield the values bound to a name in a function; None for a parameter."""
     for node in ast.walk(function):
         if isinstance(node, ast.arg) and node.arg == name:
             yield None
@@ -91,14 +87,14 @@ def _is_in(
     name: str,
     node: _Binding | ast.For | ast.comprehension,
 ) -> bool:
-    """Whether a name is one of those that are bound."""
+    """Return whether a name is among the bound names."""
     targets = node.targets if isinstance(node, ast.Assign) else [node.target]
     found = (part for target in targets for part in ast.walk(target))
     return any(isinstance(part, ast.Name) and part.id == name for part in found)
 
 
 def faults(function: ast.FunctionDef, node: ast.expr) -> Iterator[str]:
-    """The parts of a statement that may come from outside."""
+    """Yield the parts of a statement from outside the source."""
     for leaf in leaves(node):
         if isinstance(leaf, ast.Constant):
             continue
@@ -121,7 +117,7 @@ def faults(function: ast.FunctionDef, node: ast.expr) -> Iterator[str]:
 
 
 def statements(tree: ast.AST) -> Iterator[tuple[ast.FunctionDef, ast.expr]]:
-    """Yield each call that runs SQL: its function, and the statement."""
+    """Yield the function and the statement of each call that runs SQL."""
     for function in ast.walk(tree):
         if not isinstance(function, ast.FunctionDef):
             continue
@@ -135,16 +131,16 @@ def statements(tree: ast.AST) -> Iterator[tuple[ast.FunctionDef, ast.expr]]:
 
 
 def faults_of(source: str) -> list[str]:
-    """What is wrong with the statements of a module."""
+    """Return the faults of the statements in a module."""
     found = statements(ast.parse(source))
     return [fault for function, node in found for fault in faults(function, node)]
 
 
 class ParameterTests(SynchronousTestCase):
-    """What is given to ``execute``."""
+    """The arguments of ``execute``."""
 
     def test_statements_are_constants(self) -> None:
-        """None is put together with what isn't written in the source."""
+        """No statement of the package has a part from outside the source."""
         calls = 0
         for path in PACKAGE.rglob("*.py"):
             source = path.read_text()
@@ -153,7 +149,7 @@ class ParameterTests(SynchronousTestCase):
         self.assertGreaterEqual(calls, LEAST_CALLS)
 
     def test_a_value_in_a_statement_is_found(self) -> None:
-        """However it gets there."""
+        """The test finds a value in a statement in each spelling."""
         for body in (
             "txn.execute(f'SELECT {user_id}')",
             "txn.execute('SELECT ' + user_id)",

@@ -11,6 +11,7 @@ import psycopg2.extensions
 
 from ...storage import (
     PAGE_KEYS,
+    find_cluster,
     pack_array,
     postgres,
     upgrade_tables,
@@ -29,6 +30,7 @@ from .side import (
     Ids,
     MigrateError,
     Page,
+    RefusedError,
     Target,
     check_tables,
     failure,
@@ -113,6 +115,7 @@ class _PostgresSide:
                 readonly=readonly,
             )
         self._find_tables()
+        self._refuse_distributed()
 
     def close(self) -> None:
         """As `Keys.close`."""
@@ -135,6 +138,19 @@ class _PostgresSide:
         """Note which of the tables exist."""
         names = [*TABLES, MIGRATED, COUNTS]
         self._tables = {name for (name,) in self._execute(_FIND_TABLES, (names,))}
+
+    def _refuse_distributed(self) -> None:
+        """Close the connection and raise a RefusedError if Citus has distributed the
+        tables: the digests of all versions would need joins of several nodes."""
+        with self._errors(), self._connection.cursor() as cursor:
+            cluster = find_cluster(cursor)
+        if cluster is not None and cluster.distributed:
+            self._connection.close()
+            raise RefusedError(
+                f"{self.place}: its tables are distributed by Citus, which a migration"
+                " can't use. Migrate before you distribute the tables, or call"
+                " undistribute_table() for each of them first"
+            )
 
     def _connect(self) -> Any:
         with self._errors():
