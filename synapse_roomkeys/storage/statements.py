@@ -208,13 +208,16 @@ SET_ETAG = """
     WHERE user_id = :user_id AND version = :version AND deleted = 0
     AND COALESCE(etag, 0) = :expected_etag"""
 #: Queues a version for the deletion of its keys, unless it is queued already, and keeps
-#: its auth_data, so that the version can be given back until then.
+#: its auth_data, so that the version can be given back until then. A version that was
+#: deleted before has lost its auth_data, and maybe some keys: the row says that the
+#: deletion has started.
 QUEUE_DELETION = """
     INSERT INTO roomkeys_deleted
         (user_id, version, deleted_ms, auth_data, key_count, is_started)
     SELECT v.user_id, v.version, :now_ms, v.auth_data, (
         SELECT key_count FROM roomkeys_counts
-        WHERE user_id = :user_id AND version = :version), 0
+        WHERE user_id = :user_id AND version = :version
+        AND etag = COALESCE(v.etag, 0)), v.deleted
     FROM e2e_room_keys_versions AS v
     WHERE v.user_id = :user_id AND v.version = :version
     ON CONFLICT (user_id, version) DO NOTHING"""
@@ -273,12 +276,14 @@ NOTE_CHANGE = """
 
 #: Returns the keys of a version, of a room or of a session that were replaced since a
 #: time, the earliest first: the ids, the time, the etag of the replacement, and the
-#: three fields of the replaced key; then the three fields of the stored key, whether it
-#: has data, and whether both keys are the same. The last five are NULL if the session
-#: has no stored key. ``room_id`` and ``session_id`` may be NULL.
+#: three fields of the replaced key, and whether it has data; then the three fields of
+#: the stored key, whether it has data, and whether both keys are the same. The last
+#: five are NULL if the session has no stored key. ``room_id`` and ``session_id`` may be
+#: NULL.
 FIND_REPLACED = """
     SELECT r.room_id, r.session_id, r.replaced_ms, r.etag,
         r.first_message_index, r.forwarded_count, r.is_verified,
+        r.session_data <> 'null',
         k.first_message_index, k.forwarded_count, k.is_verified,
         k.session_data <> 'null',
         k.session_data = r.session_data AND k.is_verified = r.is_verified

@@ -1,11 +1,12 @@
 """Undo: replaced keys are given back, in one transaction."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import attrs
 
 from ..errors import unknown_version
-from ..merge import is_better
+from ..merge import is_better, is_complete
 from ..types import Actor, BackupId, Restore, StoredKey
 from . import statements
 from .engine import Engine, KeyRestore, ReplacedKey, names
@@ -93,10 +94,16 @@ class Undo:
             first.setdefault((row[0], row[1]), row)
         choices = []
         for row in first.values():
-            has_data, is_same = row[10:]
-            is_new = has_data is None
-            stored = StoredKey(metadata(row[7:10]), bool(has_data), 0)
-            is_worse = not is_new and not is_better(metadata(row[4:7]), stored)
-            if not is_same and (restore.is_forced or not is_worse):
+            replaced, stored = _read_key(row[4:8]), _read_key(row[8:12])
+            is_new = row[11] is None
+            beats = is_complete(replaced) and is_better(replaced.metadata, stored)
+            is_same = row[12]
+            if is_new or (not is_same and (restore.is_forced or beats)):
                 choices.append(_Choice(ReplacedKey(*row[:4]), is_new))
         return choices
+
+
+def _read_key(columns: Sequence[Any]) -> StoredKey:
+    """Return a key from its three fields and whether it has data. The key's size isn't
+    read."""
+    return StoredKey(metadata(columns[:3]), bool(columns[3]), 0)

@@ -101,6 +101,16 @@ class RecordTests(RecordCase):
             ],
         )
 
+    def test_an_unknown_number_of_deleted_keys(self) -> None:
+        """The record has no number of deleted keys if another program has moved the
+        etag since the last count."""
+        self.upload({"!a": {"1": key()}})
+        self.sql("DELETE FROM e2e_room_keys")
+        self.sql("UPDATE e2e_room_keys_versions SET etag = etag + 1")
+        self.delete(version_path(self.version))
+        deletion = ("delete_version", 2, "DEVICE", None, 0, 0, 0, None)
+        self.assertEqual(self.changes()[-1], deletion)
+
     def test_sessions_are_named(self) -> None:
         """The row of an upload names its stored and replaced sessions, without data."""
         self.upload({"!a": {"1": key(index=5, data="SECRET")}})
@@ -231,6 +241,20 @@ class KeptKeyTests(RecordCase):
         self.assertEqual(self.restore(ALL), 1)
         self.assertEqual(self.tally(), (6, 3))
 
+    def test_an_incomplete_key_stays_replaced(self) -> None:
+        """Without force, a key with a NULL field or without data doesn't replace a
+        complete key, as in an upload."""
+        old, new = key(index=5, verified=True), key(index=9, verified=True)
+        self.upload({"!a": {"1": old, "2": old}})
+        self.sql(
+            "UPDATE e2e_room_keys SET first_message_index = NULL WHERE session_id = '1'"
+        )
+        self.sql("UPDATE e2e_room_keys SET session_data = 'null' WHERE session_id='2'")
+        self.upload({"!a": {"1": new, "2": new}})
+        self.assertEqual(set(self.kept()), {"1", "2"})
+        self.assertEqual(self.restore(ALL), 0)
+        self.assertEqual(self.restore(FORCED), 2)
+
 
 class AllKeptTests(RecordCase):
     """Each replaced key is kept."""
@@ -288,6 +312,16 @@ class VersionTests(RecordCase):
         for version in (self.version, "7"):
             restored = self.host.handler.restore_version(self.user_id, version, ADMIN)
             self.failureResultOf(restored, NotFoundError)
+
+    def test_a_version_that_is_deleted_again(self) -> None:
+        """Once its keys are deleted, a second DELETE doesn't make it seem complete: its
+        auth_data is gone as well."""
+        self.host.sweeper.start()
+        self.host.reactor.pump([3 * 24 * 60 * 60 + 60, *[0.1] * 10])
+        self.assertEqual(self.sql("SELECT * FROM roomkeys_deleted"), [])
+        self.delete(version_path(self.version))
+        restored = self.host.handler.restore_version(self.user_id, self.version, ADMIN)
+        self.failureResultOf(restored, NotFoundError)
 
     def test_a_version_that_is_not_deleted(self) -> None:
         """There is nothing to give back."""
