@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 from unittest import mock
 
@@ -18,12 +20,14 @@ from synapse_roomkeys.storage import (
     SQLITE,
     EndToEndRoomKeyStore,
     Engine,
+    Sweeps,
     Transaction,
     postgres,
     upgrade_tables,
 )
 from synapse_roomkeys.storage import rows as storage_rows
-from synapse_roomkeys.storage.versions import Deletion
+from synapse_roomkeys.storage.statements import ALL_TABLES
+from synapse_roomkeys.storage.versions import Deletion as DeletedKeys
 from synapse_roomkeys.types import (
     Actor,
     BackupState,
@@ -37,7 +41,19 @@ from synapse_roomkeys.types import (
 
 from ..contract.base import ALGORITHM, NO_VERSION, same
 from ..memory import ImmediateDatabase, TriesOnce
-from .model import COUNT_LIFETIME, Backup, Ids, Key, Keys, User, Version
+from .model import (
+    COUNT_LIFETIME,
+    MOVING,
+    Backup,
+    Change,
+    Deletion,
+    Ids,
+    Key,
+    Keys,
+    Replaced,
+    User,
+    Version,
+)
 
 T = TypeVar("T")
 
@@ -72,6 +88,17 @@ auth_data = st.sampled_from(('"old"', '{"public_key": "é"}', "1"))
 algorithms = st.sampled_from((ALGORITHM, ALGORITHM, "another"))
 
 UNKNOWN_VERSION = (404, {"errcode": "M_NOT_FOUND", "error": NO_VERSION})
+
+#: Options of the record and of undo, few days each, so that the days pass in a run.
+retentions = st.sampled_from(
+    (
+        *[Retention(3, "lossy", 2, 0)] * 2,
+        *[Retention(3, "all", 2, 1)] * 4,
+        Retention(3, "off", 2, 1),
+        Retention(3, "all", 0, 1),
+        Retention(0, "lossy", 2, 1),
+    )
+)
 
 
 class BlockingPostgres(TriesOnce):
@@ -132,6 +159,31 @@ def is_readable(data: str) -> bool:
     return True
 
 
+def key_of(row: Sequence[Any]) -> Key:
+    """Return a stored key from its columns, is_verified first."""
+    return Key(None if row[0] is None else bool(row[0]), *row[1:])
+
+
+def sessions_of(
+    stored: Iterable[Ids], replaced: Iterable[Ids]
+) -> frozenset[tuple[str, str, str]]:
+    """Return the sessions of a change as `Change.sessions`."""
+    found = [("stored", *i) for i in stored] + [("replaced", *i) for i in replaced]
+    return frozenset(found)
+
+
+def check_rows(name: str, found: Iterable[Any], expected: Iterable[Any]) -> None:
+    """Check that a table has the expected rows, each as often as expected.
+
+    Raises:
+        AssertionError: names the table, the missing rows and the unexpected ones.
+    """
+    rows, due = Counter(found), Counter(expected)
+    if rows != due:
+        missing, extra = list(due - rows), list(rows - due)
+        raise AssertionError(f"{name}: missing {missing}, unexpected {extra}")
+
+
 def shown(keys: Mapping[Ids, Any]) -> list[Any]:
     """Keys as a list that can be JSON."""
     return [[*i, keys[i]] for i in sorted(keys)]
@@ -154,14 +206,23 @@ class BackupMachine(RuleBasedStateMachine):
         self.engine: Engine = (
             SQLITE if isinstance(database, ImmediateDatabase) else postgres()
         )
+        self.open_store(Retention())
+        for table in ALL_TABLES:
+            if table != "roomkeys_schema":
+                self.sql(f"DELETE FROM {table}")
+
+    def open_store(self, retention: Retention) -> None:
+        """Begin to use the database with these options."""
+        self.retention = retention
         self.store = EndToEndRoomKeyStore(
-            database, self.engine, lambda: self.now, Limits(), Retention()
+            self.database, self.engine, lambda: self.now, Limits(), retention
         )
-        for table in (
-            *("e2e_room_keys", "e2e_room_keys_versions"),
-            *("roomkeys_counts", "roomkeys_numbers", "roomkeys_deleted"),
-        ):
-            self.sql(f"DELETE FROM {table}")
+        self.sweeps = Sweeps(self.database, self.engine, lambda: self.now, retention)
+
+    @property
+    def now_ms(self) -> int:
+        """The time in Unix milliseconds."""
+        return int(1000 * self.now)
 
     def sql(self, statement: str, *parameters: Any) -> list[tuple[Any, ...]]:
         """Run a statement past the store, with ``?`` for its parameters.
@@ -186,8 +247,37 @@ class BackupMachine(RuleBasedStateMachine):
         return numbers[age] if age < len(numbers) else 7 + age
 
     def version_of(self, user_id: str, number: int) -> Version | None:
-        """What the model has of a version; None if it is not there."""
-        return self.users[user_id].versions.get(number)
+        """Return the model of a version; None if it is deleted or never existed."""
+        version = self.users[user_id].versions.get(number)
+        return None if version is None or version.deletion else version
+
+    def note(self, user_id: str, number: int, act: str, **details: Any) -> None:
+        """Add a change by the device to the model's record, if the record is on.
+
+        Args:
+            details: other fields of `Change`.
+        """
+        if self.retention.record_days:
+            version = self.users[user_id].versions[number]
+            etag = version.backup.etag
+            details = {"device_id": ACTOR.device_id, **details}
+            version.changes.append(
+                Change(user_id, number, etag, self.now_ms, act, **details)
+            )
+        elif act in MOVING:
+            version = self.users[user_id].versions[number]
+            version.unrecorded = version.backup.etag
+
+    def keep(self, version: Version, before: Backup, replaced: Iterable[Ids]) -> None:
+        """Add replaced keys to the kept keys of the model, as the options say."""
+        how = self.retention.keep_replaced
+        if not self.retention.replaced_keys_days or how == "off":
+            return
+        for i in replaced:
+            old, new = before.keys[i], version.backup.keys[i]
+            if how == "all" or new.reads_less_than(old):
+                row = Replaced(i, self.now_ms, version.backup.etag, old)
+                version.replaced.append(row)
 
     def check_refused(self, call: Callable[[], Deferred[Any]], *want: Any) -> None:
         """A call fails with this status, and this errcode or body."""
@@ -200,14 +290,16 @@ class BackupMachine(RuleBasedStateMachine):
             raise AssertionError(f"{result} where {want} is due")
 
     def check_state(self, version: Version, state: BackupState) -> None:
-        """An answer tells the etag and a count that may be."""
-        assert state.etag == version.backup.etag
+        """The etag of an answer is the model's, and the count is a possible one."""
+        etag = version.backup.etag
+        assert state.etag == etag, f"etag: {state.etag}, not {etag}"
         counts = version.counts(self.now)
         assert state.count in counts, f"{state.count} is not in {counts}"
 
-    @initialize()
-    def begin(self) -> None:
+    @initialize(retention=retentions)
+    def begin(self, retention: Retention) -> None:
         """Each user has a backup."""
+        self.open_store(retention)
         for user_id in USERS:
             self.create(user_id, ALGORITHM, "{}")
 
@@ -221,6 +313,7 @@ class BackupMachine(RuleBasedStateMachine):
         assert number == max(last + 1, int(self.now))
         user.issued.add(number)
         user.versions[number] = Version(algorithm, auth_data)
+        self.note(user_id, number, "create_version")
 
     @rule(user_id=users, age=ages, keys=uploads)
     def upload(self, user_id: str, age: int, keys: Keys) -> None:
@@ -245,14 +338,27 @@ class BackupMachine(RuleBasedStateMachine):
         version.backup = before.uploaded(keys)
         result = result_of(call())
         self.check_state(version, result.state)
-        kept = sum(version.backup.keys[i] is before.keys.get(i) for i in keys)
-        new = len(version.backup.keys) - len(before.keys)
+        new = [i for i in keys if i not in before.keys]
+        unchanged = [i for i in keys if version.backup.keys[i] is before.keys.get(i)]
+        replaced = keys.keys() - {*new, *unchanged}
         told = (result.stored, len(result.replaced), result.unchanged)
-        assert told == (new, len(keys) - new - kept, kept)
+        assert told == (len(new), len(replaced), len(unchanged))
+        if version.backup is before:
+            return
+        self.keep(version, before, replaced)
+        self.note(
+            user_id,
+            number,
+            "upload",
+            stored=len(new),
+            replaced=len(replaced),
+            unchanged=len(unchanged),
+            sessions=sessions_of(new, replaced),
+        )
 
     @rule(user_id=users, keys=uploads)
     def upload_more(self, user_id: str, keys: Keys) -> None:
-        """What clients do most often."""
+        """Upload to the current version, as clients do most often."""
         self.upload(user_id, 0, keys)
 
     @rule(
@@ -323,7 +429,8 @@ class BackupMachine(RuleBasedStateMachine):
                     assert page is pages[-1]
                     return members
                 last = page.last.room_id, page.last.session_id
-                assert last == found[-1][0]
+                if is_readable(page.rows[-1][2]):
+                    assert last == found[-1][0]
                 assert after is None or last != (after.room_id, after.session_id)
                 after = page.last
 
@@ -340,7 +447,7 @@ class BackupMachine(RuleBasedStateMachine):
         if what == "create":
             self.create(user_id, algorithm, '"new"')
         elif what == "delete":
-            self.delete_version(user_id, age)
+            self.delete_version(user_id, self.number_of(user_id, age))
         elif what == "reset":
             self.reset(user_id)
         else:
@@ -367,7 +474,7 @@ class BackupMachine(RuleBasedStateMachine):
         number = self.number_of(user_id, age)
         version = self.version_of(user_id, number)
 
-        def call() -> Deferred[Deletion]:
+        def call() -> Deferred[DeletedKeys]:
             return self.store.delete_keys(user_id, number, *scope, ACTOR)
 
         if version is None:
@@ -379,20 +486,43 @@ class BackupMachine(RuleBasedStateMachine):
         assert done.is_complete
         self.check_state(version, done.state)
         assert done.deleted == len(before.keys) - len(version.backup.keys)
+        if done.deleted:
+            self.note(user_id, number, "delete_keys", deleted=done.deleted)
 
-    def delete_version(self, user_id: str, age: int) -> None:
-        """The keys go with it; to delete it again is no error."""
-        number = self.number_of(user_id, age)
-        versions = self.users[user_id].versions
+    def delete_version(self, user_id: str, number: int) -> None:
+        """The keys wait for the sweeper; to delete a version again is no error."""
+        version = self.users[user_id].versions.get(number)
 
         def call() -> Deferred[bool]:
             return self.store.delete_version(user_id, number, ACTOR)
 
-        if number not in versions:
+        if version is None:
             self.check_refused(call, *UNKNOWN_VERSION)
             return
-        assert result_of(call()) == (versions[number] is not None)
-        versions[number] = None
+        assert result_of(call()) == (version.deletion is None)
+        self.note_deletion(user_id, number)
+
+    def note_deletion(self, user_id: str, number: int) -> None:
+        """Delete a version in the model, and check the number of keys in the record.
+
+        A second deletion queues the version again, whose auth_data is gone by then.
+        """
+        version = self.users[user_id].versions[number]
+        if version.deletion is not None:
+            if not version.deletion.is_queued:
+                version.deletion = Deletion(self.now_ms, is_started=True)
+            return
+        version.deletion = Deletion(self.now_ms)
+        if not self.retention.record_days:
+            return
+        ((deleted,),) = self.sql(
+            "SELECT deleted FROM roomkeys_changes WHERE act = 'delete_version'"
+            " AND user_id = ? AND version = ? AND etag = ?",
+            *(user_id, number, version.backup.etag),
+        )
+        possible = {None, *version.counts(self.now, math.inf)}
+        assert deleted in possible, f"record: {deleted} keys deleted, not {possible}"
+        self.note(user_id, number, "delete_version", deleted=deleted)
 
     def reset(self, user_id: str) -> None:
         """A client deletes what is current until nothing is, and begins anew."""
@@ -401,7 +531,7 @@ class BackupMachine(RuleBasedStateMachine):
             assert info.version == user.current
             deleted = self.store.delete_version(user_id, info.version, ACTOR)
             assert result_of(deleted)
-            user.versions[info.version] = None
+            self.note_deletion(user_id, info.version)
         assert user.current is None
         self.create(user_id, ALGORITHM, "{}")
 
@@ -423,6 +553,7 @@ class BackupMachine(RuleBasedStateMachine):
         else:
             result_of(call())
             version.auth_data = auth_data
+            self.note(user_id, number, "update_version")
 
     @rule(user_id=users, age=st.none() | ages)
     def look(self, user_id: str, age: int | None) -> None:
@@ -441,19 +572,21 @@ class BackupMachine(RuleBasedStateMachine):
         self.check_state(version, BackupState(info.etag, info.count))
 
     def deactivate(self, user_id: str) -> None:
-        """The homeserver deletes all that it has of a user, and so does the store, but
-        for the last number. The user is back at once."""
+        """The homeserver deletes the user's rows, and so does the store, but for the
+        last number. The user is back at once."""
         for table in ("e2e_room_keys", "e2e_room_keys_versions"):
             self.sql(f"DELETE FROM {table} WHERE user_id = ?", user_id)
         result_of(self.store.forget_user(user_id))
-        counts = "SELECT COUNT(*) FROM roomkeys_counts WHERE user_id = ?"
-        assert self.sql(counts, user_id) == [(0,)]
+        for table in ("counts", "changes", "replaced", "deleted"):
+            count = f"SELECT COUNT(*) FROM roomkeys_{table} WHERE user_id = ?"
+            ((rows,),) = self.sql(count, user_id)
+            assert rows == 0, f"{rows} rows of the user in {table}"
         self.users[user_id].versions.clear()
 
     def purge(self, room_id: str) -> None:
         """Synapse purges a room: from everyone's backup, and no etag moves."""
         self.sql("DELETE FROM e2e_room_keys WHERE room_id = ?", room_id)
-        for version in self.versions().values():
+        for _, version in self.versions():
             keys = version.backup.without(room_id, None).keys
             gone = len(version.backup.keys) - len(keys)
             version.purged.append((int(self.now), gone))
@@ -484,6 +617,7 @@ class BackupMachine(RuleBasedStateMachine):
         )
         keys = {**version.backup.keys, ids: key}
         version.backup = Backup(version.backup.etag + 1, keys)
+        version.unrecorded = version.backup.etag
 
     def take_etags_away(self) -> None:
         """Synapse's own endpoints leave the etag NULL until the first upload."""
@@ -498,37 +632,47 @@ class BackupMachine(RuleBasedStateMachine):
         """Time goes by."""
         self.now += seconds
 
-    def versions(self) -> dict[tuple[str, int], Version]:
-        """All versions that aren't deleted, by user and number."""
-        return {
-            (user_id, number): version
+    def versions(self) -> list[tuple[tuple[str, int], Version]]:
+        """Return all versions with user and number, deleted ones included."""
+        return [
+            ((user_id, number), version)
             for user_id, user in self.users.items()
             for number, version in user.versions.items()
-            if version
-        }
+        ]
 
     @invariant()
     def the_tables_are_those_of_the_model(self) -> None:
-        """What is stored is what the model holds, and no more."""
+        """The homeserver's tables hold the rows of the model, and no others."""
         type(self).states += 1
         rows = self.sql(
             "SELECT user_id, version, room_id, session_id, is_verified,"
             " first_message_index, forwarded_count, session_data FROM e2e_room_keys"
         )
-        stored = {
-            row[:4]: Key(None if row[4] is None else bool(row[4]), *row[5:])
-            for row in rows
-        }
-        assert stored == {
-            (*who, *ids): key
-            for who, version in self.versions().items()
-            for ids, key in version.backup.keys.items()
-        }
-        rows = self.sql(
-            "SELECT user_id, version, algorithm, auth_data, COALESCE(etag, 0)"
-            " FROM e2e_room_keys_versions WHERE deleted = 0"
+        stored = {(row[:4], key_of(row[4:])) for row in rows}
+        check_rows(
+            "keys",
+            stored,
+            [
+                ((*who, *ids), key)
+                for who, version in self.versions()
+                for ids, key in version.backup.keys.items()
+            ],
         )
-        assert sorted(rows) == sorted(
-            (*who, version.algorithm, version.auth_data, version.backup.etag)
-            for who, version in self.versions().items()
+        rows = self.sql(
+            "SELECT user_id, version, algorithm, auth_data, COALESCE(etag, 0), deleted"
+            " FROM e2e_room_keys_versions"
+        )
+        check_rows(
+            "versions",
+            rows,
+            [
+                (
+                    *who,
+                    version.algorithm,
+                    "{}" if version.deletion else version.auth_data,
+                    version.backup.etag,
+                    int(version.deletion is not None),
+                )
+                for who, version in self.versions()
+            ],
         )

@@ -13,8 +13,9 @@ from ..contract.base import ALGORITHM
 from ..memory import ImmediateDatabase
 from ..servers import PostgresServer
 from . import SOAK
-from .machine import ACTOR, USERS, BackupMachine, BlockingPostgres, result_of
-from .mutations import HIDDEN, PLAIN
+from .machine import ACTOR, USERS, BlockingPostgres, result_of
+from .mutations import HIDDEN, PLAIN, UNDO
+from .record_machine import RecordMachine
 
 STEPS_OF_ONE = 50
 #: Number of runs of the state machine, on each engine.
@@ -29,6 +30,14 @@ SETTINGS = settings(
     deadline=None,
     print_blob=True,
     suppress_health_check=list(HealthCheck),
+)
+#: Settings for planted faults: run until the first error, and don't simplify the run.
+UNTIL_FOUND = settings(
+    SETTINGS,
+    max_examples=500,
+    derandomize=True,
+    phases=(Phase.generate,),
+    report_multiple_bugs=False,
 )
 
 
@@ -52,8 +61,8 @@ def run_machines(
 ) -> None:
     """Run state machines with these hypothesis settings."""
 
-    def new_machine() -> BackupMachine:
-        return BackupMachine(new_database())
+    def new_machine() -> RecordMachine:
+        return RecordMachine(new_database())
 
     # Hypothesis annotates a class but accepts any factory of a state machine.
     factory: Any = new_machine
@@ -64,9 +73,9 @@ def test_the_store_matches_the_model(
     new_database: Callable[[], ImmediateDatabase | BlockingPostgres],
 ) -> None:
     """After each random step, the store's answers and tables match the model."""
-    before = BackupMachine.states
+    before = RecordMachine.states
     run_machines(new_database, SETTINGS)
-    steps = BackupMachine.states - before - MACHINES
+    steps = RecordMachine.states - before - MACHINES
     print(f"{steps} steps")
     assert steps >= LEAST_STEPS
 
@@ -74,23 +83,27 @@ def test_the_store_matches_the_model(
 @pytest.mark.parametrize("fault", [*PLAIN, *HIDDEN])
 def test_a_planted_fault_is_detected(fault: str) -> None:
     """A store with a planted fault deviates from the model within the given steps."""
-    until_found = settings(
-        SETTINGS,
-        max_examples=500,
-        derandomize=True,
-        phases=(Phase.generate,),
-        report_multiple_bugs=False,
-    )
-    before = BackupMachine.states
+    before = RecordMachine.states
     with {**PLAIN, **HIDDEN}[fault](), pytest.raises(AssertionError):
-        run_machines(ImmediateDatabase, until_found)
-    print(f"{fault}: found within {BackupMachine.states - before} steps")
+        run_machines(ImmediateDatabase, UNTIL_FOUND)
+    print(f"{fault}: found within {RecordMachine.states - before} steps")
+
+
+@pytest.mark.parametrize("fault", UNDO)
+def test_a_planted_fault_of_undo_is_detected(fault: str) -> None:
+    """A store with a planted fault in the record, in undo or in the sweeper deviates
+    from the model, in the table that the fault concerns."""
+    error, plant = UNDO[fault]
+    before = RecordMachine.states
+    with plant(), pytest.raises(AssertionError, match=f"^{error}"):
+        run_machines(ImmediateDatabase, UNTIL_FOUND)
+    print(f"{fault}: found within {RecordMachine.states - before} steps")
 
 
 def test_a_number_from_before_a_deactivation() -> None:
     """A user who is deactivated and reactivated a second later gets a version number
     that was never used."""
-    machine = BackupMachine(ImmediateDatabase())
+    machine = RecordMachine(ImmediateDatabase())
     user_id = USERS[0]
     store = machine.store
     before = result_of(store.create_version(user_id, ALGORITHM, "{}", ACTOR))
