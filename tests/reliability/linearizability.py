@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import attrs
 
@@ -150,14 +150,32 @@ class _Prefix:
         return [event for event in self.remaining if event.start <= end]
 
 
-def linearize(events: Sequence[Event], backup: Backup | None = None) -> list[Event]:
+class Record(Protocol):
+    """The recorded changes of a backup.
+
+    Attributes:
+        last_etag: the etag of the last recorded change.
+    """
+
+    last_etag: int
+
+    def has(self, event: Event, before: Backup, after: Backup) -> bool:
+        """Whether this change of the backup is recorded."""
+
+
+def linearize(
+    events: Sequence[Event],
+    backup: Backup | None = None,
+    record: Record | None = None,
+) -> list[Event]:
     """Find an order of the events that explains all answers.
 
     Args:
         backup: the backup at the beginning; empty by default.
+        record: if given, the order has all recorded changes and no other changes.
 
     Returns:
-        The order, without lost events that no answer needs.
+        The order, without lost events that neither an answer nor the record needs.
 
     Raises:
         NotLinearizable: no such order exists.
@@ -167,7 +185,8 @@ def linearize(events: Sequence[Event], backup: Backup | None = None) -> list[Eve
     longest = prefixes[0]
     while prefixes:
         prefix = _with_reads(prefixes.pop())
-        if all(event.is_lost for event in prefix.remaining):
+        is_recorded = record is None or prefix.backup.etag == record.last_etag
+        if is_recorded and all(event.is_lost for event in prefix.remaining):
             return prefix.order()
         state = (
             prefix.remaining,
@@ -180,7 +199,7 @@ def linearize(events: Sequence[Event], backup: Backup | None = None) -> list[Eve
         longest = min(
             longest, prefix, key=lambda p: sum(not e.is_lost for e in p.remaining)
         )
-        prefixes += _changes(prefix)
+        prefixes += _changes(prefix, record)
     raise NotLinearizable(_explain(longest))
 
 
@@ -196,7 +215,7 @@ def _with_reads(prefix: _Prefix) -> _Prefix:
             return prefix
 
 
-def _changes(prefix: _Prefix) -> Iterator[_Prefix]:
+def _changes(prefix: _Prefix, record: Record | None) -> Iterator[_Prefix]:
     """Yield the prefix extended by each possible change.
 
     Changes with a lost answer come first. The caller's stack takes the last prefix
@@ -204,7 +223,9 @@ def _changes(prefix: _Prefix) -> Iterator[_Prefix]:
     """
     for event in sorted(prefix.candidates(), key=lambda event: not event.is_lost):
         after, answer = event.operation.apply(prefix.backup)
-        if after is not prefix.backup and (event.is_lost or answer == event.answer):
+        if after is prefix.backup or not (event.is_lost or answer == event.answer):
+            continue
+        if record is None or record.has(event, prefix.backup, after):
             yield prefix.then(event, after)
 
 

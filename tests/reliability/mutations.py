@@ -235,6 +235,21 @@ RACES: dict[str, Callable[[], Patch]] = {
         PostgresTransaction, "execute", execute_and_commit
     ),
 }
+#: Faults of the record that only concurrent requests can show, and some that
+#: sequential requests can.
+RECORD: dict[str, Callable[[], Patch]] = {
+    "recorded without a claim": lambda: mock.patch.object(
+        postgres_statements,
+        "NOTE_WRITE",
+        changed(postgres_statements.NOTE_WRITE, "AND etag < 0", ""),
+    ),
+    "insert not recorded": lambda: mock.patch.object(
+        postgres_statements,
+        "NOTE_INSERT",
+        changed(postgres_statements.NOTE_INSERT, "etag < 0", "etag < etag"),
+    ),
+    "numbers swapped": lambda: mock.patch.object(Record, "parameters", swap_numbers),
+}
 #: Faults that clients of one version can't see.
 HIDDEN: dict[str, Callable[[], Patch]] = {
     "a count for ever": lambda: mock.patch.object(counts, "COUNT_LIFETIME", 10**9),
@@ -295,7 +310,7 @@ UNDO: dict[str, tuple[str, Callable[[], Patch]]] = {
         lambda: statement("UNMARK_DELETED", "COALESCE(etag, 0) + 1", "etag"),
     ),
     "restored version stays queued": (
-        "queue: .*unexpected",
+        "(queue|due): .*unexpected",
         lambda: statement_in(
             versions, "LEAVE_QUEUE", "version = :version", "version < :version"
         ),

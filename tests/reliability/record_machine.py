@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 from unittest import mock
 
@@ -28,6 +27,7 @@ from .machine import (
     users,
 )
 from .model import MOVING, Backup, Change, Keys, Replaced, Version
+from .record_check import read_sessions
 
 OPERATOR = Actor(None, "@admin:h")
 DAY = 24 * 60 * 60
@@ -56,7 +56,7 @@ class RecordMachine(BackupMachine):
             elif step == "restore":
                 self.restore_version(user_id, number)
             else:
-                self.sweep(0, size, 1)
+                self.sweep(self.retention.deleted_versions_days, size, 1)
         if self.users[user_id].current is None:
             self.create(user_id, ALGORITHM, "{}")
 
@@ -237,7 +237,7 @@ class RecordMachine(BackupMachine):
             " stored, replaced, unchanged, deleted, sessions FROM roomkeys_changes"
         )
         found = [
-            Change(*row[:-1], sessions=read_sessions(row[-1]))  # type: ignore[misc]
+            Change(*row[:-1], sessions=frozenset(read_sessions(row[-1])))  # type: ignore[misc]
             for row in rows
         ]
         expected = [c for _, version in self.versions() for c in version.changes]
@@ -272,15 +272,3 @@ class RecordMachine(BackupMachine):
             if version.deletion and version.deletion.is_queued
         ]
         check_rows("queue", rows, expected)
-
-
-def read_sessions(text: str | None) -> frozenset[tuple[str, str, str]]:
-    """Return the sessions of a row of the record as `Change.sessions`."""
-    found = [
-        (kind, room_id, session_id)
-        for room_id, kinds in json.loads(text or "{}").items()
-        for kind, session_ids in kinds.items()
-        for session_id in session_ids
-    ]
-    assert len(set(found)) == len(found), text
-    return frozenset(found)

@@ -22,7 +22,8 @@ from ..sites import Backend, OwnSite
 from . import SOAK
 from .clients import record
 from .linearizability import Event, NotLinearizable, linearize
-from .mutations import PLAIN, RACES
+from .mutations import PLAIN, RACES, RECORD
+from .record_check import RecordError, check_record
 
 Steps = Generator[Deferred[Any], Any, None]
 
@@ -127,24 +128,82 @@ def test_a_planted_fault_is_detected(backend: Backend, fault: str) -> Steps:
     print(f"{fault}: found in history {tries}")
 
 
+@pytest.mark.parametrize("engine", ["sqlite", "postgres"])
+@inlineCallbacks
+def test_each_change_is_recorded_once(
+    backend: Backend, engine: str, tmp_path: Path
+) -> Steps:
+    """The record of concurrent clients of two sites holds each acknowledged change
+    once, with etag, numbers and sessions, and no change that wasn't made. A change
+    whose answer was lost is recorded if it was made."""
+    if engine == "sqlite":
+        backend = Backend("sqlite", None, tmp_path / "roomkeys.db")
+    one = OwnSite(backend)
+    two = OwnSite(backend, one.auth)
+    yield gatherResults([one.start(), two.start()])
+    try:
+        for seed in range(HISTORIES):
+            yield compare_record([one, two], seed, CUT_FRACTION if seed else 0)
+    finally:
+        yield gatherResults([one.stop(), two.stop()])
+
+
+@pytest.mark.parametrize("fault", RECORD)
+@inlineCallbacks
+def test_a_planted_fault_of_the_record_is_detected(
+    backend: Backend, fault: str
+) -> Steps:
+    """With a planted fault in their store, two sites answer as ever, but the record
+    isn't the history."""
+    with RECORD[fault]():
+        one = OwnSite(backend)
+        two = OwnSite(backend, one.auth)
+        yield gatherResults([one.start(), two.start()])
+        try:
+            tries: int = yield histories_until_detected([one, two], RecordError)
+        finally:
+            yield gatherResults([one.stop(), two.stop()])
+    print(f"{fault}: found in history {tries}")
+
+
+@inlineCallbacks
+def compare_record(sites: Sequence[OwnSite], seed: int, cut: float = 0) -> Steps:
+    """Record a history of concurrent clients, linearize it, and compare it with the
+    record in the database.
+
+    Args:
+        seed, cut: as for `record`.
+
+    Raises:
+        NotLinearizable: no order of the operations explains the answers.
+        RecordError: the record isn't the history.
+    """
+    user = sites[0].host.new_user()
+    urls = [site.host.url for site in sites]
+    events = yield record(urls, user, CLIENTS, OPERATIONS, seed, cut)
+    linearize(events)
+    changes = yield sites[0].store.get_user_record(user.user_id, 0)
+    check_record(events, changes)
+
+
 @inlineCallbacks
 def histories_until_detected(
-    sites: Sequence[OwnSite],
+    sites: Sequence[OwnSite], error: type[AssertionError] = NotLinearizable
 ) -> Generator[Deferred[Any], Any, int]:
-    """Record histories until one is not linearizable.
+    """Record histories until one is not linearizable, or isn't the record's.
+
+    Args:
+        error: the expected error of `compare_record`.
 
     Returns:
         A Deferred that fires with the number of histories.
 
     Raises:
-        AssertionError: MAX_HISTORIES histories are all linearizable.
+        AssertionError: MAX_HISTORIES histories are all linearizable and recorded.
     """
-    urls = [site.host.url for site in sites]
     for number in range(MAX_HISTORIES):
-        user = sites[0].host.new_user()
-        events = yield record(urls, user, CLIENTS, OPERATIONS, number)
         try:
-            linearize(events)
-        except NotLinearizable:
+            yield compare_record(sites, number)
+        except error:
             return number + 1
-    raise AssertionError(f"{MAX_HISTORIES} histories are linearizable")
+    raise AssertionError(f"{MAX_HISTORIES} histories without an error")
