@@ -6,10 +6,12 @@
 from __future__ import annotations
 
 import sqlite3
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from itertools import count
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import attrs
@@ -53,6 +55,7 @@ OPAQUE = {
 }
 
 _numbers = count()
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 @attrs.frozen
@@ -68,18 +71,21 @@ class Deployment:
     database: Mapping[str, Any] | None
 
     @contextmanager
-    def serve(self, *, plugin: bool) -> Iterator[Synapse]:
+    def serve(
+        self, *, plugin: bool, options: Mapping[str, Any] = _NOTHING
+    ) -> Iterator[Synapse]:
         """Run Synapse for the context, and check that the log has no errors afterwards.
 
         Args:
             plugin: whether Synapse loads the plugin.
+            options: the plugin's options.
         """
         for name in ("homeserver.log", "output.txt"):
             (self.directory / name).unlink(missing_ok=True)
         server = Synapse(
             self.directory,
             database=self.database,
-            module_config={} if plugin else None,
+            module_config=options if plugin else None,
         )
         with server:
             assert ("synapse_roomkeys" in server.log()) is plugin
@@ -716,3 +722,49 @@ def test_the_first_write_with_the_plugin_recounts(
             path = path.replace("%25", owner.version)
             assert tally(api.request(method, path, body)) == want
             deployment.check_count(owner.user, api, owner.version)
+
+
+def test_kept_versions_stay_hidden_without_the_plugin(
+    new_deployment: Callable[[], Deployment],
+) -> None:
+    """Synapse's own endpoints show no key of a deleted version that is kept, and leave
+    the key, the replaced keys and the record to the plugin that is loaded again."""
+    deployment = new_deployment()
+    kept = ("e2e_room_keys", "roomkeys_deleted", "roomkeys_replaced")
+    options = {"deleted_versions_days": 3}
+    with deployment.serve(plugin=True, options=options) as server:
+        user = new_user(server)
+        owner = back_up(server, user, {ROOM: {SESSION: key(1)}}, {"kept": True})
+        api = client(server, user)
+        api.upload(owner.version, {ROOM: {SESSION: key(2, verified=True)}})
+        accepted(api.delete(version_path(owner.version)))
+        newer = api.create_version()
+    with deployment.serve(plugin=False) as builtin:
+        api = client(builtin, user)
+        check_unknown(api, owner.version, "No backup found")
+        same(api.download(newer), {})
+        assert api.upload(newer, {ROOM: {SESSION: key(3)}}) == (1, 1)
+        same(api.download(newer), {ROOM: {SESSION: key(3)}})
+    where = "WHERE user_id = ? AND version = ?"
+    for table in kept:
+        rows = deployment.sql(
+            f"SELECT 1 FROM {table} {where}", user.user_id, int(owner.version)
+        )
+        assert len(rows) == 1, table
+    with deployment.serve(plugin=True) as server:
+        check_unknown(client(server, user), owner.version)
+        for table in kept:
+            statement = f"SELECT 1 FROM {table} {where}"
+            wait_until_empty(deployment, statement, user.user_id, int(owner.version))
+        same(client(server, user).download(newer), {ROOM: {SESSION: key(3)}})
+    acts = deployment.sql("SELECT act FROM roomkeys_changes ORDER BY changed_ms")
+    made = ["create_version", "upload", "upload", "delete_version", "create_version"]
+    assert [act for (act,) in acts] == made
+
+
+def wait_until_empty(deployment: Deployment, query: str, *parameters: Any) -> None:
+    """Wait until a query returns no row; fail after 30 s."""
+    end = time.monotonic() + 30
+    while deployment.sql(query, *parameters):
+        assert time.monotonic() < end, query
+        time.sleep(0.1)

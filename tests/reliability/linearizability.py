@@ -151,13 +151,11 @@ class _Prefix:
 
 
 class Record(Protocol):
-    """The recorded changes of a backup.
+    """The recorded changes of a backup."""
 
-    Attributes:
-        last_etag: the etag of the last recorded change.
-    """
-
-    last_etag: int
+    @property
+    def last_etag(self) -> int:
+        """The etag of the last recorded change."""
 
     def has(self, event: Event, before: Backup, after: Backup) -> bool:
         """Whether this change of the backup is recorded."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import psycopg2
@@ -13,6 +15,7 @@ from ..contract.base import ALGORITHM, PREFIX, key, wrapped
 from ..servers import PostgresServer
 from ..servers.accounts import fetch
 from ..servers.fake_homeserver import Homeserver
+from ..servers.processes import HOST
 from ..servers.service import Service
 from .sockets import Exchange, connect, exchange, new_version, request, upload
 
@@ -115,6 +118,19 @@ def check_log(service: Service, token: str) -> None:
         assert MARKER not in line and token not in line, line
 
 
+def check_record(path: Path) -> None:
+    """Check the record: uploads, replaced keys and deletions are recorded, and no row
+    contains a secret or a client's address."""
+    with closing(sqlite3.connect(path)) as connection:
+        rows = connection.execute("SELECT * FROM roomkeys_changes").fetchall()
+    acts = {row[4] for row in rows}
+    assert {"create_version", "update_version", "upload", "delete_keys"} <= acts
+    assert any(row[8] for row in rows), "no replaced key"
+    text = str(rows)
+    for secret in (MARKER, "token_", HOST):
+        assert secret not in text, text
+
+
 @pytest.mark.parametrize("level", ["INFO", "DEBUG"])
 @pytest.mark.parametrize("log_format", ["text", "json"])
 def test_no_secret_leaks(log_format: str, level: str, tmp_path: Path) -> None:
@@ -134,6 +150,7 @@ def test_no_secret_leaks(log_format: str, level: str, tmp_path: Path) -> None:
         assert service.log().count("synapse_roomkeys.access") >= number
         stored = b"".join(path.read_bytes() for path in tmp_path.glob("*.db*"))
         assert MARKER.encode() in stored and token.encode() not in stored
+        check_record(tmp_path / "roomkeys.db")
         check_log(service, token)
     print(f"{number} requests")
 
