@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
 import signal
 import sqlite3
+import sys
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing, contextmanager
@@ -34,6 +37,7 @@ from ..integration.test_migrate import (
 )
 from ..servers import PostgresServer, Synapse
 from ..servers.fake_homeserver import Homeserver
+from ..servers.processes import Process
 from ..servers.service import Service
 from . import SOAK
 from .clients import Connection
@@ -180,6 +184,54 @@ def test_a_killed_deletion(
         assert len(apis[1].download(versions[1])["!room"]) == 10_000
         assert apis[1].tally(versions[1]) == (4, 10_000)
     print(f"killed with {at_kill} keys left")
+
+
+def test_a_killed_restore(
+    homeserver: Homeserver, postgres: PostgresServer, tmp_path: Path
+) -> None:
+    """After a kill in the middle of the statement that gives keys back, no key, etag or
+    row of the record has changed, and the next restore gives all keys back."""
+    database = postgres.create_database()
+    user = homeserver.new_user()
+    old = {"!room": {f"{i}": key(1, data="old") for i in range(500)}}
+    lossy = {"!room": {f"{i}": key(9, verified=True) for i in range(500)}}
+    arguments = ["-m", f"{__package__}.restore_process", json.dumps(database)]
+
+    def start(name: str) -> Process:
+        return Process(
+            [sys.executable, *arguments, user.user_id, version],
+            output=tmp_path / name,
+            cwd=Path(__file__).parents[2],
+            environment=os.environ,
+        )
+
+    with Service(tmp_path, homeserver.url, database=database) as service:
+        api = Api(service.url, user.access_token)
+        version = api.create_version()
+        api.upload(version, old)
+        api.upload(version, lossy)
+        with closing(psycopg2.connect(**database)) as other:
+            cursor = other.cursor()
+            # The restore waits for this key's row after it has written other keys.
+            cursor.execute(
+                "SELECT 1 FROM e2e_room_keys WHERE session_id = '499' FOR UPDATE"
+            )
+            killed = start("killed.txt")
+            with closing(psycopg2.connect(**database)) as watcher:
+                watcher.autocommit = True
+                until(lambda: has_lock_wait(watcher.cursor()))
+            killed.kill()
+        place = place_of(database, tmp_path)
+        restores = "SELECT 1 FROM roomkeys_changes WHERE act = 'restore_keys'"
+        assert api.download(version) == lossy
+        assert api.tally(version) == (2, 500)
+        assert place.run(restores) == []
+        again = start("again.txt")
+        assert again.wait(DEADLINE) == 0, again.output()
+        assert again.output() == "500\n"
+        assert api.download(version) == old
+        assert api.tally(version) == (3, 500)
+        assert len(place.run(restores)) == 1
 
 
 @inlineCallbacks
