@@ -229,7 +229,12 @@ class Sweeps:
         self, txn: Transaction, backup: BackupId, after: Place
     ) -> Place | None:
         self._engine.begin_write(txn)
-        self._engine.lock_version(txn, backup)
+        version = self._engine.lock_version(txn, backup)
+        if version is not None and not version.is_deleted:
+            # Without the plugin, Synapse deactivated the user, and gave the number to a
+            # new version after a reactivation.
+            txn.execute(LEAVE_QUEUE, names(backup))
+            return None
         txn.execute(START_DELETION, {**names(backup), "due_ms": self._due_ms()})
         if not txn.rowcount:
             return None

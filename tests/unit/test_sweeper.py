@@ -153,6 +153,15 @@ class DeletionTests(SweeperTests):
         self.host.reactor.pump([0, *[0.1] * 10])
         self.assertEqual(self.keys(), 0)
 
+    def test_a_version_that_is_not_deleted(self) -> None:
+        """The keys of a queued version stay if another program created the version
+        anew."""
+        self.delete()
+        self.sql("UPDATE e2e_room_keys_versions SET deleted = 0")
+        self.sweep()
+        self.assertEqual(self.keys(), 20)
+        self.assertEqual(self.sql("SELECT * FROM roomkeys_deleted"), [])
+
     def test_a_failed_sweep_is_repeated(self) -> None:
         """A failure is logged once and counted each time; the next pass succeeds."""
         self.delete()
