@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -93,19 +92,6 @@ class PostgresServer(Server):
         if self._process is not None:
             self._process.stop(signal.SIGINT)
             self._process = None
-
-    def freeze_backends(self) -> None:
-        """Stop the postmaster's children (SIGSTOP), as a disk that hangs does."""
-        self._signal_backends(signal.SIGSTOP)
-
-    def thaw_backends(self) -> None:
-        """Continue the processes that `freeze_backends` has stopped."""
-        self._signal_backends(signal.SIGCONT)
-
-    def _signal_backends(self, number: int) -> None:
-        for pid in _children(self.pid):
-            with suppress(ProcessLookupError):
-                os.kill(pid, number)
 
     def kill(self) -> None:
         """Kill the postmaster and its backends with SIGKILL, as in a crash.
