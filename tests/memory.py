@@ -34,15 +34,15 @@ T = TypeVar("T")
 
 
 class FakeReactor(FakeTime):
-    """A reactor whose time stands still until it is advanced, with a thread at most."""
+    """A reactor of one thread, whose time moves only by ``advance``."""
 
     def callFromThread(self, callable: Callable[..., object], *args: object) -> None:
-        """As the reactor's, at once."""
+        """Call the function immediately, in the same thread."""
         callable(*args)
 
 
 class TriesOnce:
-    """Gives a database that only has ``run`` the methods of `Transactions`."""
+    """Adds the methods of `Transactions` to a database with ``run``; never retries."""
 
     run: Any
 
@@ -55,15 +55,15 @@ class TriesOnce:
     def attempt(
         self, desc: str, function: Callable[..., object], *args: Any, **kwargs: Any
     ) -> Deferred[None]:
-        """As `Transactions.attempt`, whose errors are raised."""
+        """As `Transactions.attempt`, but fail with the errors."""
         return self.run(desc, function, *args, **kwargs)  # type: ignore[no-any-return]
 
 
 class ImmediateDatabase(TriesOnce):
-    """An SQLite database in memory that has done everything when it returns.
+    """An SQLite database in memory, whose Deferreds have fired on return.
 
     Attributes:
-        statements: all that were run, for tests to look at.
+        statements: all statements that were run.
         fault: raised instead of running the next transaction, once.
     """
 
@@ -79,7 +79,7 @@ class ImmediateDatabase(TriesOnce):
     def run(
         self, desc: str, function: Callable[..., T], *args: Any, **kwargs: Any
     ) -> Deferred[T]:
-        """As `Database.run`, at once."""
+        """As `Database.run`, finished on return."""
         return execute(self._run, function, *args, **kwargs)
 
     def _run(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
@@ -92,24 +92,24 @@ class ImmediateDatabase(TriesOnce):
 
 
 class SlowTransport(StringTransportWithDisconnection):
-    """A connection that, when it is slow, takes no more after each write until it is
-    resumed."""
+    """A connection that, if ``slow``, pauses its producer after each write until
+    `take_more`."""
 
     slow = False
 
     def writeSequence(self, data: Iterable[bytes]) -> None:
-        """As a socket whose buffer is full after it."""
+        """Write; if ``slow``, act as if the socket's buffer were full afterwards."""
         super().writeSequence(data)
         if self.slow and self.connected:
             cast(IPushProducer, self.producer).pauseProducing()
 
     def take_more(self) -> None:
-        """Have the client read what it was sent."""
+        """Resume the producer, as if the client had read all sent bytes."""
         cast(IPushProducer, self.producer).resumeProducing()
 
 
 class TokenError(RoomKeysError):
-    """What a host answers to a request that isn't a known user's."""
+    """The error for a missing or unknown access token, or a guest's."""
 
     def __init__(self, code: int, errcode: str) -> None:
         super().__init__("Not allowed")
@@ -118,7 +118,7 @@ class TokenError(RoomKeysError):
 
 
 class StubAuth:
-    """Knows users by their tokens, as a homeserver does."""
+    """Finds users by their access tokens, as a homeserver does."""
 
     def __init__(self) -> None:
         self._users: dict[str, str] = {}
@@ -126,7 +126,7 @@ class StubAuth:
         self._numbers = count()
 
     def new_user(self, guest: bool = False) -> User:
-        """Somebody whom nobody knew before."""
+        """Return a new user or guest, with a token."""
         number = next(self._numbers)
         user = User(f"@user{number}:test.example", f"token_{number:020}")
         self._users[user.access_token] = user.user_id
@@ -148,17 +148,17 @@ class StubAuth:
 
 
 def own_site(hs: HomeServer) -> Site:
-    """A site of the plugin's own, as any Twisted server may have one."""
+    """Return a `Site` that serves only the plugin."""
     resource = JsonResource()
     register_servlets(hs, resource)
     return Site(resource)
 
 
 class MemoryHost:
-    """A server under test that answers before it returns.
+    """A server under test, which answers a request before `request` returns.
 
     Attributes:
-        reactor: its time, which stands still until it is advanced.
+        reactor: the fake reactor, whose time moves only by ``advance``.
         sweeper: the sweeper, whose passes a test starts with ``run``.
     """
 
@@ -213,7 +213,7 @@ class MemoryHost:
         headers: Mapping[str, str] | None = None,
         slow: bool = False,
     ) -> SlowTransport:
-        """Send a request and give the connection, whatever was answered so far."""
+        """Send a request; return the connection, even if the answer isn't complete."""
         lines = [f"{method} {path} HTTP/1.1", "Host: test.example"]
         if token is not None:
             lines.append(f"Authorization: Bearer {token}")
@@ -229,7 +229,7 @@ class MemoryHost:
 
 
 def read_answer(data: bytes, method: str) -> Answer:
-    """The answer that came over a connection; it must be whole."""
+    """Parse a complete HTTP answer."""
     head, _, rest = data.partition(b"\r\n\r\n")
     status, *lines = head.decode("latin-1").split("\r\n")
     pairs = (line.partition(": ") for line in lines)
@@ -242,7 +242,7 @@ def read_answer(data: bytes, method: str) -> Answer:
 
 
 def read_chunks(data: bytes) -> bytes:
-    """The content of a chunked body; it must have its last chunk."""
+    """Return the content of a chunked body, which must end with the last chunk."""
     content = b""
     while True:
         size, _, data = data.partition(b"\r\n")

@@ -1,4 +1,4 @@
-"""How a database is connected to, how it is named, and why it fails."""
+"""Connection arguments, addresses in logs, and causes of database errors."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ class PostgresArgumentsTests(SynchronousTestCase):
     """`postgres_database`."""
 
     def arguments(self, **given: Any) -> dict[str, Any]:
-        """What psycopg2 is called with."""
+        """Return the arguments of `psycopg2.connect`."""
         database = postgres_database(given)
         self.addCleanup(database.close)
         arguments: dict[str, Any] = database._pool.connkw
         return arguments
 
     def test_a_server_that_vanishes_is_noticed(self) -> None:
-        """Timeouts are ours unless the operator gives others."""
+        """The default timeouts apply unless the operator sets other timeouts."""
         self.assertEqual(
             self.arguments(host="h"), {"host": "h", **LIBPQ_DEFAULTS, **UTF8}
         )
@@ -44,12 +44,12 @@ class PostgresArgumentsTests(SynchronousTestCase):
         self.assertEqual(found, {**LIBPQ_DEFAULTS, "tcp_user_timeout": 7, **UTF8})
 
     def test_the_encoding_is_ours(self) -> None:
-        """Statements are UTF-8 also where the operator names another encoding."""
+        """The client encoding is UTF-8, even if the operator sets another encoding."""
         found = self.arguments(client_encoding="LATIN1")
         self.assertEqual(found, {**LIBPQ_DEFAULTS, **UTF8})
 
     def test_a_dsn_has_the_last_word(self) -> None:
-        """A dsn gets no timeouts of ours, which would win over the dsn's own."""
+        """A dsn gets no default timeouts, which would override the dsn's timeouts."""
         dsn = "postgresql://h/db?connect_timeout=30"
         self.assertEqual(self.arguments(dsn=dsn), {"dsn": dsn, **UTF8})
 
@@ -58,7 +58,7 @@ class CauseTests(SynchronousTestCase):
     """The causes of a driver's errors."""
 
     def test_sqlite(self) -> None:
-        """They are told by the texts of SQLite's errors."""
+        """The text of an SQLite error decides the cause."""
         for text, cause in (
             ("database is locked", LOCK),
             ("database or disk is full", DISK_FULL),
@@ -72,7 +72,7 @@ class CauseTests(SynchronousTestCase):
             self.assertIs(SQLITE.find_cause(error), cause, text)
 
     def test_postgresql(self) -> None:
-        """They are told by the SQLSTATE; libpq's own errors have none."""
+        """The SQLSTATE decides the cause; an error without SQLSTATE is UNREACHABLE."""
         find_cause = postgres().find_cause
         for error in (psycopg2.OperationalError(), adbapi.ConnectionLost()):
             self.assertIs(find_cause(error), UNREACHABLE)
@@ -98,7 +98,7 @@ class AddressTests(SynchronousTestCase):
     """`database_address`."""
 
     def test_addresses(self) -> None:
-        """Hosts and ports, or a file, and nothing else of the arguments."""
+        """An address holds hosts and ports, or a file, and no other argument."""
         file = {"database": "/a/roomkeys.db"}
         self.assertEqual(database_address(SQLITE, file), "/a/roomkeys.db")
         for arguments, address in (

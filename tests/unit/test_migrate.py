@@ -38,7 +38,7 @@ from synapse_roomkeys.service.migration.values import (
 
 KEYS = digest_keys([("!r", "s", 0, 0, True, "{}"), ("!r", "t", 1, 0, False, "{}")])
 COPY = Version("@user:test.example", 1, "algorithm", "{}", False, 3, KEYS)
-#: Every way in which a version can be another one.
+#: Copies of `COPY` that differ in one field each.
 OTHERS = [
     attrs.evolve(COPY, algorithm="other"),
     attrs.evolve(COPY, auth_data="[]"),
@@ -48,12 +48,12 @@ OTHERS = [
     attrs.evolve(COPY, keys=KeysDigest(KEYS.count, KEYS.total + 1)),
     attrs.evolve(COPY, keys=KeysDigest(KEYS.count + 1, KEYS.total)),
 ]
-#: The version, changed twice.
+#: `COPY` after two changes.
 LATER = attrs.evolve(COPY, etag=5, auth_data="7")
 
 
 class Terminal(io.StringIO):
-    """A terminal, as far as anybody asks."""
+    """A stream that claims to be a terminal."""
 
     def isatty(self) -> bool:
         return True
@@ -69,8 +69,8 @@ class DigestTests(SynchronousTestCase):
     ROW = ("!room", "session", 1, 2, True, '"data"')
 
     def test_any_field_changes_it(self) -> None:
-        """Two keys that differ in one field, or have a field split otherwise, have two
-        digests."""
+        """Keys that differ in one field, or only in the border between two fields, have
+        different digests."""
         rows = [
             self.ROW,
             ("!rooms", "ession", 1, 2, True, '"data"'),
@@ -85,7 +85,7 @@ class DigestTests(SynchronousTestCase):
         self.assertEqual(len({digest_keys([row]) for row in rows}), len(rows))
 
     def test_the_order_and_the_engine_do_not(self) -> None:
-        """Keys in another order, or with SQLite's 1 for a boolean, are the same."""
+        """Keys in another order, or with SQLite's 1 for true, have the same digest."""
         other = ("!a", "b", None, None, None, "null")
         stored = ("!room", "session", 1, 2, 1, '"data"')
         self.assertEqual(digest_keys([self.ROW, other]), digest_keys([other, stored]))
@@ -98,7 +98,7 @@ class DigestTests(SynchronousTestCase):
         self.assertEqual(both - digest_keys([other]), digest_keys([self.ROW]))
 
     def test_a_version_changes_with_all_of_it(self) -> None:
-        """Each difference between two versions shows in the digest."""
+        """Versions that differ in any field have different digests."""
         digests = {version.digest for version in (COPY, LATER, *OTHERS)}
         self.assertEqual(len(digests), len(OTHERS) + 2)
 
@@ -113,47 +113,51 @@ class JudgeTests(SynchronousTestCase):
         self.assertIs(found, verdict, (source, there))
 
     def test_new(self) -> None:
-        """A version that was never at the target is copied."""
+        """A version that never was at the target is copied."""
         self.check(COPY, None, Verdict.COPY)
         self.check(COPY, Held(None, None, 3), Verdict.COPY)
 
     def test_nothing_has_changed(self) -> None:
-        """Equal versions stay, whoever brought them."""
+        """Equal versions need no copy, with or without a record of an earlier copy."""
         self.check(COPY, held(COPY, COPY.digest), Verdict.SAME)
         self.check(COPY, held(COPY), Verdict.SAME)
         self.check(LATER, held(LATER, COPY.digest), Verdict.SAME)
 
     def test_the_source_has_changed(self) -> None:
-        """A copy gives way to any change at the source, also one that moved no etag."""
+        """Any change at the source is copied, even a change without a new etag."""
         for source in OTHERS:
             self.check(source, held(COPY, COPY.digest), Verdict.COPY)
 
     def test_the_target_has_changed(self) -> None:
-        """A version that isn't as it was copied stays, also if no etag moved."""
+        """A version that changed at the target after the copy is not overwritten, even
+        if the etag is the same."""
         for there in OTHERS:
             self.check(COPY, held(there, COPY.digest), Verdict.AHEAD)
 
     def test_both_have_changed(self) -> None:
-        """Two changes, each on one side, need a decision."""
+        """Changes on both sides since the copy need the operator's decision."""
         for source in OTHERS:
             self.check(source, held(LATER, COPY.digest), Verdict.BOTH)
 
     def test_a_version_that_was_not_copied(self) -> None:
-        """A different version of the same number needs a decision, however old."""
+        """A different version of the same number, without a record of a copy, needs the
+        operator's decision at any etag."""
         for there in OTHERS:
             self.check(COPY, held(there), Verdict.FOREIGN)
 
     def test_an_erased_version(self) -> None:
-        """A version that was copied once and is no longer there was deleted there."""
+        """A version with a record of a copy, but without a row, was deleted at the
+        target."""
         self.check(COPY, held(None, LATER.digest), Verdict.ERASED)
 
     def test_the_way_back(self) -> None:
-        """The record that a migration left at the source counts like the target's."""
+        """The source's record, left by an earlier migration in the other direction,
+        counts like the target's record."""
         self.check(LATER, held(COPY), Verdict.COPY, back=COPY.digest)
         self.check(COPY, held(LATER), Verdict.AHEAD, back=COPY.digest)
         for there in OTHERS:
             self.check(LATER, held(there), Verdict.BOTH, back=COPY.digest)
-        # Back and forth: of two records, the one that fits decides.
+        # After migrations in both directions, the record that matches decides.
         held_here = held(COPY, OTHERS[0].digest)
         self.check(LATER, held_here, Verdict.COPY, back=COPY.digest)
 
@@ -161,7 +165,7 @@ class JudgeTests(SynchronousTestCase):
 class DecideTests(SynchronousTestCase):
     """`decide`."""
 
-    #: The state at the target, by verdict, of a source that is COPY.
+    #: States at the target for the verdicts, if the source is `COPY`.
     STATES: ClassVar[dict[Verdict, Held | None]] = {
         Verdict.SAME: held(COPY),
         Verdict.COPY: None,
@@ -181,7 +185,8 @@ class DecideTests(SynchronousTestCase):
         ]
 
     def test_each_choice(self) -> None:
-        """Without a choice the operator is asked; with one, it decides."""
+        """Without ``--keep`` a conflict needs the operator's decision; with ``--keep``,
+        the option decides."""
         start = [Action.NOTHING, Action.COPY, Action.ERASED]
         for keep, rest in (
             (None, [Action.ASK] * 3),
@@ -192,14 +197,14 @@ class DecideTests(SynchronousTestCase):
             self.assertEqual(self.actions(keep), start + rest, keep)
 
     def test_an_erased_version_of_a_named_user(self) -> None:
-        """It comes back by ``--keep source --user``, and by nothing less."""
+        """Only ``--keep source`` with ``--user`` copies an erased version again."""
         for keep in (None, *Keep):
             action = Action.COPY if keep is Keep.SOURCE else Action.ERASED
             self.assertIs(self.actions(keep, is_named=True)[2], action)
 
     def test_versions_that_cannot_be_merged(self) -> None:
-        """Keys of two algorithms or auth_data belong to two backups, and a deleted
-        version has none: the operator reads why."""
+        """Versions of different algorithms or auth_data, or of which one is deleted,
+        aren't merged; the decision names the reason."""
         for other, why in zip(
             OTHERS, ("algorithms", "auth_data", "deleted"), strict=False
         ):
@@ -209,7 +214,7 @@ class DecideTests(SynchronousTestCase):
 
 
 def lists(*digits: int) -> list[list[Row]]:
-    """Lists of up to three keys, each absent or of one of some values."""
+    """Return all lists of up to three keys, whose values are the given digits."""
     ids = [("a", "x"), ("a", "y"), ("b", "x")]
     return [
         [(*both, value) for both, value in zip(ids, values, strict=True) if value]
@@ -231,7 +236,8 @@ class ChangesTests(SynchronousTestCase):
         return sorted(left.values())
 
     def test_each_list_becomes_each_other(self) -> None:
-        """The changes make one list of keys the other, and touch no key in vain."""
+        """Applying the changes to the old list gives the new list, with one change for
+        each differing key."""
         for new in lists(1, 2):
             for old in lists(1, 2):
                 done = list(changes(new, iter(old)))
@@ -240,8 +246,8 @@ class ChangesTests(SynchronousTestCase):
                 self.assertEqual(len(done), len(differing))
 
     def test_merging_takes_the_better_of_each(self) -> None:
-        """No key goes but for a better one, by the rule of uploads; the side that is
-        merged into wins a tie."""
+        """Merging replaces a key only by a better key, by the rule of uploads; in a tie
+        the target's key stays."""
         good = (0, 0, True, '"good"')
         verified, unverified = (5, 0, True, '"v"'), (0, 0, False, '"u"')
         forwarded, broken = (0, 1, True, '"f"'), (0, 0, True, '"broken')
@@ -262,7 +268,7 @@ class ChangesTests(SynchronousTestCase):
             self.assertEqual(found, [("r", "s", *better)], (row, old))
 
     def test_merging_keeps_the_keys_of_either_side(self) -> None:
-        """A key that one side lacks is there afterwards."""
+        """The merged list has the keys that only one of the sides has."""
         keys = [("r", name, 0, 0, True, "{}") for name in "abc"]
         done = list(joining_changes(keys[:2], iter(keys[1:])))
         self.assertEqual(self.apply(keys[1:], done), keys)
@@ -272,8 +278,8 @@ class ProgressTests(SynchronousTestCase):
     """`Progress` and `Result`."""
 
     def test_a_terminal_shows_one_line(self) -> None:
-        """It has the keys, percent and the time left, is updated twice a second, and
-        makes room for a line that stays."""
+        """The line shows keys, percent and remaining time, has at most two updates a
+        second, and is cleared before a permanent line."""
         times = iter([0.0, 0.0, 0.1, 1.0, 400.0])
         stream = Terminal()
         progress = Progress(stream, times.__next__)
@@ -290,7 +296,7 @@ class ProgressTests(SynchronousTestCase):
         )
 
     def test_more_keys_than_there_were(self) -> None:
-        """Keys that were uploaded since they were counted make no 101 percent."""
+        """Keys uploaded after the count don't raise the progress above 100 %."""
         stream = Terminal()
         progress = Progress(stream, iter([0.0, 0.0, 9000.0]).__next__)
         progress.begin(10)
@@ -298,7 +304,7 @@ class ProgressTests(SynchronousTestCase):
         self.assertIn("20 of 20 keys (100 %), 0 s left", stream.getvalue())
 
     def test_a_long_time(self) -> None:
-        """It is told in hours and minutes."""
+        """A remaining time above an hour is shown in hours and minutes."""
         stream = Terminal()
         progress = Progress(stream, iter([0.0, 0.0, 7500.0]).__next__)
         progress.begin(20)
@@ -319,8 +325,8 @@ class ProgressTests(SynchronousTestCase):
         self.assertEqual(len(lines), 101)
 
     def test_done(self) -> None:
-        """Keys that the target cannot hold, erased and kept backups are told, and leave
-        nothing to do."""
+        """A result is done although keys or versions were left out, and reports the
+        lost, erased and kept backups."""
         result = Result(lost_keys=1, lost_versions=2, mended=3, erased=4, kept=5)
         self.assertTrue(result.is_done)
         self.assertEqual(
@@ -338,7 +344,7 @@ class ProgressTests(SynchronousTestCase):
         )
 
     def test_not_done(self) -> None:
-        """The last line has each thing that is left to do."""
+        """The last line names the remaining work, also after a dry run."""
         for result, todo in (
             (Result(undecided=1), "1 backups have changed at the target: run again"),
             (Result(differing=4), "4 backups differ after the copy"),
@@ -366,7 +372,7 @@ class SynapseDatabaseTests(SynchronousTestCase):
     """`synapse_database`."""
 
     def test_one_database(self) -> None:
-        """It is taken as it is written."""
+        """A single database is used with its arguments unchanged."""
         for database in (SQLITE, {**POSTGRES, "txn_limit": 0}):
             name, args = database["name"], database["args"]
             self.assertEqual(
@@ -374,7 +380,8 @@ class SynapseDatabaseTests(SynchronousTestCase):
             )
 
     def test_several_databases(self) -> None:
-        """The one that isn't for the rooms' states alone is taken."""
+        """Of several databases, the database with the data store "main", or without a
+        list of data stores, is used."""
         state = {**SQLITE, "data_stores": ["state"]}
         for main in (POSTGRES, {**POSTGRES, "data_stores": ["main"]}):
             self.assertEqual(
@@ -383,14 +390,16 @@ class SynapseDatabaseTests(SynchronousTestCase):
             )
 
     def test_a_wrong_connection_string(self) -> None:
-        """It is refused as the service's own is, and no part of it is shown."""
+        """A wrong dsn raises an OptionError for ``database.args.dsn``; the text holds
+        no part of the dsn."""
         database = {"name": "psycopg2", "args": {"dsn": "host=h password=my hush pass"}}
         error = self.assertRaises(OptionError, synapse_database, {"database": database})
         self.assertEqual(error.option, "database.args.dsn")
         self.assertNotIn("hush", str(error))
 
     def test_none(self) -> None:
-        """An operator reads what there should be, and no password."""
+        """A missing or unsuitable database raises an OptionError for ``database``; the
+        text holds no password."""
         contents: list[Any] = [
             *(None, [], {}, {"database": None}, {"database": []}),
             *({"database": {"name": "mysql", "args": {"password": "hush"}}},),

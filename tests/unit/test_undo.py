@@ -1,4 +1,4 @@
-"""Undo and the record on a database in memory: what is kept, told and given back."""
+"""The record and undo on a database in memory: kept rows, reports and restores."""
 
 from __future__ import annotations
 
@@ -76,7 +76,8 @@ class RecordTests(RecordCase):
     """The rows of the record."""
 
     def test_each_change_has_a_row(self) -> None:
-        """Whatever changes a backup is recorded with its etag, device and numbers."""
+        """Each change of a backup is recorded with etag, device or operator, and the
+        numbers of keys."""
         self.upload({"!a": {"1": key(index=5), "2": key(index=5)}})
         self.upload({"!a": {"1": key(index=3), "2": key(index=7), "3": key()}})
         info = {"algorithm": "m.megolm_backup.v1.curve25519-aes-sha2"}
@@ -142,7 +143,7 @@ class RecordTests(RecordCase):
         return self.successResultOf(record)
 
     def test_the_record_of_a_version(self) -> None:
-        """The record is whole from the first etag on."""
+        """A version changed only by the plugin has a whole record from etag 0 on."""
         for index in (3, 2, 1):
             self.upload({"!a": {"1": key(index=index)}})
         record = self.record()
@@ -150,7 +151,8 @@ class RecordTests(RecordCase):
         self.assertEqual(record.whole_from, 0)
 
     def test_writes_past_the_plugin(self) -> None:
-        """The record tells since which etag it is whole."""
+        """After a write by another program, the record is whole from a later etag on:
+        exactly one recorded change made each etag after ``whole_from``."""
         self.upload({"!a": {"1": key(index=3)}})
         self.sql("UPDATE e2e_room_keys_versions SET etag = 2")
         self.assertEqual(self.record().whole_from, 2)
@@ -163,7 +165,7 @@ class RecordTests(RecordCase):
         self.assertEqual(self.record().whole_from, 4)
 
     def test_the_record_of_a_user(self) -> None:
-        """The changes since a time are told in order."""
+        """A user's record lists the changes since a time, oldest first."""
         self.host.reactor.advance(60)
         since = int(1000 * self.host.reactor.seconds())
         self.upload({"!a": {"1": key()}})
@@ -179,7 +181,7 @@ class RecordTests(RecordCase):
 
 
 class OffTests(RecordCase):
-    """Nothing is recorded or kept."""
+    """Record and undo are switched off."""
 
     retention = Retention(record_days=0, keep_replaced="off")
 
@@ -193,7 +195,7 @@ class OffTests(RecordCase):
 
 
 class KeptKeyTests(RecordCase):
-    """Keys that others replaced."""
+    """Replaced keys."""
 
     def test_a_lossy_replacement_is_kept(self) -> None:
         """By default, a key is kept if the new one has a higher index."""
@@ -289,7 +291,7 @@ class VersionTests(RecordCase):
         self.successResultOf(restored)
 
     def test_a_version_comes_back_as_current(self) -> None:
-        """It has its auth_data, its keys and count, and a new etag."""
+        """A restored version has the same auth_data, keys and count, and a new etag."""
         self.give_back()
         info = self.successResultOf(self.client.info())
         self.assertEqual(info, {**self.info, "etag": "2"})
@@ -299,14 +301,14 @@ class VersionTests(RecordCase):
         self.assertEqual(len(self.download()["!a"]), 2)
 
     def test_a_version_comes_back_beside_a_newer_one(self) -> None:
-        """It is readable, but not the current one."""
+        """If a newer version exists, a restored version is readable but not current."""
         newer = self.successResultOf(self.client.create_version())
         self.give_back()
         self.assertEqual(self.successResultOf(self.client.info())["version"], newer)
         self.assertEqual(len(self.download()["!a"]), 2)
 
     def test_a_version_that_is_gone(self) -> None:
-        """Once its deletion has begun, it doesn't come back, whole or in part."""
+        """Restoring a version whose keys are being deleted raises NotFoundError."""
         self.host.sweeper.start()
         self.host.reactor.pump([3 * 24 * 60 * 60 + 60, 0.1, 0.1])
         for version in (self.version, "7"):
@@ -324,7 +326,7 @@ class VersionTests(RecordCase):
         self.failureResultOf(restored, NotFoundError)
 
     def test_a_version_that_is_not_deleted(self) -> None:
-        """There is nothing to give back."""
+        """Restoring a version that isn't deleted raises NotFoundError."""
         self.give_back()
         restored = self.host.handler.restore_version(self.user_id, self.version, ADMIN)
         self.failureResultOf(restored, NotFoundError)
