@@ -37,6 +37,10 @@ _PAUSE_FACTOR = 4
 _PAUSE = 0.1
 
 
+#: Sorts before each version.
+_FIRST = BackupId("", -1)
+
+
 class _InterruptedError(Exception):
     """This process stops, or another process has taken the lease."""
 
@@ -66,6 +70,10 @@ class Sweeper:
         self._has_measured = False
         #: Reactor's time at which to renew the lease.
         self._renewal = 0.0
+        #: The version whose keys are being deleted, or `_FIRST`.
+        self._version = _FIRST
+        #: The user whose old records were deleted last, or "" between two expiries.
+        self._user_id = ""
 
     def start(self) -> None:
         """Begin the first pass soon."""
@@ -141,23 +149,37 @@ class Sweeper:
 
     @inlineCallbacks
     def _delete_due(self) -> Inline[None]:
-        """Delete the keys of all queued versions whose time has come."""
-        last = BackupId("", -1)
+        """Delete the keys of all queued versions whose time has come.
+
+        If the last pass failed at a version, begin after the version, so that it
+        doesn't keep the others waiting.
+        """
+        failed, self._version = self._version, _FIRST
+        yield self._delete_after(failed)
+        if failed != _FIRST:
+            yield self._delete_after(_FIRST)
+
+    @inlineCallbacks
+    def _delete_after(self, last: BackupId) -> Inline[None]:
+        """Delete the keys of the queued versions that follow a version."""
         while page := (yield self._sweeps.list_deleted(last)):
             for backup in page:
+                self._version = backup
                 yield self._repeat(_PAUSE, self._sweeps.delete_batch, backup)
             last = page[-1]
+        self._version = _FIRST
 
     @inlineCallbacks
     def _expire(self) -> Inline[None]:
         """Delete all users' old records, and between two pages of users the keys of
-        versions that were deleted meanwhile."""
-        last = ""
-        while page := (yield self._sweeps.list_users(last)):
+        versions that were deleted meanwhile. If the last pass failed at a user, begin
+        after the user."""
+        while page := (yield self._sweeps.list_users(self._user_id)):
             for user_id in page:
+                self._user_id = user_id
                 yield self._repeat(0, self._sweeps.expire, user_id)
-            last = page[-1]
             yield self._delete_due()
+        self._user_id = ""
         yield self._sweeps.note_expiry()
 
     @inlineCallbacks

@@ -159,6 +159,7 @@ class MemoryHost:
 
     Attributes:
         reactor: the fake reactor, whose time moves only by ``advance``.
+        sweeps: the sweeper's transactions.
         sweeper: the sweeper, whose passes a test starts with ``run``.
     """
 
@@ -175,8 +176,8 @@ class MemoryHost:
         self.store = EndToEndRoomKeyStore(
             self.database, SQLITE, seconds, limits, retention
         )
-        sweeps = Sweeps(self.database, SQLITE, seconds, retention)
-        self.sweeper = Sweeper(sweeps, clock, clock.call_later)
+        self.sweeps = Sweeps(self.database, SQLITE, seconds, retention)
+        self.sweeper = Sweeper(self.sweeps, clock, clock.call_later)
         self.handler = E2eRoomKeysHandler(self.store, clock, limits, self.sweeper)
         self.auth = StubAuth()
         self.hs = HomeServer(clock, limits, 300, self.auth, self.handler)

@@ -247,6 +247,8 @@ class Engine(Protocol):
             The cached values are NULL if their etag isn't the version's or if they were
             counted outside of the `CountWindow`.
         pages_at_once: maximum number of pages that a download reads in one transaction.
+        swept_at_once: maximum number of sessions whose keys the sweeper deletes in one
+            transaction.
         has_insert: Whether `insert_if_all_new` is implemented.
         is_distributed: Whether the tables are distributed over several nodes. False
             until `find_cluster` has found distributed tables.
@@ -258,6 +260,7 @@ class Engine(Protocol):
     key_sizes: str | None
     user_sizes: str
     pages_at_once: int
+    swept_at_once: int
     has_insert: bool
     is_distributed: bool
 

@@ -33,6 +33,9 @@ from .transactions import Transaction
 #: Number of pages that a download reads in one transaction, while holding one of the
 #: connections for about 50 ms.
 PAGES_AT_ONCE = 25
+#: How many sessions' keys the sweeper deletes in one transaction. The transaction locks
+#: the row of the deleted version, for which no other request waits.
+SWEPT_AT_ONCE = 2000
 
 #: SQLSTATEs of a cast to JSON that fails: invalid_text_representation, and
 #: statement_too_complex for a text that is nested too deeply.
@@ -96,6 +99,7 @@ class PostgresEngine:
     key_sizes: str | None = None
     user_sizes = sql.USER_SIZES
     pages_at_once = PAGES_AT_ONCE
+    swept_at_once = SWEPT_AT_ONCE
     has_insert = True
 
     def __init__(self) -> None:

@@ -33,6 +33,10 @@ DELETED_AT_ONCE = 2000
 #: How many pages a download reads in one transaction. A process has one connection to
 #: an SQLite file, for all its users: three pages take some 5 ms.
 PAGES_AT_ONCE = 3
+#: How many sessions' keys the sweeper deletes in one transaction. All requests of a
+#: process wait meanwhile: with 2,000, a sweep raised the 99th percentile of their time
+#: from 5 ms to 148 ms, with 200 to 20 ms.
+SWEPT_AT_ONCE = 200
 
 #: Takes SQLite's one write lock. Without it, a transaction that first reads could not
 #: write any more if another one had written in between.
@@ -244,6 +248,7 @@ class SqliteEngine:
     key_sizes: str | None = KEY_SIZES
     user_sizes = USER_SIZES
     pages_at_once = PAGES_AT_ONCE
+    swept_at_once = SWEPT_AT_ONCE
     #: Without a server, there is no round trip that an insert could save.
     has_insert = False
     is_distributed = False

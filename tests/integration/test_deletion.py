@@ -13,7 +13,7 @@ import pytest
 from pytest_twisted import blockon
 from twisted.internet.defer import Deferred, inlineCallbacks
 
-from synapse_roomkeys.storage.sweeps import SESSIONS_AT_ONCE
+from synapse_roomkeys.storage import SQLITE
 
 from ..contract import Client
 from ..contract.base import accepted, key, version_path
@@ -21,7 +21,7 @@ from ..memory import StubAuth
 from ..sites import Backend, OwnSite
 
 Steps = Generator[Deferred[Any], Any, None]
-KEYS = 10 * SESSIONS_AT_ONCE
+KEYS = 20 * SQLITE.swept_at_once
 ADD_KEYS = """
     WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < ?)
     INSERT INTO e2e_room_keys
@@ -63,7 +63,7 @@ def test_others_are_answered(sites: tuple[OwnSite, OwnSite]) -> Steps:
             yield other.upload(its_version, {"!room": {f"{uploads}": key()}})
             assert time.monotonic() - began < 5, "the upload had to be tried again"
         uploads += 1
-    assert uploads >= KEYS // SESSIONS_AT_ONCE // 2
+    assert uploads >= KEYS // SQLITE.swept_at_once // 2
 
 
 def count_keys(path: Path, user_id: str) -> int:

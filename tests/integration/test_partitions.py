@@ -373,11 +373,11 @@ def restore_keys(store: EndToEndRoomKeyStore, user: str, version: int) -> Steps:
 @inlineCallbacks
 def sweep(sweeper: Sweeps, user: str) -> Steps:
     """Delete the keys of the user's deleted versions, and old records."""
-    with mock.patch.object(sweeps, "SESSIONS_AT_ONCE", 2):
+    with mock.patch.object(PostgresEngine, "swept_at_once", 2):
         place: Place | None = Place()
         while place is not None:
             place = yield sweeper.expire(user, place)
-    with mock.patch.object(sweeps, "SESSIONS_AT_ONCE", 200):
+    with mock.patch.object(PostgresEngine, "swept_at_once", 200):
         for backup in (yield sweeper.list_deleted(BackupId("", -1))):
             place = Place()
             while place is not None:

@@ -10,7 +10,6 @@ from hypothesis.stateful import invariant, rule
 from twisted.internet.defer import Deferred
 
 from synapse_roomkeys.storage import Place
-from synapse_roomkeys.storage import sweeps as storage_sweeps
 from synapse_roomkeys.types import Actor, BackupId, Restore
 
 from ..contract.base import ALGORITHM
@@ -148,7 +147,7 @@ class RecordMachine(BackupMachine):
             size: number of keys in a batch.
         """
         self.now += days * DAY
-        with mock.patch.object(storage_sweeps, "SESSIONS_AT_ONCE", size):
+        with mock.patch.object(type(self.engine), "swept_at_once", size):
             listed = result_of(self.sweeps.list_deleted(BackupId("", -1)))
             due = [who for who, version in self.versions() if self.is_due(version)]
             check_rows("due", [(b.user_id, b.version) for b in listed], due)
@@ -198,7 +197,7 @@ class RecordMachine(BackupMachine):
             size: number of replaced keys in a batch.
         """
         self.now += days * DAY
-        with mock.patch.object(storage_sweeps, "SESSIONS_AT_ONCE", size):
+        with mock.patch.object(type(self.engine), "swept_at_once", size):
             place: Place | None = Place()
             while place is not None:
                 place = result_of(self.sweeps.expire(user_id, place))

@@ -8,7 +8,8 @@ from twisted.internet.defer import Deferred, fail
 from twisted.trial.unittest import SynchronousTestCase
 
 from synapse_roomkeys import metrics
-from synapse_roomkeys.storage import LEASE_SECONDS, SQLITE, Place, Sweeps, sweeps
+from synapse_roomkeys.storage import LEASE_SECONDS, SQLITE, Place, Sweeps
+from synapse_roomkeys.storage.sqlite_engine import SqliteEngine
 from synapse_roomkeys.sweeper import INTERVAL
 from synapse_roomkeys.types import BackupId, Retention
 
@@ -25,7 +26,7 @@ class SweeperTests(SynchronousTestCase):
     retention = Retention()
 
     def setUp(self) -> None:
-        self.patch(sweeps, "SESSIONS_AT_ONCE", 8)
+        self.patch(SqliteEngine, "swept_at_once", 8)
         self.host = MemoryHost(retention=self.retention)
         self.client = Client(self.host, self.host.new_user())
         self.version = self.successResultOf(self.client.create_version())
@@ -175,6 +176,30 @@ class DeletionTests(SweeperTests):
         self.assertEqual(len(logs.records), 1)
         self.assertEqual(metrics.sweep_failures._value.get(), before + 2)
         self.patch(self.host.database, "run", real)
+        self.host.reactor.pump([INTERVAL, *[0.1] * 10])
+        self.assertEqual(self.keys(), 0)
+
+    def test_a_failing_version_stops_no_other(self) -> None:
+        """The pass after a failure begins with the versions after the failed one."""
+        other = Client(self.host, self.host.new_user())
+        version = self.successResultOf(other.create_version())
+        self.successResultOf(other.upload(version, {"!a": {"1": key()}}))
+        self.delete()
+        self.successResultOf(other.delete(version_path(version)))
+        real = self.host.sweeps.delete_batch
+
+        def fail_for_first(backup: BackupId, after: Place) -> Deferred[Place | None]:
+            if backup.user_id == self.client.user.user_id:
+                return fail(RuntimeError("a damaged row"))
+            return real(backup, after)
+
+        self.patch(self.host.sweeps, "delete_batch", fail_for_first)
+        with self.assertLogs("synapse_roomkeys.sweeper", "ERROR"):
+            self.sweep()
+            self.assertEqual(self.keys(), 21)
+            self.host.reactor.pump([INTERVAL, *[0.1] * 10])
+        self.assertEqual(self.keys(), 20)
+        self.patch(self.host.sweeps, "delete_batch", real)
         self.host.reactor.pump([INTERVAL, *[0.1] * 10])
         self.assertEqual(self.keys(), 0)
 
