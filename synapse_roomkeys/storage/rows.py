@@ -11,7 +11,7 @@ from .engine import Snapshot
 #: Maximum number of keys in one page of a download: about 0.4 MB of real keys.
 PAGE_KEYS = 400
 #: Number of keys in the first page, which is read before their size is known.
-FIRST_KEYS = 100
+FIRST_KEYS = 50
 #: Maximum memory of a page in bytes, if the page has more than one key. A key may have
 #: 64 KiB, and four times as much in memory if one character isn't ASCII.
 PAGE_SIZE = 1 << 20
