@@ -4,6 +4,8 @@ choice of replaced keys that are kept."""
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from itertools import groupby
+from operator import attrgetter
 from typing import Any, Protocol
 
 import attrs
@@ -113,9 +115,9 @@ def name_sessions(stored: Iterable[Ids], replaced: Iterable[Ids]) -> str:
     session ids of its new keys (``stored``) and of its replaced ones (``replaced``)."""
     rooms: dict[str, dict[str, list[str]]] = {}
     for kind, keys in ("stored", stored), ("replaced", replaced):
-        for key in keys:
-            sessions = rooms.setdefault(key.room_id, {}).setdefault(kind, [])
-            sessions.append(key.session_id)
+        for room_id, same_room in groupby(keys, attrgetter("room_id")):
+            sessions = rooms.setdefault(room_id, {}).setdefault(kind, [])
+            sessions.extend([key.session_id for key in same_room])
     return json.dumps(rooms, ensure_ascii=False)
 
 

@@ -62,7 +62,7 @@ def upgrade_tables(txn: Transaction, engine: Engine, homeserver_tables: bool) ->
             database's encoding isn't UTF8, or the node is a worker of Citus on which a
             table isn't distributed.
     """
-    files = _read_files()
+    files = _read_files(engine)
     missing = _find_missing(txn, engine, max(files))
     cluster = engine.find_cluster(txn)
     _check_cluster(txn, cluster)
@@ -90,7 +90,7 @@ def probe_tables(txn: Transaction, engine: Engine) -> None:
     Raises:
         SchemaError: a table is missing, or of another version of the plugin.
     """
-    newest = max(_read_files())
+    newest = max(_read_files(engine))
     if _find_missing(txn, engine, newest):
         raise SchemaError(
             f"its roomkeys tables lack a part of number {newest}, which"
@@ -113,7 +113,7 @@ def rehearse_start(txn: Transaction, engine: Engine) -> str:
     Raises:
         SchemaError: the service wouldn't start.
     """
-    newest = max(_read_files())
+    newest = max(_read_files(engine))
     tables = _find_tables(txn, engine)
     _check_cluster(txn, engine.find_cluster(txn))
     if not tables:
@@ -187,14 +187,24 @@ def _check_encoding(txn: Transaction, engine: Engine) -> None:
         )
 
 
-def _read_files() -> dict[int, list[str]]:
-    """Return the statements of each file by its number; the numbers have no gap."""
-    files = {}
-    for file in (resources.files(__package__) / "schema").iterdir():
-        lines = file.read_text().splitlines()
-        code = "\n".join(line for line in lines if not line.startswith("--"))
-        statements = [part for part in code.split(";") if part.strip()]
-        files[int(file.name.partition("_")[0])] = statements
+def _read_files(engine: Engine) -> dict[int, list[str]]:
+    """Return the statements of each number; the numbers have no gap.
+
+    A file is named after its number and its subject (``005_record.sql``). A second file
+    of the number, for one engine alone (``005_record.postgresql.sql``), is applied
+    after it.
+    """
+    files: dict[int, list[str]] = {}
+    folder = resources.files(__package__) / "schema"
+    # The file for one engine has the longer name.
+    for file in sorted(folder.iterdir(), key=lambda file: len(file.name)):
+        subject, *engines, _ = file.name.split(".")
+        if engines in ([], [engine.name]):
+            lines = file.read_text().splitlines()
+            code = "\n".join(line for line in lines if not line.startswith("--"))
+            statements = [part for part in code.split(";") if part.strip()]
+            number = int(subject.partition("_")[0])
+            files.setdefault(number, []).extend(statements)
     return files
 
 

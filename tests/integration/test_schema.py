@@ -34,6 +34,9 @@ OWN_TABLES = {
     "roomkeys_replaced",
     "roomkeys_schema",
 }
+#: Columns that PostgreSQL stores without trying to compress them.
+UNCOMPRESSED = """SELECT attname FROM pg_attribute WHERE attstorage = 'e'
+    AND attrelid = 'roomkeys_changes'::regclass"""
 HOMESERVERS_TABLES = {"e2e_room_keys", "e2e_room_keys_versions"}
 #: Every column that there is, and every index, with the table it belongs to.
 SHAPE = {
@@ -153,6 +156,8 @@ def test_new_tables(fresh: Backend) -> None:
     assert run(fresh, "SELECT number FROM roomkeys_schema") == [(NEWEST,)]
     with transaction(fresh) as txn:
         assert check_tables(txn, fresh.engine) is None
+    if fresh.name == "postgres":
+        assert run(fresh, UNCOMPRESSED) == [("sessions",)]
 
 
 def test_beside_a_homeserver(fresh: Backend) -> None:
@@ -176,7 +181,7 @@ def test_numbers_of_before_their_table(fresh: Backend) -> None:
             f" auth_data, deleted) VALUES ('{user}', {version}, 'm', '{{}}', 1)",
         )
     statements = upgrade(fresh)
-    assert not any("ALTER" in statement for statement in statements)
+    assert not any("ALTER TABLE roomkeys_counts" in text for text in statements)
     run(fresh, "DELETE FROM e2e_room_keys_versions")
     upgrade(fresh)
     numbers = "SELECT user_id, last_version FROM roomkeys_numbers ORDER BY user_id"
