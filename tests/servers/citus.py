@@ -31,7 +31,7 @@ _SETTINGS = {
 class _Node(PostgresServer):
     """A node; the nodes trust each other's connections."""
 
-    _authentication = "trust"
+    _authentication = ("--auth=trust",)
 
     def _programs(self) -> Path:
         return Path(os.environ[PROGRAMS])

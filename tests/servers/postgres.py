@@ -9,7 +9,7 @@ import secrets
 import shutil
 import signal
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -37,8 +37,12 @@ _DEFAULTS: Mapping[str, str] = MappingProxyType({})
 class PostgresServer(Server):
     """A database server whose cluster is deleted when the object is closed."""
 
-    #: How the server authenticates clients.
-    _authentication = "scram-sha-256"
+    #: Options of initdb for the authentication of clients. One iteration of the hash is
+    #: enough for a random password; the default of 4096 took 60 ms of a ``createdb``.
+    _authentication: Sequence[str] = (
+        "--auth=scram-sha-256",
+        "--set=scram_iterations=1",
+    )
 
     def __init__(
         self,
@@ -172,7 +176,7 @@ class PostgresServer(Server):
             _change_owner(home, self._user)
             _change_owner(secret, self._user)
         where = ["--pgdata", str(home / "data"), "--pwfile", str(secret)]
-        who = ["--username", _SUPERUSER, "--auth", self._authentication]
+        who = ["--username", _SUPERUSER, *self._authentication]
         shape = ["--encoding", "UTF8", "--locale", "C", "--no-sync"]
         self._run("initdb", *where, *who, *shape, cwd=home)
         return home
