@@ -17,19 +17,17 @@ from .contract import Answer, User
 from .secret_search import SECRET
 
 
-class HttpHost:
-    """A server under test at an address, with functions that create its users."""
+class HttpClient:
+    """A client of the server at an address."""
 
-    def __init__(
-        self,
-        url: str,
-        new_user: Callable[[], User],
-        new_guest: Callable[[], User],
-    ) -> None:
+    def __init__(self, url: str, *, is_persistent: bool = True) -> None:
+        """
+        Args:
+            is_persistent: whether connections are kept for further requests. Twisted
+                silently resends a request whose kept connection fails.
+        """
         self.url = url
-        self.new_user = new_user
-        self.new_guest = new_guest
-        self._pool = HTTPConnectionPool(reactor, persistent=True)
+        self._pool = HTTPConnectionPool(reactor, persistent=is_persistent)
         self._agent = Agent(reactor, pool=self._pool)
 
     @inlineCallbacks
@@ -80,3 +78,17 @@ class HttpHost:
         """Close the idle connections of the pool, and fire when all are closed."""
         closed: Deferred[None] = self._pool.closeCachedConnections()
         return closed
+
+
+class HttpHost(HttpClient):
+    """A server under test at an address, with functions that create its users."""
+
+    def __init__(
+        self,
+        url: str,
+        new_user: Callable[[], User],
+        new_guest: Callable[[], User],
+    ) -> None:
+        super().__init__(url)
+        self.new_user = new_user
+        self.new_guest = new_guest

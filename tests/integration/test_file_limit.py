@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import resource
 import socket
@@ -13,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from ..contract import Answer
 from ..contract.base import PREFIX
-from ..reliability.sockets import Reply, connect, exchange, read_reply, request
+from ..reliability.sockets import connect, exchange, read_reply, request
 from ..servers.accounts import fetch
 from ..servers.fake_homeserver import Homeserver
 from ..servers.service import Service
@@ -51,7 +51,7 @@ def service(homeserver: Homeserver, tmp_path: Path) -> Iterator[Service]:
     assert "ERROR" not in service.log()
 
 
-def send_get(port: int, path: str) -> Reply:
+def send_get(port: int, path: str) -> Answer:
     """Send a GET request on a connection of its own and return the answer."""
     [reply] = exchange(port, request("GET", path, None), wanted=1).replies
     return reply
@@ -99,7 +99,7 @@ def test_more_clients_than_files(service: Service) -> None:
         for port in (service.port, monitoring) * 3:
             assert send_get(port, "/health").status == 200
             ready = send_get(port, "/ready")
-            assert (ready.status, json.loads(ready.body)["database"]) == (200, "ok")
+            assert (ready.status, ready.json["database"]) == (200, "ok")
         reply = send_get(service.port, f"{PREFIX}/version")
         assert (reply.status, reply.headers["connection"]) == (503, "close")
         assert int(reply.headers["retry-after"]) > 0
@@ -139,7 +139,7 @@ def test_bodies_in_files_are_counted(service: Service) -> None:
         for client in clients:
             client.sendall(f"{head}\r\n\r\n".encode() + bytes(150_000))
         ready = send_get(service.metrics_port, "/ready")
-        assert json.loads(ready.body) == {
+        assert ready.json == {
             "database": "ok",
             "homeserver": "ok",
             "service": "ok",

@@ -8,14 +8,13 @@ import socket
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, suppress
-from http.client import HTTPConnection, HTTPResponse
+from http.client import HTTPResponse
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import pytest
 from pytest_twisted import blockon
@@ -26,6 +25,7 @@ from ..backup_client import Api
 from ..client import HttpHost
 from ..contract import SCENARIOS, Scenario, User
 from ..contract.base import PREFIX, Answer, Rooms, key, keys_path, refused, same
+from ..reliability.sockets import connect, read_reply, request
 from ..servers import PostgresServer
 from ..servers.accounts import fetch
 from ..servers.apache import Apache
@@ -187,26 +187,15 @@ def fetch_or_none(url: str, token: str) -> bytes | None:
         return None
 
 
-def send(
-    proxy: Proxy,
-    method: str,
-    path: str,
-    headers: Mapping[str, str],
-    body: bytes | None = None,
-) -> Answer:
-    """Send a request without changes and return the answer, of any status.
-
-    The values of a repeated header are joined.
-    """
-    port = urlsplit(proxy.url).port
-    with closing(HTTPConnection(HOST, port, timeout=DEADLINE)) as connection:
+def send(proxy: Proxy, sent: bytes) -> Answer:
+    """Send the bytes of a request and return the answer, of any status."""
+    with connect(proxy.port) as client, client.makefile("rb") as stream:
         # Caddy closes the connection during an upload whose body is refused.
         with suppress(BrokenPipeError, ConnectionResetError):
-            connection.request(method, PREFIX + path, body, dict(headers))
-        response = connection.getresponse()
-        names = {name.lower() for name in response.headers}
-        got = {name: ", ".join(response.headers.get_all(name, [])) for name in names}
-        return Answer(response.status, got, response.read())
+            client.sendall(sent)
+        answer = read_reply(stream)
+    assert answer is not None, "closed without an answer"
+    return answer
 
 
 @pytest.mark.parametrize("mebibytes", [10, 12])
@@ -218,16 +207,11 @@ def test_too_large_an_upload(
     This holds for 10 MiB + 1 byte, refused by the service, and for 12 MiB + 1 byte,
     above the proxy's limit as well.
     """
-    headers = bearer(homeserver.new_user().access_token)
+    token = homeserver.new_user().access_token
     body = b" " * (mebibytes * 2**20 + 1)
-    answer = send(proxy, "PUT", keys_path(str(VERSION)), headers, body)
+    answer = send(proxy, request("PUT", PREFIX + keys_path(str(VERSION)), token, body))
     refused(answer, 413, "M_TOO_LARGE")
     assert answer.headers["access-control-allow-origin"] == "*"
-
-
-def bearer(token: str) -> dict[str, str]:
-    """Return the Authorization header for a token."""
-    return {"Authorization": f"Bearer {token}"}
 
 
 def test_claimed_ids_and_addresses_are_ignored(
@@ -238,9 +222,10 @@ def test_claimed_ids_and_addresses_are_ignored(
     The headers by which the client claims another id and address have no effect.
     """
     claims = {"X-Request-ID": "made-up", "X-Forwarded-For": "203.0.113.9"}
-    headers = {**bearer(homeserver.new_user().access_token), **claims}
+    headers = [f"{name}: {value}" for name, value in claims.items()]
+    token = homeserver.new_user().access_token
     before = [len(service.log()) for service in services]
-    answer = send(proxy, "GET", "/version", headers)
+    answer = send(proxy, request("GET", PREFIX + "/version", token, b"", *headers))
     request_id = answer.headers["x-request-id"]
     # Request ids made by the service have 16 digits.
     assert re.fullmatch("[0-9a-f-]{32,36}", request_id)
@@ -262,7 +247,7 @@ def test_no_process_is_running(
     """
     ports = [free_port(), free_port()]
     with kind(tmp_path, ports, homeserver.port) as proxy:
-        answer = send(proxy, "GET", "/version", bearer("token"))
+        answer = send(proxy, request("GET", PREFIX + "/version", "token"))
     refused(answer, 503, "M_UNKNOWN")
     assert answer.headers["access-control-allow-origin"] == "*"
     assert int(answer.headers["retry-after"]) > 0
@@ -303,12 +288,10 @@ def open_download(proxy: Proxy, token: str) -> HTTPResponse:
     connection = socket.socket()
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
     connection.settimeout(DEADLINE)
-    connection.connect((HOST, urlsplit(proxy.url).port))
+    connection.connect((HOST, proxy.port))
+    path = PREFIX + keys_path(str(VERSION))
     with connection:
-        connection.sendall(
-            f"GET {PREFIX}{keys_path(str(VERSION))} HTTP/1.1\r\nHost: {HOST}\r\n"
-            f"Authorization: Bearer {token}\r\nConnection: close\r\n\r\n".encode()
-        )
+        connection.sendall(request("GET", path, token, b"", "Connection: close"))
         response = HTTPResponse(connection)
     response.begin()
     return response
@@ -371,12 +354,12 @@ def test_a_refused_connection_is_retried_at_the_other(
     tmp_path: Path,
 ) -> None:
     """If one process is down, the other process answers each request."""
-    headers = bearer(homeserver.new_user().access_token)
+    token = homeserver.new_user().access_token
+    sent = request("PUT", PREFIX + keys_path(str(VERSION)), token, b"{}")
     ports = [free_port(), services[0].port]
     with kind(tmp_path, ports, homeserver.port) as proxy:
         for _ in range(4):
-            answer = send(proxy, "PUT", keys_path(str(VERSION)), headers, b"{}")
-            refused(answer, 400, "M_BAD_JSON")
+            refused(send(proxy, sent), 400, "M_BAD_JSON")
 
 
 class StoppingHandler(BaseHTTPRequestHandler):

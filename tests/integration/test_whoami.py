@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import socket
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -30,7 +28,8 @@ from synapse_roomkeys.homeserver import MAX_CONNECTIONS, HomeserverOptions
 from synapse_roomkeys.types import Requester
 from synapse_roomkeys.whoami import WhoamiAuth
 
-from ..contract.base import Steps, quoted
+from .. import blocking_http
+from ..contract.base import PREFIX, Steps, quoted, refused
 from ..faulty_homeserver import (
     FAULTS,
     Fault,
@@ -402,12 +401,9 @@ def test_last_seen(builtin: Synapse, tmp_path: Path) -> None:
                 "X-Forwarded-For": f"198.51.100.1, {host}",
                 "User-Agent": agent,
             }
-            url = f"{service.url}/_matrix/client/v3/room_keys/keys"
-            answer = urllib.request.Request(url, headers=headers)
-            with pytest.raises(urllib.error.HTTPError) as missing:
-                urllib.request.urlopen(answer)
-            with missing.value as error:
-                assert error.code == 400  # No "version": authentication passed.
+            answer = blocking_http.send("GET", f"{service.url}{PREFIX}/keys", headers)
+            # Authentication passed: only the version is missing.
+            refused(answer, 400, "M_MISSING_PARAM")
             path = f"/v2/users/{quoted(user.user_id)}/devices/{user.device_id}"
             device = administer(builtin, "GET", path)
             assert device["last_seen_ip"] == host

@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Generator, Mapping, Sequence
-from io import BytesIO
 from random import Random
 from typing import Any
 
 import attrs
-import treq
 from twisted.internet import reactor
 from twisted.internet.defer import (
     CancelledError,
@@ -25,15 +23,12 @@ from twisted.internet.error import (
     DNSLookupError,
 )
 from twisted.web.client import (
-    Agent,
-    FileBodyProducer,
     RequestGenerationFailed,
     RequestTransmissionFailed,
     ResponseFailed,
 )
-from twisted.web.http_headers import Headers
-from twisted.web.iweb import IResponse
 
+from ..client import HttpClient
 from ..contract import Answer, User
 from ..contract.base import (
     ALGORITHM,
@@ -83,10 +78,7 @@ class Connection:
     url: str
     user: User
 
-    @inlineCallbacks
-    def request(
-        self, method: str, path: str, body: Any = None
-    ) -> Generator[Deferred[Any], Any, Answer]:
+    def request(self, method: str, path: str, body: Any = None) -> Deferred[Answer]:
         """Send a request.
 
         Args:
@@ -95,17 +87,9 @@ class Connection:
         Returns:
             A Deferred that fires with the answer.
         """
-        agent = Agent(reactor)
-        token = f"Bearer {self.user.access_token}"
-        content = encoded(body)
-        response: IResponse = yield agent.request(
-            method.encode(),
-            (self.url + PREFIX + path).encode(),
-            Headers({"Authorization": [token]}),
-            None if content is None else FileBodyProducer(BytesIO(content)),
-        )
-        got: bytes = yield treq.content(response)
-        return Answer(response.code, {}, got)
+        client = HttpClient(self.url, is_persistent=False)
+        token = self.user.access_token
+        return client.request(method, PREFIX + path, token=token, body=encoded(body))
 
 
 @attrs.frozen

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import socket
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 import attrs
 
+from ..contract import Answer
 from ..contract.base import ALGORITHM, PREFIX
 from ..servers.processes import HOST
 
@@ -17,15 +18,6 @@ from ..servers.processes import HOST
 DEADLINE = 20.0
 #: SO_LINGER value: close() resets the connection.
 _RESET = struct.pack("ii", 1, 0)
-
-
-@attrs.frozen
-class Reply:
-    """An HTTP answer as received; header names are in lower case."""
-
-    status: int
-    headers: Mapping[str, str]
-    body: bytes
 
 
 def connect(port: int) -> socket.socket:
@@ -43,7 +35,7 @@ def request(
     method: str, target: str, token: str | None, body: bytes = b"", *headers: str
 ) -> bytes:
     """Return a request's bytes; without a body there is no Content-Length header."""
-    lines = [f"{method} {target} HTTP/1.1", "Host: a", *headers]
+    lines = [f"{method} {target} HTTP/1.1", f"Host: {HOST}", *headers]
     if token is not None:
         lines.append(f"Authorization: Bearer {token}")
     if body:
@@ -51,14 +43,17 @@ def request(
     return "\r\n".join([*lines, "", ""]).encode("latin-1") + body
 
 
-def read_reply(stream: BinaryIO, method: str = "GET") -> Reply | None:
-    """Read the next answer from a connection; None if the connection has ended."""
+def read_reply(stream: BinaryIO, method: str = "GET") -> Answer | None:
+    """Read the next answer from a connection; None if the connection has ended.
+
+    The values of a repeated header are joined.
+    """
     line = stream.readline()
     if not line:
         return None
     assert line.startswith((b"HTTP/1.1 ", b"HTTP/1.0 ")), line
     status = int(line.split()[1])
-    headers = dict(_headers(stream))
+    headers = _headers(stream)
     if method == "HEAD" or status in (100, 204):
         body = b""
     elif headers.get("transfer-encoding") == "chunked":
@@ -67,13 +62,16 @@ def read_reply(stream: BinaryIO, method: str = "GET") -> Reply | None:
         body = _exactly(stream, int(headers["content-length"]))
     else:
         body = stream.read()
-    return Reply(status, headers, body)
+    return Answer(status, headers, body)
 
 
-def _headers(stream: BinaryIO) -> Iterator[tuple[str, str]]:
+def _headers(stream: BinaryIO) -> dict[str, str]:
+    headers: dict[str, str] = {}
     while line := stream.readline().decode("latin-1").rstrip("\r\n"):
-        name, _, value = line.partition(": ")
-        yield name.lower(), value
+        written, _, value = line.partition(": ")
+        name = written.lower()
+        headers[name] = f"{headers[name]}, {value}" if name in headers else value
+    return headers
 
 
 def _chunks(stream: BinaryIO) -> Iterator[bytes]:
@@ -97,7 +95,7 @@ class Exchange:
         is_broken: whether the server closed the connection before all bytes were sent.
     """
 
-    replies: list[Reply]
+    replies: list[Answer]
     is_broken: bool
 
     @property
@@ -116,7 +114,7 @@ def exchange(
             are returned too.
         read_timeout: seconds without an answer until the client closes the connection.
     """
-    replies: list[Reply] = []
+    replies: list[Answer] = []
     with connect(port) as client, client.makefile("rb") as stream:
         try:
             for part in parts:
@@ -141,7 +139,7 @@ def new_version(port: int, token: str) -> str:
     sent = request("POST", PREFIX + "/version", token, body, "Connection: close")
     [reply] = exchange(port, sent).replies
     assert reply.status == 200, reply
-    version: str = json.loads(reply.body)["version"]
+    version: str = reply.json["version"]
     return version
 
 

@@ -5,7 +5,6 @@ Downloads are served meanwhile, and uploads again once there is room.
 
 from __future__ import annotations
 
-import json
 import resource
 import sqlite3
 import subprocess
@@ -158,7 +157,7 @@ def refuse_chunks(port: int, backup: Backup) -> None:
     ]
     [reply] = exchange(port, *chunks, wanted=1).replies
     assert reply.status == 503, reply
-    assert json.loads(reply.body)["errcode"] == "M_UNKNOWN", reply
+    assert reply.json["errcode"] == "M_UNKNOWN", reply
     assert int(reply.headers["retry-after"]) > 0, reply
 
 

@@ -177,7 +177,7 @@ def test_a_failing_statement_leaks_no_secret(
             info = json.dumps({"algorithm": "a", "auth_data": DATA}).encode()
             sent = request("POST", PREFIX + "/version", token, info)
             [reply] = exchange(service.port, sent, wanted=1).replies
-            sent = upload(json.loads(reply.body)["version"], token, DATA)
+            sent = upload(reply.json["version"], token, DATA)
             [reply] = exchange(service.port, sent, wanted=1).replies
             assert reply.status == 500, reply
         for table in ("e2e_room_keys", "e2e_room_keys_versions"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import threading
 import time
@@ -124,7 +123,7 @@ class GoodClient(threading.Thread):
         sent = upload(self._version, self._token, "right")
         put, got = exchange(self._port, sent + read).replies
         assert put.status == got.status == 200, (put, got)
-        assert json.loads(got.body)["session_data"] == "right", got
+        assert got.json["session_data"] == "right", got
         self.slowest = max(self.slowest, time.monotonic() - start)
 
 
