@@ -15,6 +15,7 @@ from ..contract import User
 from ..servers import PostgresServer, Synapse
 from ..servers.citus import PROGRAMS
 from ..sites import Backend, OwnSite
+from .deployment import Deployment
 
 _numbers = count()
 #: The tests on Citus run only where there is a Citus.
@@ -40,6 +41,15 @@ def database(
         return lambda: None
     server: PostgresServer = request.getfixturevalue("postgres")
     return server.create_database
+
+
+@pytest.fixture(scope="module")
+def new_deployment(
+    database: Callable[[], Mapping[str, Any] | None],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[[], Deployment]:
+    """Function that creates the directory and database of a new homeserver."""
+    return lambda: Deployment(tmp_path_factory.mktemp("deployment"), database())
 
 
 @pytest.fixture(scope="module")

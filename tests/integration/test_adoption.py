@@ -1,28 +1,19 @@
-"""Backups in a homeserver before, with and after the plugin.
+"""Backups of Synapse's own endpoints, served by the plugin that is then loaded.
 
 "Built-in" is Synapse without the plugin, with Synapse's own endpoints.
 """
 
 from __future__ import annotations
 
-import sqlite3
-import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager
-from itertools import count
-from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import attrs
-import psycopg2
 import pytest
 
 from ..backup_client import Api
 from ..contract.base import (
-    ALGORITHM,
     NO_KEY,
-    NO_VERSION,
     Rooms,
     accepted,
     key,
@@ -32,161 +23,27 @@ from ..contract.base import (
     tally,
     version_path,
 )
-from ..servers import Synapse, User
+from ..servers import Synapse
+from .deployment import (
+    HIGHEST,
+    OPAQUE,
+    OTHER_ROOM,
+    ROOM,
+    Deployment,
+    Owner,
+    answers,
+    back_up,
+    change,
+    check_log,
+    check_unknown,
+    client,
+    make_rooms,
+    new_user,
+)
 
-ROOM = "!old/room+:test.example"
-OTHER_ROOM = "!newer_room_without_a_server"
-SESSION = "a/b+c/d+e"
 LONG_ID = "x" * 1000
-HIGHEST = 2**31 - 1
 #: The worst valid key by the specification's order.
 WORST_KEY = key(HIGHEST, HIGHEST, False, {"the": "worst"})
-
-#: A value of each JSON type, for fields that the server must not interpret.
-OPAQUE = {
-    "string": "text",
-    "object": {"ephemeral": "a/b+", "unknown": [1, None, {"": True}]},
-    "array": [[], {}, "", 0],
-    "number": -1.5e300,
-    "integer": 2**53 + 1,
-    "boolean": False,
-    "text": 'é € 🔑 \u0000 \u2028 \\ " \n',
-    "NUL": {"\u0000": "\u0000"},
-}
-
-_numbers = count()
-_NOTHING: Mapping[str, Any] = MappingProxyType({})
-
-
-@attrs.frozen
-class Deployment:
-    """The directory and database of one homeserver.
-
-    Attributes:
-        directory: the directory of configuration, log and SQLite file.
-        database: psycopg2's arguments, or None for the SQLite file.
-    """
-
-    directory: Path
-    database: Mapping[str, Any] | None
-
-    @contextmanager
-    def serve(
-        self, *, plugin: bool, options: Mapping[str, Any] = _NOTHING
-    ) -> Iterator[Synapse]:
-        """Run Synapse for the context, and check that the log has no errors afterwards.
-
-        Args:
-            plugin: whether Synapse loads the plugin.
-            options: the plugin's options.
-        """
-        for name in ("homeserver.log", "output.txt"):
-            (self.directory / name).unlink(missing_ok=True)
-        server = Synapse(
-            self.directory,
-            database=self.database,
-            module_config=options if plugin else None,
-        )
-        with server:
-            assert ("synapse_roomkeys" in server.log()) is plugin
-            yield server
-        check_log(server)
-
-    def sql(self, statement: str, *parameters: Any) -> list[tuple[Any, ...]]:
-        """Run one statement in a connection of its own and commit.
-
-        Returns:
-            The rows, or an empty list for a statement without a result.
-        """
-        connection: Any
-        if self.database is None:
-            connection = sqlite3.connect(self.directory / "homeserver.db")
-        else:
-            connection = psycopg2.connect(**self.database)
-            statement = statement.replace("?", "%s")
-        with closing(connection), closing(connection.cursor()) as cursor:
-            cursor.execute(statement, parameters)
-            rows = cursor.fetchall() if cursor.description else []
-            connection.commit()
-        return rows
-
-    def check_count(self, user: User, api: Api, version: str) -> None:
-        """Check that the reported count and the cached count equal the number of rows.
-
-        Args:
-            user: the owner of the backup.
-            api: the user's client.
-            version: the version of the backup.
-        """
-        where = (user.user_id, int(version))
-        ((rows,),) = self.sql(
-            "SELECT COUNT(*) FROM e2e_room_keys WHERE user_id = ? AND version = ?",
-            *where,
-        )
-        etag, counted = api.tally(version)
-        assert counted == rows
-        cached = self.sql(
-            "SELECT etag, key_count FROM roomkeys_counts"
-            " WHERE user_id = ? AND version = ?",
-            *where,
-        )
-        assert cached == [(etag, counted)]
-
-
-def check_log(server: Synapse) -> None:
-    """Check that a server's log has no traceback, error or log context warning.
-
-    The plugin's line about a key with invalid session_data is the exception, because
-    the tests store such keys.
-    """
-    lines = server.log().splitlines()
-    marks = ("Traceback", " ERROR ", " CRITICAL ", "context")
-    allowed = "Left out a key: its session_data isn't JSON"
-    found = [line for line in lines if any(mark in line for mark in marks)]
-    assert [line for line in found if allowed not in line] == []
-
-
-def client(server: Synapse, user: User) -> Api:
-    """Return a client of a user at a server."""
-    return Api(server.url, user.access_token)
-
-
-def new_user(server: Synapse) -> User:
-    """Register a user with a new name."""
-    return server.register(f"adopted{next(_numbers)}")
-
-
-def answers(api: Api, version: str, rooms: Rooms) -> dict[str, Any]:
-    """Return all answers about a backup, by path: the version, all keys, rooms,
-    sessions."""
-    paths = [version_path(version), keys_path(version)]
-    paths += [keys_path(version, room) for room in rooms]
-    paths += [keys_path(version, room, s) for room in rooms for s in rooms[room]]
-    return {path: accepted(api.get(path), path) for path in paths}
-
-
-def check_unknown(api: Api, version: str, text: str = NO_VERSION) -> None:
-    """Check that each GET request for a version is answered 404.
-
-    Args:
-        api: the client.
-        version: the version.
-        text: the expected error text for the version itself, which is different in
-            Synapse's own endpoint.
-    """
-    answer = api.get(version_path(version))
-    refused(answer, 404, "M_NOT_FOUND", error=text, row="version")
-    for ids in ((), (ROOM,), (ROOM, SESSION)):
-        path = keys_path(version, *ids)
-        refused(api.get(path), 404, "M_NOT_FOUND", error=NO_VERSION, row=path)
-
-
-def make_rooms(mark: str) -> Rooms:
-    """Build keys in three rooms, one room with session_data of each JSON type."""
-    awkward = {f"{name}/+=": key(2, 1, True, data) for name, data in OPAQUE.items()}
-    plain = {SESSION: key(3, 4, False, mark), "é🔑": key(HIGHEST, HIGHEST, True, mark)}
-    return {ROOM: awkward | plain, OTHER_ROOM: plain, "!third:test.example": plain}
-
 
 # Rows that no well-behaved client uploads
 
@@ -232,21 +89,6 @@ GOOD_ROWS = {"before": key(1, 2, True), "zz_after": key(3, 4, False, {"a": None}
 
 
 @attrs.frozen
-class Owner:
-    """A user with a backup.
-
-    Attributes:
-        user: the user.
-        version: the version of the backup.
-        rooms: the keys that were uploaded.
-    """
-
-    user: User
-    version: str
-    rooms: Rooms
-
-
-@attrs.frozen
 class Adopted:
     """A homeserver that was used without the plugin and now runs with the plugin.
 
@@ -257,6 +99,7 @@ class Adopted:
         older: an older backup of the same user, with a string as auth_data.
         expected: the built-in endpoints' answers about these two backups, by version.
         deleted: a deleted version of the same user.
+        writable: a backup that is only used by the test of all kinds of writes.
         large: a backup of several pages.
         long: a backup with ids that are now refused in uploads.
         bad_rows: the bad rows in each backup of `bad_backups`, by session id.
@@ -269,6 +112,7 @@ class Adopted:
     older: Owner
     expected: dict[str, dict[str, Any]]
     deleted: str
+    writable: Owner
     large: Owner
     long: Owner
     bad_rows: dict[str, BadRow]
@@ -281,14 +125,6 @@ class Adopted:
     def check_count(self, owner: Owner) -> None:
         """Check the reported and the cached count of a backup against its rows."""
         self.deployment.check_count(owner.user, self.api(owner), owner.version)
-
-
-def back_up(server: Synapse, user: User, rooms: Rooms, auth_data: Any) -> Owner:
-    """Create a backup with the given keys through the running server's endpoints."""
-    api = client(server, user)
-    version = api.create_version(auth_data)
-    api.upload(version, rooms)
-    return Owner(user, version, rooms)
 
 
 def back_up_bad_rows(server: Synapse, bad_rows: Mapping[str, BadRow]) -> Owner:
@@ -332,15 +168,6 @@ def back_up_long_ids(server: Synapse) -> Owner:
 
 
 @pytest.fixture(scope="module")
-def new_deployment(
-    database: Callable[[], Mapping[str, Any] | None],
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Callable[[], Deployment]:
-    """Function that creates the directory and database of a new homeserver."""
-    return lambda: Deployment(tmp_path_factory.mktemp("deployment"), database())
-
-
-@pytest.fixture(scope="module")
 def adopted_server(
     new_deployment: Callable[[], Deployment], engine: str
 ) -> Iterator[Adopted]:
@@ -357,6 +184,7 @@ def adopted_server(
             backup.version: answers(client(builtin, user), backup.version, backup.rooms)
             for backup in (older, owner)
         }
+        writable = back_up(builtin, new_user(builtin), make_rooms("builtin"), "text")
         large, long = back_up_many(builtin), back_up_long_ids(builtin)
         bad_backups = [back_up_bad_rows(builtin, bad_rows) for _ in range(BAD_BACKUPS)]
     write_invalid_values(deployment, bad_backups, bad_rows)
@@ -368,6 +196,7 @@ def adopted_server(
             older=older,
             expected=expected,
             deleted=deleted,
+            writable=writable,
             large=large,
             long=long,
             bad_rows=bad_rows,
@@ -529,242 +358,18 @@ def test_long_and_empty_ids_are_served_and_deleted(adopted: Adopted) -> None:
     adopted.check_count(owner)
 
 
-def test_builtin_backups_accept_writes(
-    new_deployment: Callable[[], Deployment],
-) -> None:
+def test_builtin_backups_accept_writes(adopted: Adopted) -> None:
     """A built-in backup accepts uploads, updates and deletions, and a new version
     follows."""
-    deployment = new_deployment()
-    with deployment.serve(plugin=False) as builtin:
-        owner = back_up(builtin, new_user(builtin), make_rooms("builtin"), "text")
-    with deployment.serve(plugin=True) as server:
-        api = client(server, owner.user)
-        etag, rows = api.tally(owner.version)
-        change(api, owner.version, rows, etag)
-        deployment.check_count(owner.user, api, owner.version)
-        old = api.download(owner.version)
-        version = api.create_version()
-        assert int(version) > int(owner.version)
-        assert api.info()["version"] == version
-        same(api.download(owner.version), old)
-        accepted(api.delete(version_path(version)))
-        assert api.info()["version"] == owner.version
-
-
-def change(api: Api, version: str, rows: int, etag: int) -> None:
-    """Do each kind of write to a backup made of `make_rooms`.
-
-    Three keys are deleted and one is added, with a check of etag and count after each
-    write.
-
-    Args:
-        api: the owner's client.
-        version: the version of the backup.
-        rows: the number of keys before.
-        etag: the etag before.
-    """
-    path = keys_path(version, ROOM, SESSION)
-    assert tally(api.put(path, key(0, 0, True, "better"))) == (etag + 1, rows)
-    assert api.upload(version, {"!new": {SESSION: key()}}) == (etag + 2, rows + 1)
-    answer = api.delete(keys_path(version, ROOM, "string/+="))
-    assert tally(answer) == (etag + 3, rows)
-    answer = api.delete(keys_path(version, OTHER_ROOM))
-    assert tally(answer) == (etag + 4, rows - 2)
-    body = {"algorithm": ALGORITHM, "auth_data": OPAQUE | {"updated": True}}
-    same(accepted(api.put(version_path(version), body)), {})
-    same(api.info(version)["auth_data"], body["auth_data"])
-
-
-# Removal and return of the plugin
-
-
-@attrs.frozen
-class Written:
-    """A user's backups, written with the plugin before the plugin was removed.
-
-    Attributes:
-        user: the user.
-        before: keys and the plugin's answers, by version, for each version not deleted.
-        older: the older version.
-        current: the current version.
-        deleted: the newest version, since deleted.
-    """
-
-    user: User
-    before: dict[str, tuple[Rooms, dict[str, Any]]]
-    older: str
-    current: str
-    deleted: str
-
-
-def test_the_plugin_can_be_removed_and_added_again(
-    new_deployment: Callable[[], Deployment],
-) -> None:
-    """Synapse without the plugin serves and continues backups made with the plugin.
-
-    Afterwards the plugin serves and continues the built-in writes, with exact counts.
-    """
-    deployment = new_deployment()
-    with deployment.serve(plugin=True) as server:
-        written = write_with_plugin(deployment, server)
-    with deployment.serve(plugin=False) as builtin:
-        check_without_plugin(client(builtin, written.user), written)
-        new_version = write_without_plugin(client(builtin, written.user), written)
-        expected = all_answers(
-            client(builtin, written.user), written.current, new_version
-        )
-    with deployment.serve(plugin=True) as server:
-        api = client(server, written.user)
-        same(all_answers(api, written.current, new_version), expected)
-        check_unknown(api, written.deleted)
-        check_unknown(api, written.older)
-        continue_with_plugin(deployment, api, written, new_version)
-
-
-def write_with_plugin(deployment: Deployment, server: Synapse) -> Written:
-    """Create three versions with each kind of content, and delete the last."""
-    user = new_user(server)
-    api = client(server, user)
-    older = api.create_version("text é")
-    etag, rows = api.upload(older, make_rooms("older"))
-    change(api, older, rows, etag)
-    current = api.create_version(OPAQUE)
-    api.upload(current, make_rooms("current"))
-    deleted = api.create_version()
-    api.upload(deleted, make_rooms("deleted"))
-    accepted(api.delete(version_path(deleted)))
-    before: dict[str, tuple[Rooms, dict[str, Any]]] = {}
-    for version in (older, current):
-        rooms = api.download(version)
-        before[version] = rooms, answers(api, version, rooms)
-        deployment.check_count(user, api, version)
-    return Written(user, before, older, current, deleted)
-
-
-def check_without_plugin(api: Api, written: Written) -> None:
-    """Check that Synapse's own endpoints answer as the plugin did."""
-    for version, (rooms, expected) in written.before.items():
-        same(answers(api, version, rooms), expected)
-    assert api.info()["version"] == written.current
-    check_unknown(api, written.deleted, "No backup found")
-
-
-def write_without_plugin(api: Api, written: Written) -> str:
-    """Change the current version without the plugin, and return a newer version."""
-    etag, rows = api.tally(written.current)
-    new = {"!by_builtin": {SESSION: key(1), "two": key(2)}}
-    assert api.upload(written.current, new) == (etag + 1, rows + 2)
-    better = key(0, 0, True, {"by": "builtin"})
-    answer = api.put(keys_path(written.current, ROOM, SESSION), better)
-    assert tally(answer) == (etag + 2, rows + 2)
-    answer = api.delete(keys_path(written.current, OTHER_ROOM, SESSION))
-    assert tally(answer) == (etag + 3, rows + 1)
-    body = {"algorithm": ALGORITHM, "auth_data": {"updated by": "builtin"}}
-    same(accepted(api.put(version_path(written.current), body)), {})
-    assert api.tally(written.current) == (etag + 3, rows + 1)
-    accepted(api.delete(version_path(written.older)))
-    version = api.create_version("made by builtin")
-    assert int(version) > int(written.deleted)
-    assert api.upload(version, make_rooms("by builtin")) == (1, rows)
-    return version
-
-
-def all_answers(api: Api, *versions: str) -> list[Any]:
-    """Return the answers about some versions, and about the current version."""
-    found: list[Any] = [api.info()]
-    for version in versions:
-        rooms = api.download(version)
-        found.append(answers(api, version, rooms))
-    return found
-
-
-def continue_with_plugin(
-    deployment: Deployment, api: Api, written: Written, version: str
-) -> None:
-    """Check that counts are exact after writes without the plugin, and after the
-    next."""
-    for known in (written.current, version):
-        deployment.check_count(written.user, api, known)
-    etag, rows = api.tally(version)
-    change(api, version, rows, etag)
-    deployment.check_count(written.user, api, version)
-    answer = api.put(keys_path(written.current), {"rooms": {}})
-    body = refused(answer, 403, "M_WRONG_ROOM_KEYS_VERSION")
-    assert body["current_version"] == version
-    assert int(api.create_version()) > int(version)
-
-
-def test_the_first_write_with_the_plugin_recounts(
-    new_deployment: Callable[[], Deployment],
-) -> None:
-    """After built-in writes, the first write with the plugin reports an exact count.
-
-    The first write is an upload or a deletion, with or without a change.
-    """
-    deployment = new_deployment()
-    with deployment.serve(plugin=True) as server:
-        users = [new_user(server) for _ in range(4)]
-        owners = [back_up(server, user, make_rooms("plugin"), {}) for user in users]
-    with deployment.serve(plugin=False) as builtin:
-        for owner in owners:
-            api = client(builtin, owner.user)
-            state = api.upload(owner.version, {"!by_builtin": {"1": key(), "2": key()}})
-    etag, rows = state
-    with deployment.serve(plugin=True) as server:
-        writes = (
-            ("PUT", keys_path("%", "!new", "3"), key(), (etag + 1, rows + 1)),
-            ("PUT", keys_path("%", "!by_builtin", "1"), key(1), (etag, rows)),
-            ("DELETE", keys_path("%", "!by_builtin"), None, (etag + 1, rows - 2)),
-            ("DELETE", keys_path("%", "!none"), None, (etag, rows)),
-        )
-        for owner, (method, path, body, want) in zip(owners, writes, strict=True):
-            api = client(server, owner.user)
-            path = path.replace("%25", owner.version)
-            assert tally(api.request(method, path, body)) == want
-            deployment.check_count(owner.user, api, owner.version)
-
-
-def test_kept_versions_stay_hidden_without_the_plugin(
-    new_deployment: Callable[[], Deployment],
-) -> None:
-    """Synapse's own endpoints show no key of a deleted version that is kept, and leave
-    the key, the replaced keys and the record to the plugin that is loaded again."""
-    deployment = new_deployment()
-    kept = ("e2e_room_keys", "roomkeys_deleted", "roomkeys_replaced")
-    options = {"deleted_versions_days": 3}
-    with deployment.serve(plugin=True, options=options) as server:
-        user = new_user(server)
-        owner = back_up(server, user, {ROOM: {SESSION: key(1)}}, {"kept": True})
-        api = client(server, user)
-        api.upload(owner.version, {ROOM: {SESSION: key(2, verified=True)}})
-        accepted(api.delete(version_path(owner.version)))
-        newer = api.create_version()
-    with deployment.serve(plugin=False) as builtin:
-        api = client(builtin, user)
-        check_unknown(api, owner.version, "No backup found")
-        same(api.download(newer), {})
-        assert api.upload(newer, {ROOM: {SESSION: key(3)}}) == (1, 1)
-        same(api.download(newer), {ROOM: {SESSION: key(3)}})
-    where = "WHERE user_id = ? AND version = ?"
-    for table in kept:
-        rows = deployment.sql(
-            f"SELECT 1 FROM {table} {where}", user.user_id, int(owner.version)
-        )
-        assert len(rows) == 1, table
-    with deployment.serve(plugin=True) as server:
-        check_unknown(client(server, user), owner.version)
-        for table in kept:
-            statement = f"SELECT 1 FROM {table} {where}"
-            wait_until_empty(deployment, statement, user.user_id, int(owner.version))
-        same(client(server, user).download(newer), {ROOM: {SESSION: key(3)}})
-    acts = deployment.sql("SELECT act FROM roomkeys_changes ORDER BY changed_ms")
-    made = ["create_version", "upload", "upload", "delete_version", "create_version"]
-    assert [act for (act,) in acts] == made
-
-
-def wait_until_empty(deployment: Deployment, query: str, *parameters: Any) -> None:
-    """Wait until a query returns no row; fail after 30 s."""
-    end = time.monotonic() + 30
-    while deployment.sql(query, *parameters):
-        assert time.monotonic() < end, query
-        time.sleep(0.1)
+    owner = adopted.writable
+    api = adopted.api(owner)
+    etag, rows = api.tally(owner.version)
+    change(api, owner.version, rows, etag)
+    adopted.check_count(owner)
+    old = api.download(owner.version)
+    version = api.create_version()
+    assert int(version) > int(owner.version)
+    assert api.info()["version"] == version
+    same(api.download(owner.version), old)
+    accepted(api.delete(version_path(version)))
+    assert api.info()["version"] == owner.version
