@@ -177,16 +177,23 @@ def backups(
         yield service.url
 
 
-@pytest.fixture
-def device(synapse: Synapse, backups: str) -> Device:
-    """The first device of a new user."""
+def new_device(synapse: Synapse, backups: str) -> Device:
+    """Register a user, and return the user's first device."""
     user = synapse.register(f"megolm{next(_numbers)}")
     return Device(synapse, user, backups)
 
 
-def use_and_lose_device(device: Device) -> History:
-    """Send messages in several rooms and sessions, back the keys up, and lose the
-    device."""
+@pytest.fixture
+def device(synapse: Synapse, backups: str) -> Device:
+    """The first device of a new user."""
+    return new_device(synapse, backups)
+
+
+@pytest.fixture(scope="module")
+def history(synapse: Synapse, backups: str) -> History:
+    """A user who sent messages in several rooms and sessions, backed the keys up, and
+    lost the device. The tests log the user in again and change nothing."""
+    device = new_device(synapse, backups)
     private = private_key()
     version = device.create_backup(private)
     sessions: list[Session] = []
@@ -228,9 +235,10 @@ def only_session(device: Device, version: str, private: str) -> Session:
     return session
 
 
-def test_the_whole_backup_restores_every_message(device: Device) -> None:
+def test_the_whole_backup_restores_every_message(
+    device: Device, history: History
+) -> None:
     """A new device with the private key decrypts all messages of the lost device."""
-    history = use_and_lose_device(device)
     second = device.login(history.user)
     version = second.api.info()["version"]
     sessions = restored(second.api.download(version), history.private)
@@ -238,9 +246,8 @@ def test_the_whole_backup_restores_every_message(device: Device) -> None:
         assert decrypted(second, room_id, sessions) == (history.texts(room_id), 0)
 
 
-def test_one_room_restores_its_messages(device: Device) -> None:
+def test_one_room_restores_its_messages(device: Device, history: History) -> None:
     """The keys of a room decrypt the messages of the room and of no other room."""
-    history = use_and_lose_device(device)
     second = device.login(history.user)
     for room_id in history.plain_texts:
         answer = second.api.get(keys_path(history.version, room_id))
@@ -253,9 +260,8 @@ def test_one_room_restores_its_messages(device: Device) -> None:
         assert unread == [([], 6)] * (len(history.plain_texts) - 1) != []
 
 
-def test_one_session_restores_its_messages(device: Device) -> None:
+def test_one_session_restores_its_messages(device: Device, history: History) -> None:
     """The key of a session decrypts the messages of the session and no others."""
-    history = use_and_lose_device(device)
     second = device.login(history.user)
     for room_id, room in history.plain_texts.items():
         for session_id, texts in room.items():
@@ -276,9 +282,8 @@ def test_a_second_device_trusts_the_version(device: Device) -> None:
     assert auth_data["public_key"] == public_key_of(private)
 
 
-def test_another_private_key_decrypts_nothing(device: Device) -> None:
+def test_another_private_key_decrypts_nothing(device: Device, history: History) -> None:
     """Stored keys can't be decrypted with another private key."""
-    history = use_and_lose_device(device)
     second = device.login(history.user)
     rooms = second.api.download(history.version)
     with pytest.raises(PkDecodeException):

@@ -736,7 +736,7 @@ for source in (small, large):
     peaks.append(int(re.search(r"VmHWM:\\s*(\\d+) kB", status)[1]))
 print(result.written, result.is_done, peaks[1] - peaks[0])
 """
-MANY = 100_000
+MANY = 50_000
 ADD_MANY = {
     "sqlite3": f"""
         WITH RECURSIVE s(i) AS (
@@ -749,7 +749,7 @@ ADD_MANY = {
         SELECT ?, 1, '!r' || i % 50, 's' || i, i, 0, TRUE,
             '"' || repeat('0', 900) || '"' FROM generate_series(1, {MANY}) AS i""",
 }
-#: KiB: the keys alone have 90 MiB, and what SQLite and libpq cache has a few.
+#: KiB: the keys alone have 45 MiB, and what SQLite and libpq cache has a few.
 MEMORY = 20 * 1024
 
 

@@ -9,6 +9,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
+import attrs
 import psycopg2
 import pytest
 from pytest_twisted import blockon
@@ -30,7 +31,7 @@ from ..integration.conftest import host_of
 from ..servers import PostgresServer, Synapse
 from ..servers.fake_homeserver import Homeserver
 from ..servers.service import Service
-from .faults import Steps, connected, later
+from .faults import Steps, connected, later, together
 
 #: Number of users whose rows are locked: as many as the pool has connections.
 USERS = 10
@@ -45,31 +46,41 @@ LOCK = "SELECT 1 FROM e2e_room_keys_versions WHERE user_id = ANY(%s) FOR UPDATE"
 ROOM = {"!room": {"s": key()}}
 
 
-@pytest.fixture(scope="module", params=["service", "synapse"])
-def served(
-    request: pytest.FixtureRequest,
+@attrs.frozen
+class Server:
+    """A host under test with USERS database connections, and the database."""
+
+    host: HttpHost
+    database: Mapping[str, Any]
+
+
+@pytest.fixture(scope="module")
+def servers(
     postgres: PostgresServer,
+    homeserver: Homeserver,
     tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[tuple[HttpHost, Mapping[str, Any]]]:
-    """Each host (the service, a Synapse) with ten database connections, and the
-    database."""
-    database = postgres.create_database()
+) -> Iterator[list[Server]]:
+    """The service and a Synapse. The tests lock rows of both at the same time, because
+    most of a test is the wait for lock timeouts."""
+    databases = [postgres.create_database() for _ in range(2)]
     directory = tmp_path_factory.mktemp("stuck")
-    server: Service | Synapse
-    if request.param == "synapse":
-        with Synapse(directory, database={**database, "cp_max": USERS}) as server:
-            host = host_of(server)
-            yield host, database
+    with (
+        Service(
+            directory / "service", homeserver.url, database=databases[0]
+        ) as service,
+        Synapse(
+            directory / "synapse", database={**databases[1], "cp_max": USERS}
+        ) as synapse,
+    ):
+        hosts = [
+            HttpHost(service.url, homeserver.new_user, homeserver.new_guest),
+            host_of(synapse),
+        ]
+        yield [Server(*both) for both in zip(hosts, databases, strict=True)]
+        for host in hosts:
             blockon(host.close())
-            log = server.log()
-    else:
-        homeserver: Homeserver = request.getfixturevalue("homeserver")
-        with Service(directory, homeserver.url, database=database) as server:
-            host = HttpHost(server.url, homeserver.new_user, homeserver.new_guest)
-            yield host, database
-            blockon(host.close())
-            log = server.log()
-    assert "Traceback" not in log
+    for process in (service, synapse):
+        assert "Traceback" not in process.log()
 
 
 @contextmanager
@@ -121,16 +132,21 @@ def unlocked_user(host: Host, end: float) -> Steps:
     assert slowest < SERVED_WITHIN
 
 
-@inlineCallbacks
-def test_other_users_are_served(served: tuple[HttpHost, Mapping[str, Any]]) -> Steps:
+def test_other_users_are_served(servers: list[Server]) -> Deferred[Any]:
     """While as many users as there are connections wait for locks without end, other
     users read and write in time, also after the locked users gave up. The locked users
     succeed as soon as their rows are free."""
-    host, database = served
+    return together([lock_all_connections(server) for server in servers])
+
+
+@inlineCallbacks
+def lock_all_connections(server: Server) -> Steps:
+    """Check the rule of `test_other_users_are_served` on one server."""
+    host = server.host
     backups: list[tuple[Client, str]] = []
     for _ in range(USERS):
         backups.append((yield new_backup(host)))
-    with locking(database, [client for client, _ in backups]):
+    with locking(server.database, [client for client, _ in backups]):
         end = time.monotonic() + SECONDS
         locked = [upload_in_a_loop(*backup, end) for backup in backups]
         yield gatherResults([*locked, *(unlocked_user(host, end) for _ in range(3))])
@@ -139,16 +155,18 @@ def test_other_users_are_served(served: tuple[HttpHost, Mapping[str, Any]]) -> S
     assert {answer.status for answer in answers} == {200}
 
 
-@inlineCallbacks
-def test_queued_writes_behind_a_lock(
-    served: tuple[HttpHost, Mapping[str, Any]],
-) -> Steps:
+def test_queued_writes_behind_a_lock(servers: list[Server]) -> Deferred[Any]:
     """If a user's write waits for a lock and is refused, the user's queued writes are
     refused at the same time, not after a lock timeout each; the user's reads are
     served."""
-    host, database = served
-    client, version = yield new_backup(host)
-    with locking(database, [client]):
+    return together([queue_writes(server) for server in servers])
+
+
+@inlineCallbacks
+def queue_writes(server: Server) -> Steps:
+    """Check the rule of `test_queued_writes_behind_a_lock` on one server."""
+    client, version = yield new_backup(server.host)
+    with locking(server.database, [client]):
         start = time.monotonic()
         writes = [put(client, version, ROOM) for _ in range(12)]
         answer: Answer = yield client.get("/version")

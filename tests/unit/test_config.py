@@ -42,7 +42,7 @@ class ParseModuleConfigTests(SynchronousTestCase):
     def test_a_wrong_value_is_named(self) -> None:
         """A value other than a positive integer, such as true, is an error that names
         the option."""
-        values: list[object] = [0, -1, 1.5, True, None, "1", []]
+        values: list[object] = [0, -1, 1.5, True, None, "1", [], [5]]
         for value in values:
             for option in ("max_body_bytes", "max_user_keys"):
                 error = self.assertRaises(
@@ -69,6 +69,7 @@ class ParseModuleConfigTests(SynchronousTestCase):
         config = parse_module_config({"keep_replaced": False})
         self.assertEqual(config.retention.keep_replaced, "off")
 
-    def test_a_list_is_refused(self) -> None:
+    def test_a_list_or_a_text_is_refused(self) -> None:
         """A configuration that is not a mapping is refused."""
-        self.assertRaises(OptionError, parse_module_config, ["max_body_bytes"])
+        for options in (["max_body_bytes"], "max_body_bytes"):
+            self.assertRaises(OptionError, parse_module_config, options)
