@@ -7,18 +7,20 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..config import OptionError
+from ..tools.commands import add_commands
+from ..tools.session import ToolError
 from ..version import __version__
 from . import app
 from .check import Check
-from .config import DatabaseConfig, example, load_config, load_database, read_yaml
+from .config import example, load_config, load_database
 from .logs import set_up_logs
 from .migration import (
     Keep,
     MigrateError,
     Options,
     Progress,
+    load_synapse_database,
     migrate,
-    synapse_database,
 )
 
 #: Exit status for a wrong configuration, as argparse uses it for wrong arguments.
@@ -57,6 +59,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OptionError as error:
         print(f"synapse-roomkeys: {error}", file=sys.stderr)
         return _USAGE
+    except ToolError as error:
+        print(f"synapse-roomkeys: {error}", file=sys.stderr)
+        return error.code
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -142,6 +147,7 @@ def _parser() -> argparse.ArgumentParser:
         help="write nothing, say what would be done",
     )
     move.set_defaults(run=_migrate)
+    add_commands(commands)
     return parser
 
 
@@ -170,7 +176,7 @@ def _config(options: argparse.Namespace) -> int:
 def _migrate(options: argparse.Namespace) -> int:
     try:
         service = load_database(options.config, os.environ)
-        synapse = _synapse(options.source or options.target)
+        synapse = load_synapse_database([options.source or options.target])
         to_service = options.source is not None
         result = migrate(
             synapse if to_service else service,
@@ -195,16 +201,3 @@ def _migrate(options: argparse.Namespace) -> int:
         return _INTERRUPTED
     print("\n".join(result.lines()))
     return 0 if result.is_done else 1
-
-
-def _synapse(path: Path) -> DatabaseConfig:
-    """Read the database of a Synapse's configuration.
-
-    Raises:
-        OptionError: the file can't be read, or has no usable database. The error names
-            the file.
-    """
-    try:
-        return synapse_database(read_yaml(path))
-    except OptionError as error:
-        raise OptionError(str(path), str(error)) from None

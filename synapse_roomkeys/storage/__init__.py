@@ -5,6 +5,8 @@ from .causes import CONNECTIONS, LOCK, SCHEMA, WRITE_CAUSES
 from .citus import find_cluster
 from .downloads import report_broken_row
 from .engine import Engine
+from .erasure import Erasure
+from .overview import Activity, Overview, Owner, VersionFacts
 from .pool import PoolDatabase, postgres_database, sqlite_database
 from .postgres_engine import pack_array, postgres
 from .retries import RetryingDatabase, brief
@@ -13,6 +15,7 @@ from .schema import (
     SchemaError,
     check_tables,
     estimate_keys,
+    open_tables,
     probe_tables,
     rehearse_start,
     upgrade_tables,
@@ -32,10 +35,14 @@ __all__ = [
     "SCHEMA",
     "SQLITE",
     "WRITE_CAUSES",
+    "Activity",
     "Database",
     "EndToEndRoomKeyStore",
     "Engine",
+    "Erasure",
     "InsertGuess",
+    "Overview",
+    "Owner",
     "Place",
     "PoolDatabase",
     "Queue",
@@ -43,12 +50,14 @@ __all__ = [
     "SchemaError",
     "Sweeps",
     "Transaction",
+    "VersionFacts",
     "brief",
     "check_tables",
     "database_address",
     "estimate_keys",
     "find_cluster",
     "find_wrong_argument",
+    "open_tables",
     "pack_array",
     "postgres",
     "postgres_database",

@@ -19,7 +19,8 @@ class NotJsonError(Exception):
 
 @attrs.frozen
 class TableStatements:
-    """An engine's statements about its tables and sessions; none has parameters.
+    """An engine's statements about its tables and sessions. Without another word, a
+    statement has no parameters.
 
     Attributes:
         find_read_only: returns 1 if the session can't write, else 0.
@@ -34,6 +35,10 @@ class TableStatements:
             counting them: the sum of the cached counts (SQLite), which lacks backups
             that were never counted, or the server's statistics (PostgreSQL), kept by
             its autovacuum.
+        measure_keys: returns the user, the version, the number of keys and the bytes of
+            ``session_data`` of each version that has keys, of the users from ``first``
+            to ``last``.
+        measure_tables: returns the name of a table and its bytes, with its indexes.
     """
 
     find_read_only: str
@@ -42,6 +47,8 @@ class TableStatements:
     lock: str
     touch: str
     estimate_keys: str
+    measure_keys: str
+    measure_tables: str
 
 
 @attrs.frozen

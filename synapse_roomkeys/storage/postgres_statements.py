@@ -363,6 +363,17 @@ TABLE_STATEMENTS = TableStatements(
     FROM pg_class, (SELECT to_regclass('e2e_room_keys') AS root) AS keys
     WHERE relkind = 'r'
     AND (oid = root OR oid IN (SELECT relid FROM pg_partition_tree(root)))""",
+    measure_keys="""
+    SELECT user_id, version, COUNT(*), COALESCE(SUM(OCTET_LENGTH(session_data)), 0)
+    FROM e2e_room_keys WHERE user_id BETWEEN :first AND :last
+    GROUP BY user_id, version""",
+    # A partitioned table has no rows of its own.
+    measure_tables=f"""
+    SELECT tablename, GREATEST(pg_total_relation_size(root), (
+        SELECT SUM(pg_total_relation_size(relid)) FROM pg_partition_tree(root)))
+    FROM (SELECT tablename, to_regclass(tablename) AS root FROM pg_tables
+        WHERE tablename IN {ALL_TABLES} AND schemaname = ANY(current_schemas(FALSE))
+    ) AS t ORDER BY tablename""",
 )
 #: Statements about distributed tables. The test of a write is a read, because a write
 #: of the schema number would need all nodes. PostgreSQL's statistics of distributed

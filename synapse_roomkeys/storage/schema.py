@@ -1,5 +1,6 @@
 """The tables: created or upgraded when a process starts, and checked."""
 
+import re
 from importlib import resources
 from itertools import chain
 
@@ -33,7 +34,10 @@ _SAVE_NUMBER = (
 #: is rolled back or drops the table.
 _TRY_TABLE = "CREATE TABLE roomkeys_check (number BIGINT)"
 _DROP_TABLE = "DROP TABLE roomkeys_check"
-
+#: The table that a statement of a file creates or alters.
+_OF_TABLE = re.compile(r"\s*(?:CREATE|ALTER) TABLE (?:IF NOT EXISTS )?(\w+)")
+#: The beginning of a statement of a file that creates a table.
+_CREATE = "CREATE TABLE IF NOT EXISTS"
 
 #: The encoding of a database that can hold every character of a client's JSON.
 _ENCODING = "UTF8"
@@ -79,6 +83,40 @@ def upgrade_tables(txn: Transaction, engine: Engine, homeserver_tables: bool) ->
     cluster = engine.find_cluster(txn)
     if cluster is not None:
         distribute_own_tables(txn, cluster)
+
+
+def open_tables(txn: Transaction, engine: Engine) -> None:
+    """Prepare a connection for an operator's command, without a change to the database.
+
+    The plugin's own tables that the database lacks, such as in a Synapse that never
+    loaded the plugin, are created as temporary, empty tables of the connection.
+
+    Raises:
+        SchemaError: the homeserver's tables are missing, or the plugin's own tables are
+            of another version of the plugin.
+    """
+    files = _read_files(engine)
+    tables = _find_tables(txn, engine)
+    absent = [table for table in statements.TABLES if table not in tables]
+    if absent:
+        raise SchemaError(
+            f"there is no table {' or '.join(absent)}. Is it the database with a"
+            " homeserver's key backups?"
+        )
+    newest = max(files)
+    _find_missing(txn, engine, newest)
+    if 0 < _read_number(txn, tables) < newest:
+        raise SchemaError(
+            f"its roomkeys tables lack a part of number {newest}, which"
+            f" synapse-roomkeys {__version__} needs: start a server with this version"
+            " once, which makes them"
+        )
+    engine.find_cluster(txn)
+    for number in sorted(files):
+        for statement in files[number]:
+            table = _OF_TABLE.match(statement)
+            if table is not None and table[1] not in tables:
+                txn.execute(statement.replace(_CREATE, "CREATE TEMPORARY TABLE"))
 
 
 def probe_tables(txn: Transaction, engine: Engine) -> None:
@@ -136,6 +174,15 @@ def _find_tables(txn: Transaction, engine: Engine) -> set[str]:
     return {name for (name,) in txn.fetchall()}
 
 
+def _read_number(txn: Transaction, tables: set[str]) -> int:
+    """Return the database's schema number; 0 without the plugin's tables."""
+    if "roomkeys_schema" not in tables:
+        return 0
+    txn.execute(_FIND_NUMBER)
+    ((number,),) = txn.fetchall()
+    return int(number)
+
+
 def _find_missing(txn: Transaction, engine: Engine, newest: int) -> list[int]:
     """Return the numbers of the files to apply: numbers above the database's schema
     number, and the files of tables that were dropped.
@@ -144,10 +191,7 @@ def _find_missing(txn: Transaction, engine: Engine, newest: int) -> list[int]:
         SchemaError: the database's schema number is above the newest file's.
     """
     tables = _find_tables(txn, engine)
-    last = 0
-    if "roomkeys_schema" in tables:
-        txn.execute(_FIND_NUMBER)
-        ((last,),) = txn.fetchall()
+    last = _read_number(txn, tables)
     if last > newest:
         raise SchemaError(
             f"its roomkeys tables have number {last}, but this is synapse-roomkeys"

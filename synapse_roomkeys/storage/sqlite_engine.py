@@ -229,6 +229,14 @@ TABLE_STATEMENTS = TableStatements(
     lock="BEGIN IMMEDIATE",
     touch="UPDATE roomkeys_schema SET number = number",
     estimate_keys="SELECT COALESCE(SUM(key_count), 0) FROM roomkeys_counts",
+    measure_keys="""
+    SELECT user_id, version, COUNT(*),
+        COALESCE(SUM(LENGTH(CAST(session_data AS BLOB))), 0)
+    FROM e2e_room_keys WHERE user_id BETWEEN :first AND :last
+    GROUP BY user_id, version""",
+    measure_tables="""
+    SELECT 'all tables of the file', page_count * page_size
+    FROM pragma_page_count, pragma_page_size""",
 )
 
 

@@ -4,7 +4,7 @@ from .decisions import Keep
 from .report import Progress, Result
 from .run import Options, migrate
 from .side import MigrateError
-from .synapse_config import synapse_database
+from .synapse_config import load_synapse_database, synapse_database
 
 __all__ = [
     "Keep",
@@ -12,6 +12,7 @@ __all__ = [
     "Options",
     "Progress",
     "Result",
+    "load_synapse_database",
     "migrate",
     "synapse_database",
 ]

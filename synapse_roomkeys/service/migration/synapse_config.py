@@ -1,10 +1,33 @@
 """The database of a Synapse, by its configuration."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from ...config import OptionError
-from ..config import DatabaseConfig, check_arguments
+from ..config import DatabaseConfig, check_arguments, read_yaml
+
+
+def load_synapse_database(paths: Sequence[Path]) -> DatabaseConfig:
+    """Read the database of a Synapse's configuration.
+
+    Args:
+        paths: files such as homeserver.yaml, one at least. As in Synapse, a section in
+            a later file replaces the section of an earlier one.
+
+    Raises:
+        OptionError: a file can't be read, or no file has a usable database. The error
+            names the file.
+    """
+    path = paths[0]
+    content: dict[str, Any] = {}
+    try:
+        for path in paths:
+            found = read_yaml(path)
+            content |= found if isinstance(found, Mapping) else {}
+        return synapse_database(content)
+    except OptionError as error:
+        raise OptionError(str(path), str(error)) from None
 
 
 def synapse_database(homeserver: Any) -> DatabaseConfig:
