@@ -63,14 +63,24 @@ class Erasure:
 
         return self._database.write("roomkeys_erase_mark", mark)
 
-    def delete_batch(self, backup: BackupId, after: Place) -> "Deferred[Batch]":
+    def delete_batch(
+        self, backup: BackupId, after: Place, most: int | None
+    ) -> "Deferred[Batch]":
         """Delete a batch of the keys of a version that is deleted or has no row. If
-        clients can read the version, delete nothing: it was made meanwhile."""
+        clients can read the version, delete nothing: it was made meanwhile.
+
+        Args:
+            most: maximum number of keys; None for `Engine.swept_at_once`, which is
+                never exceeded.
+        """
+        size = min(most or self._engine.swept_at_once, self._engine.swept_at_once)
         return self._database.write(
-            "roomkeys_erase_keys", self._delete_batch, backup, after
+            "roomkeys_erase_keys", self._delete_batch, backup, after, size
         )
 
-    def _delete_batch(self, txn: Transaction, backup: BackupId, after: Place) -> Batch:
+    def _delete_batch(
+        self, txn: Transaction, backup: BackupId, after: Place, size: int
+    ) -> Batch:
         self._engine.begin_write(txn)
         version = self._engine.lock_version(txn, backup)
         if version is not None and not version.is_deleted:
@@ -79,7 +89,7 @@ class Erasure:
             **names(backup),
             "room_id": after.room_id,
             "session_id": after.session_id,
-            "skipped": self._engine.swept_at_once - 1,
+            "skipped": size - 1,
         }
         txn.execute(BATCH_END, values)
         last = txn.fetchone()

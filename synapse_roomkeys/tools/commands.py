@@ -229,13 +229,23 @@ def _add_operator(parser: Any) -> None:
     """Add the options of commands that write."""
     parser.add_argument(
         "--operator",
-        default=getpass.getuser(),
         metavar="NAME",
         help="name for the record (the system's user)",
     )
     parser.add_argument(
         "--dry-run", action="store_true", help="write nothing, say what would be done"
     )
+
+
+def _operator(options: argparse.Namespace) -> str:
+    """Return the operator's name: the option, or the system's user."""
+    if options.operator is not None:
+        return str(options.operator)
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        # A container may run under a number that has no name.
+        return f"uid {os.getuid()}"
 
 
 def _add_undo(commands: Any) -> None:
@@ -281,7 +291,7 @@ def _restore(
     elif options.room or options.session or options.force:
         raise ToolError("--room, --session and --force need --before", USAGE)
     undo = history.Undo(
-        options.user, options.version, options.operator, keys, options.dry_run
+        options.user, options.version, _operator(options), keys, options.dry_run
     )
     return history.restore(session, output, undo)
 
@@ -366,7 +376,9 @@ def _add_removals(commands: Any) -> None:
 
 
 def _manner(options: argparse.Namespace) -> removal.Manner:
-    return removal.Manner(options.operator, options.dry_run, options.yes, options.rate)
+    return removal.Manner(
+        _operator(options), options.dry_run, options.yes, options.rate
+    )
 
 
 def _purge(

@@ -15,10 +15,10 @@ from .output import Output, plural, progress, require_yes, time_text
 from .owners import each_page, find_owner
 from .session import DONE, USAGE, Session, ToolError
 
-#: Chooses those of a user's versions that are to be deleted.
+#: Returns the versions of a user that a purge deletes.
 Choice = Callable[[Owner], Iterable[VersionFacts]]
 
-#: Days that no record reaches: nothing is deleted for its age.
+#: A number of days that no kept key reaches, so that the sweeper deletes none.
 _FOREVER = 100_000
 
 
@@ -50,7 +50,7 @@ def _delete_keys(
     deleted = 0
     with progress("keys", version.keys) as bar:
         while place is not None:
-            batch = yield session.erasure.delete_batch(backup, place)
+            batch = yield session.erasure.delete_batch(backup, place, rate)
             place = batch.next
             deleted += batch.deleted
             bar.update(batch.deleted)
@@ -107,7 +107,7 @@ def _purge(session: Session, version: VersionFacts, manner: Manner) -> Inline[No
 
 @inlineCallbacks
 def _empty_queue(session: Session, backup: BackupId) -> Inline[None]:
-    """Delete what is left of a version that waits for the sweeper."""
+    """Delete the replaced keys of a version, and remove it from the sweeper's queue."""
     sweeps = session.sweeps(Retention(deleted_versions_days=0))
     place: Place | None = Place()
     while place is not None:

@@ -2,13 +2,15 @@
 
 import logging
 import os
+import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, NoReturn, ParamSpec, TypeVar
 
 import attrs
-from twisted.internet.defer import Deferred, inlineCallbacks
+from twisted.internet.defer import CancelledError, Deferred, inlineCallbacks
 from twisted.python.failure import Failure
 
 from ..clock import Clock
@@ -176,6 +178,9 @@ Command = Callable[[Session], "Deferred[int]"]
 def run(session: Session, command: Command, reactor: Any) -> int:
     """Run a command in the reactor; return its exit status.
 
+    SIGINT and SIGTERM cancel the command: it removes its temporary files, and the
+    process ends at once. The database rolls the running transaction back.
+
     Raises:
         ToolError: the command can't do its work.
         Exception: the command has a defect.
@@ -183,26 +188,31 @@ def run(session: Session, command: Command, reactor: Any) -> int:
     results: list[Any] = []
 
     def end(result: Any) -> None:
+        if isinstance(result, Failure) and result.check(CancelledError):
+            _leave("interrupted: run the same command again to go on", INTERRUPTED)
         results.append(result)
-        if reactor.running:
-            reactor.stop()
+        reactor.stop()
 
     def begin() -> None:
-        _work(session, command).addBoth(end)
+        work = _work(session, command)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: reactor.callFromThread(work.cancel))
+        work.addBoth(end)
 
     reactor.callWhenRunning(begin)
     reactor.run()
-    if not results:
-        # Ctrl-C stopped the reactor. A thread with a transaction can't be ended, and
-        # the database rolls the transaction back.
-        if session.pool.in_use:
-            logging.shutdown()
-            os._exit(INTERRUPTED)
-        return INTERRUPTED
     if isinstance(results[0], Failure):
         results[0].raiseException()
     code: int = results[0]
     return code
+
+
+def _leave(text: str, code: int) -> NoReturn:
+    """End the process, without waiting for the thread of a running transaction."""
+    sys.stdout.flush()
+    print(f"synapse-roomkeys: {text}", file=sys.stderr, flush=True)
+    logging.shutdown()
+    os._exit(code)
 
 
 @inlineCallbacks
@@ -215,6 +225,13 @@ def _work(session: Session, command: Command) -> Inline[int]:
     try:
         yield session.open()
         code: int = yield command(session)
+        sys.stdout.flush()
         return code
+    except BrokenPipeError:
+        # A pager or head has read enough.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return DONE
+    except CancelledError:
+        raise
     except Exception as error:
         raise session.explain(error) from error
