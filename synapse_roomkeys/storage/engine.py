@@ -303,6 +303,10 @@ class Engine(Protocol):
         In each transaction, a statement sees all commits before the statement.
         """
 
+    def begin_batch(self, txn: Transaction) -> None:
+        """As `begin_write`, for a transaction that deletes a batch of keys. The engine
+        finds the batch by an index, however much of the table the user's keys are."""
+
     def execute_all(
         self, statements: Sequence[str], txn: Transaction, parameters: Any
     ) -> None:

@@ -81,7 +81,7 @@ class Erasure:
     def _delete_batch(
         self, txn: Transaction, backup: BackupId, after: Place, size: int
     ) -> Batch:
-        self._engine.begin_write(txn)
+        self._engine.begin_batch(txn)
         version = self._engine.lock_version(txn, backup)
         if version is not None and not version.is_deleted:
             return Batch(0, None)

@@ -176,6 +176,10 @@ class PostgresEngine:
     def begin_write(self, txn: Transaction) -> None:
         """Do nothing: the driver begins the transaction, in READ COMMITTED."""
 
+    def begin_batch(self, txn: Transaction) -> None:
+        """As `Engine.begin_batch`."""
+        txn.execute(settings.NO_TABLE_SCAN)
+
     def execute_all(
         self, statements: Sequence[str], txn: Transaction, parameters: Any
     ) -> None:

@@ -35,3 +35,7 @@ SUSPICIOUS_LIMITS = (
 )
 #: Setting for the statements of a deletion from distributed tables.
 DELETION_LIMIT = f"SET LOCAL statement_timeout TO {1000 * DELETION_SECONDS}"
+#: Setting of a transaction that deletes a batch of keys. PostgreSQL has no statistics
+#: of the range of a batch. For a user with most of the table's keys, it would read the
+#: whole table for each batch: 0.5 s instead of 0.02 s, of 1,000,000 keys.
+NO_TABLE_SCAN = "SET LOCAL enable_seqscan TO off"

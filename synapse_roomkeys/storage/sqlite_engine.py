@@ -286,6 +286,10 @@ class SqliteEngine:
         """As `Engine.begin_write`."""
         txn.execute(BEGIN_WRITE)
 
+    def begin_batch(self, txn: Transaction) -> None:
+        """As `Engine.begin_batch`. SQLite always uses the index."""
+        txn.execute(BEGIN_WRITE)
+
     def execute_all(
         self, statements: Sequence[str], txn: Transaction, parameters: Any
     ) -> None:

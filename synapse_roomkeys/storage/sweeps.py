@@ -224,7 +224,7 @@ class Sweeps:
     def _delete_batch(
         self, txn: Transaction, backup: BackupId, after: Place
     ) -> Place | None:
-        self._engine.begin_write(txn)
+        self._engine.begin_batch(txn)
         version = self._engine.lock_version(txn, backup)
         if version is not None and not version.is_deleted:
             # Without the plugin, Synapse deactivated the user, and gave the number to a
@@ -295,6 +295,7 @@ class Sweeps:
         )
 
     def _expire(self, txn: Transaction, user_id: str, after: Place) -> Place | None:
+        self._engine.begin_batch(txn)
         now, days = self._now_ms(), self._retention
         values: dict[str, Any] = {
             "user_id": user_id,

@@ -9,15 +9,19 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import psycopg2
 import pytest
 from pytest_twisted import blockon
 from twisted.internet.defer import Deferred, inlineCallbacks
 
-from synapse_roomkeys.storage import SQLITE
+from synapse_roomkeys.storage import SQLITE, upgrade_tables
+from synapse_roomkeys.storage import postgres as postgres_engine
+from synapse_roomkeys.storage.sweeps import DELETE_BATCH
 
 from ..contract import Client
 from ..contract.base import accepted, key, version_path
 from ..memory import StubAuth
+from ..servers import PostgresServer
 from ..sites import Backend, OwnSite
 
 Steps = Generator[Deferred[Any], Any, None]
@@ -26,6 +30,14 @@ ADD_KEYS = """
     WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < ?)
     INSERT INTO e2e_room_keys
     SELECT ?, '!room', i, ?, 0, 0, 0, '"' || printf('%.900c', 'x') || '"' FROM n"""
+
+
+#: Stores 20,000 keys of one user, and lets PostgreSQL count them.
+FILL = """
+    INSERT INTO e2e_room_keys (user_id, version, room_id, session_id, session_data)
+    SELECT '@u:x', 1, '!r' || i % 1000, 's' || i, '{}'
+    FROM generate_series(1, 20000) AS i;
+    ANALYZE e2e_room_keys"""
 
 
 @pytest.fixture
@@ -73,3 +85,25 @@ def count_keys(path: Path, user_id: str) -> int:
         ((count,),) = connection.execute(statement, (user_id,)).fetchall()
     number: int = count
     return number
+
+
+def test_a_batch_is_found_by_the_index(postgres: PostgresServer) -> None:
+    """PostgreSQL reads a batch of keys by the index, although nearly all keys of the
+    table are the user's. Without the setting it would read the whole table."""
+    engine = postgres_engine()
+    batch = {"user_id": "@u:x", "version": 1, "room_id": "!r5", "session_id": "s"}
+    batch |= {"last_room_id": "!r50", "last_session_id": "s"}
+    plans = []
+    with closing(psycopg2.connect(**postgres.create_database())) as connection:
+        cursor = connection.cursor()
+        upgrade_tables(engine.prepare(cursor), engine, True)
+        cursor.execute(FILL)
+        # As a large table: its index is read at random, a table of one user in order.
+        cursor.execute("SET random_page_cost TO 100")
+        for begin in (lambda txn: None, engine.begin_batch):
+            txn = engine.prepare(cursor)
+            begin(txn)
+            txn.execute(f"EXPLAIN {DELETE_BATCH}", batch)
+            plans.append("".join(line for (line,) in txn.fetchall()))
+    assert "Seq Scan" in plans[0]
+    assert "Seq Scan" not in plans[1] and "Index" in plans[1]

@@ -2,7 +2,6 @@
 
 import logging
 import sqlite3
-from pathlib import Path
 from typing import Any
 
 from twisted.internet.defer import Deferred, fail
@@ -19,12 +18,21 @@ from synapse_roomkeys.storage import (
     PAGE_KEYS,
     SQLITE,
     Database,
+    Erasure,
+    Place,
     RetryingDatabase,
     sqlite_engine,
     statements,
 )
+from synapse_roomkeys.storage.erasure import Batch
 from synapse_roomkeys.storage.sqlite_engine import DELETED_AT_ONCE
-from synapse_roomkeys.types import BackupState, KeyMetadata, KeyPage, RoomKey
+from synapse_roomkeys.types import (
+    BackupId,
+    BackupState,
+    KeyMetadata,
+    KeyPage,
+    RoomKey,
+)
 from synapse_roomkeys.wire import VersionInfo
 
 from ..contract import Client
@@ -42,7 +50,6 @@ from ..memory import FakeReactor, ImmediateDatabase, MemoryHost
 COUNT = "SELECT COUNT(*)"
 #: The deletions of SQLite, before a test makes them smaller.
 _DELETIONS = (sqlite_engine.DELETE_SOME_KEYS, sqlite_engine.DELETE_SOME_ROOM_KEYS)
-DOCUMENTS = Path(__file__).parents[2] / "docs"
 
 
 class Operations(SynchronousTestCase):
@@ -429,16 +436,18 @@ class NumberTests(Operations):
         self.successResultOf(forgotten)
         self.assertEqual(self.create(), number + 1)
 
-    def test_an_erasure_as_documented(self) -> None:
-        """The commands of the documents leave the user id and one number."""
+    def test_an_operators_erasure(self) -> None:
+        """The transactions of ``synapse-roomkeys erase`` leave the user id and one
+        number."""
         self.upload({"!a": {"s": key()}})
-        text = (DOCUMENTS / "service.rst").read_text(encoding="utf-8")
-        commands = text.partition("To erase a user, run in one transaction::\n\n")[2]
-        commands = commands.partition("\n\n")[0]
-        user_id = self.client.user.user_id
+        user_id, number = self.client.user.user_id, int(self.version)
         self.run_sql("DELETE FROM roomkeys_numbers")
-        for command in commands.replace("@user:example.org", user_id).split(";"):
-            self.run_sql(command)
+        erasure = Erasure(self.host.database, SQLITE)
+        self.successResultOf(erasure.mark_deleted(user_id))
+        batch = erasure.delete_batch(BackupId(user_id, number), Place(), None)
+        self.assertEqual(self.successResultOf(batch), Batch(1, None))
+        rows = self.successResultOf(erasure.delete_rows(user_id))
+        self.assertEqual(rows["e2e_room_keys_versions"], 1)
         self.assert_only_a_number_is_left()
 
     def test_what_is_left_of_a_user(self) -> None:
