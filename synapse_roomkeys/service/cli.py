@@ -148,6 +148,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     move.set_defaults(run=_migrate)
     add_commands(commands)
+
+    generate = commands.add_parser(
+        "generate", help="print the manual page, or a completion for a shell"
+    )
+    generate.add_argument("what", choices=["manual", "bash", "zsh"])
+    generate.set_defaults(run=lambda options: _generate(parser, options.what))
     return parser
 
 
@@ -170,6 +176,23 @@ def _check(options: argparse.Namespace) -> int:
 
 def _config(options: argparse.Namespace) -> int:
     print(example(), end="")
+    return 0
+
+
+def _generate(parser: argparse.ArgumentParser, what: str) -> int:
+    """Print the manual page, or the completion for a shell.
+
+    Raises:
+        ToolError: the packages that generate them aren't installed.
+    """
+    try:
+        import shtab
+        from argparse_manpage.manpage import Manpage
+    except ImportError as error:
+        raise ToolError(
+            f"{error}: pip install 'synapse-roomkeys[manual]' brings it", _USAGE
+        ) from None
+    print(Manpage(parser) if what == "manual" else shtab.complete(parser, what))
     return 0
 
 

@@ -134,6 +134,24 @@ class ChoiceTests(SynchronousTestCase):
         self.assertEqual(list(find_deleted(owner)), [waiting, left])
 
 
+class GenerateTests(SynchronousTestCase):
+    """The manual page and the completions."""
+
+    def test_each_names_all_commands(self) -> None:
+        """The texts are generated from the program's own arguments."""
+        for what, mark in (
+            ("manual", ".TH"),
+            ("bash", "complete -"),
+            ("zsh", "#compdef"),
+        ):
+            stream = io.StringIO()
+            self.patch(sys, "stdout", stream)
+            self.assertEqual(main(["generate", what]), 0)
+            self.assertIn(mark, stream.getvalue())
+            for word in ("serve", "restore", "superseded"):
+                self.assertIn(word, stream.getvalue(), what)
+
+
 class ArgumentTests(SynchronousTestCase):
     """Wrong arguments of the commands."""
 
