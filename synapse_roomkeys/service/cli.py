@@ -190,7 +190,7 @@ def _generate(parser: argparse.ArgumentParser, what: str) -> int:
         from argparse_manpage.manpage import Manpage
     except ImportError as error:
         raise ToolError(
-            f"{error}: pip install 'synapse-roomkeys[manual]' brings it", _USAGE
+            f'{error}: install the package with its extra "manual"', _USAGE
         ) from None
     print(Manpage(parser) if what == "manual" else shtab.complete(parser, what))
     return 0

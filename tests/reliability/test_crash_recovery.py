@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import sqlite3
 import sys
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
 
+import attrs
 import psycopg2
 import pytest
 from twisted.internet.defer import Deferred, inlineCallbacks
@@ -24,7 +24,7 @@ from synapse_roomkeys.storage.statements import ALL_TABLES
 
 from ..backup_client import Api
 from ..contract import User
-from ..contract.base import key, version_path
+from ..contract.base import accepted, key, version_path
 from ..integration.test_migrate import (
     ADD_KEY,
     ADD_VERSION,
@@ -39,6 +39,7 @@ from ..servers import PostgresServer, Synapse
 from ..servers.fake_homeserver import Homeserver
 from ..servers.processes import Process
 from ..servers.service import Service
+from ..tool import Tool
 from . import SOAK
 from .clients import Connection
 from .linearizability import NotLinearizable
@@ -186,52 +187,129 @@ def test_a_killed_deletion(
     print(f"killed with {at_kill} keys left")
 
 
-def test_a_killed_restore(
-    homeserver: Homeserver, postgres: PostgresServer, tmp_path: Path
+def test_another_process_continues_a_deletion(
+    homeserver: Homeserver, new_database: NewDatabase, tmp_path: Path
 ) -> None:
-    """After a kill in the middle of the statement that gives keys back, no key, etag or
-    row of the record has changed, and the next restore gives all keys back."""
-    database = postgres.create_database()
+    """Two processes sweep the same database. After a kill of the one that deletes a
+    version's keys, the other deletes the remaining keys, and no other version loses a
+    key."""
+    database = new_database()
+    place = place_of(database, tmp_path)
+    settings = {"database": attrs.asdict(place.config)}
+    user, other = homeserver.new_user(), homeserver.new_user()
+    count = "SELECT COUNT(*) FROM e2e_room_keys WHERE user_id = ?"
+
+    def left() -> int:
+        ((keys,),) = place.run(count, (user.user_id,))
+        number: int = keys
+        return number
+
+    with (
+        Service(tmp_path, homeserver.url, settings=settings) as first,
+        Service(tmp_path / "second", homeserver.url, settings=settings) as second,
+    ):
+        api, others = (
+            Api(service.url, one.access_token)
+            for service, one in ((first, user), (second, other))
+        )
+        version, *gone = (a.create_version() for a in (api, others, others))
+        kept = others.create_version()
+        others.upload(kept, {"!room": {"kept": key()}})
+        for part in range(3):
+            keys = {f"{part}.{i}": key() for i in range(2500)}
+            api.upload(version, {"!room": keys})
+        accepted(api.delete(version_path(version)))
+        until(lambda: left() < 7500)
+        # A deletion wakes the second process, which finds the lease taken.
+        accepted(others.delete(version_path(gone[0])))
+        first.kill()
+        at_kill = left()
+        assert 0 < at_kill < 7500
+        # The lease of the killed process ends a minute after its last batch.
+        place.run("UPDATE roomkeys_leases SET until_ms = 0")
+        accepted(others.delete(version_path(gone[1])))
+        until(lambda: not left())
+        assert others.tally(kept) == (1, 1)
+        assert "Traceback" not in second.log()
+
+
+#: Program: a command whose connections to SQLite stop in the function ``pause``.
+PAUSING = """
+import sqlite3, sys, time
+from synapse_roomkeys.service.cli import main
+from synapse_roomkeys.storage import pool
+
+def pause():
+    print("paused", flush=True)
+    time.sleep(60)
+
+class Pausing(pool._PrivateConnection):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.create_function("pause", 0, pause)
+
+pool._PrivateConnection = Pausing
+main(sys.argv[1:])
+"""
+#: Stops a statement that replaces the key of a session after other keys.
+TRIGGER = """CREATE TRIGGER stop AFTER UPDATE ON e2e_room_keys
+    WHEN NEW.session_id = '250' BEGIN SELECT pause(); END"""
+
+
+@contextmanager
+def stopped_in_restore(
+    tool: Tool, arguments: Sequence[str], output: Path
+) -> Iterator[Process]:
+    """A process of the command ``restore`` that waits in the middle of the statement
+    that writes keys: for a function (SQLite) or a lock (PostgreSQL)."""
+    line = tool.arguments("restore", *arguments)
+    start = partial(Process, output=output, cwd=tool.directory, environment=os.environ)
+    if isinstance(tool.database, Path):
+        tool.sql(TRIGGER)
+        process = start([sys.executable, "-c", PAUSING, *line[3:]])
+        until(lambda: "paused" in process.output())
+        yield process
+        tool.sql("DROP TRIGGER stop")
+        return
+    with closing(psycopg2.connect(**tool.database)) as other:
+        other.cursor().execute(
+            "SELECT 1 FROM e2e_room_keys WHERE session_id = '499' FOR UPDATE"
+        )
+        process = start(line)
+        with closing(psycopg2.connect(**tool.database)) as watcher:
+            watcher.autocommit = True
+            until(lambda: has_lock_wait(watcher.cursor()))
+        yield process
+
+
+def test_a_killed_restore(
+    homeserver: Homeserver, new_database: NewDatabase, tmp_path: Path
+) -> None:
+    """After a kill of ``synapse-roomkeys restore`` in the middle of the statement that
+    gives keys back, no key, etag or row of the record has changed, and the next restore
+    gives all keys back."""
+    database = new_database()
+    where = ("--config", "roomkeys.yaml")
+    tool = Tool(tmp_path, where, database or tmp_path / "roomkeys.db")
     user = homeserver.new_user()
     old = {"!room": {f"{i}": key(1, data="old") for i in range(500)}}
     lossy = {"!room": {f"{i}": key(9, verified=True) for i in range(500)}}
-    arguments = ["-m", f"{__package__}.restore_process", json.dumps(database)]
-
-    def start(name: str) -> Process:
-        return Process(
-            [sys.executable, *arguments, user.user_id, version],
-            output=tmp_path / name,
-            cwd=Path(__file__).parents[2],
-            environment=os.environ,
-        )
-
     with Service(tmp_path, homeserver.url, database=database) as service:
         api = Api(service.url, user.access_token)
         version = api.create_version()
         api.upload(version, old)
         api.upload(version, lossy)
-        with closing(psycopg2.connect(**database)) as other:
-            cursor = other.cursor()
-            # The restore waits for this key's row after it has written other keys.
-            cursor.execute(
-                "SELECT 1 FROM e2e_room_keys WHERE session_id = '499' FOR UPDATE"
-            )
-            killed = start("killed.txt")
-            with closing(psycopg2.connect(**database)) as watcher:
-                watcher.autocommit = True
-                until(lambda: has_lock_wait(watcher.cursor()))
-            killed.kill()
-        place = place_of(database, tmp_path)
+        arguments = (user.user_id, version, "--before", "1h", "--force")
+        with stopped_in_restore(tool, arguments, tmp_path / "killed.txt") as process:
+            process.kill()
         restores = "SELECT 1 FROM roomkeys_changes WHERE act = 'restore_keys'"
         assert api.download(version) == lossy
         assert api.tally(version) == (2, 500)
-        assert place.run(restores) == []
-        again = start("again.txt")
-        assert again.wait(DEADLINE) == 0, again.output()
-        assert again.output() == "500\n"
+        assert tool.sql(restores) == []
+        assert "500 keys" in tool.run("restore", *arguments).out
         assert api.download(version) == old
         assert api.tally(version) == (3, 500)
-        assert len(place.run(restores)) == 1
+        assert len(tool.sql(restores)) == 1
 
 
 @inlineCallbacks
