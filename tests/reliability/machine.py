@@ -342,7 +342,8 @@ class BackupMachine(RuleBasedStateMachine):
         unchanged = [i for i in keys if version.backup.keys[i] is before.keys.get(i)]
         replaced = keys.keys() - {*new, *unchanged}
         told = (result.stored, len(result.replaced), result.unchanged)
-        assert told == (len(new), len(replaced), len(unchanged))
+        due = (len(new), len(replaced), len(unchanged))
+        assert told == due, f"upload: {told}, not {due}"
         if version.backup is before:
             return
         self.keep(version, before, replaced)
@@ -395,7 +396,7 @@ class BackupMachine(RuleBasedStateMachine):
             for i, key in version.backup.selected(*scope).items()
             if key.is_shown()
         }
-        assert len(members) == len(want)
+        assert len(members) == len(want), f"download: {len(members)}, not {len(want)}"
         same(shown(dict(members)), shown(want))
 
     def members(
