@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Callable
 from itertools import islice
-from typing import Any
 
 from .. import metrics
 from ..errors import unknown_version
@@ -56,31 +55,33 @@ class Download:
         pages_left = self._engine.pages_at_once
         has_cursor = False
         while self._is_wanted and pages_left > 0:
-            found = self._query(txn, has_cursor)
-            pages = key_pages(found, keys_after(self._after))
+            count = keys_after(self._after)
+            # At the end, a cursor has no rows. A query has no rows only if the version
+            # was deleted, else at least one of NULLs.
+            if has_cursor:
+                found = self._engine.next_page(txn, count)
+            elif not (found := self._engine.read_page(txn, self._query(count))):
+                raise unknown_version()
+            pages = key_pages(found, count)
             for page in islice(pages, pages_left):
                 pages_left -= 1
                 if not self._push(page):
                     return
             has_cursor = self._engine.has_cursor
 
-    def _query(self, txn: Transaction, has_cursor: bool) -> list[tuple[Any, ...]]:
-        """Read the next rows. A cursor has none at the end. A new query has none only
-        if the version was deleted, else at least one of NULLs."""
-        count = keys_after(self._after)
-        if has_cursor:
-            return self._engine.next_page(txn, count)
-        query = PageQuery(
+    def _query(self, count: int) -> PageQuery:
+        """Return the query of the keys after the place.
+
+        Args:
+            count: maximum number of keys that the query itself returns.
+        """
+        return PageQuery(
             backup=self._backup,
             room_id=self._room_id,
             after=self._after,
             limit=rows.PAGE_KEYS * self._engine.pages_at_once,
             count=count,
         )
-        found = self._engine.read_page(txn, query)
-        if not found:
-            raise unknown_version()
-        return found
 
     def _push(self, page: KeyPage) -> bool:
         """Push one page, move the place behind it, and return whether to go on."""
