@@ -82,6 +82,8 @@ ORDER = [
     "service.migration.values",
     "service.migration.report",
     "service.migration.decisions",
+    "service.migration.copy_text",
+    "service.migration.layouts",
     "service.migration.side",
     "service.migration.postgres_side",
     "service.migration.sqlite_side",

@@ -22,10 +22,10 @@ CALLS = {
     "executescript",
 }
 #: Names of further sources of statements: the modules of statements, attributes of an
-#: engine, and the settings of a transaction.
+#: engine, the settings of a transaction, and the tables and users of a migration.
 SOURCES = {
     *("statements", "sql", "tables", "count_keys_and_bytes", "user_sizes"),
-    *("key_sizes", "settings", "_limits"),
+    *("key_sizes", "settings", "_limits", "_layout", "_of_users"),
 }
 #: Functions that return a statement of the sources.
 GIVEN_BY = {"select", "saving", "_read_files"}

@@ -17,16 +17,16 @@ from ...storage import (
     upgrade_tables,
     with_timeouts,
 )
+from .copy_text import copy_text
+from .layouts import KEY_COLUMNS, SYNAPSE, Layout
 from .side import (
     COUNTS,
     DELETE_KEYS,
-    KEY_COLUMNS,
     KEYS,
     LOCK_SECONDS,
     MAKE_MIGRATED,
     MIGRATED,
     PAGE_VERSIONS,
-    TABLES,
     Ids,
     MigrateError,
     Page,
@@ -71,7 +71,7 @@ _FIND_TABLES = """
     SELECT name FROM unnest(?::text[]) AS name WHERE to_regclass(name) IS NOT NULL"""
 #: The cluster, the database, and the table that the search path leads to.
 _IDENTIFY = """
-    SELECT c.system_identifier, d.oid, to_regclass('e2e_room_keys')::oid
+    SELECT c.system_identifier, d.oid, to_regclass(?)::oid
     FROM pg_control_system() AS c, pg_database AS d
     WHERE d.datname = current_database()"""
 _CLAIM = "SELECT pg_try_advisory_xact_lock(hashtext('roomkeys migration'))"
@@ -93,16 +93,23 @@ class _PostgresSide:
     """
 
     def __init__(
-        self, role: str, args: Mapping[str, Any], snapshot: bool, readonly: bool
+        self,
+        role: str,
+        args: Mapping[str, Any],
+        layout: Layout,
+        snapshot: bool,
+        readonly: bool,
     ) -> None:
         """
         Args:
             role: "source" or "target".
             args: the arguments of ``psycopg2.connect``, and those of adbapi's pool,
                 which are of no use here.
+            layout: the homeserver's tables.
             snapshot: all is read as it was at one moment.
         """
         own = {name: v for name, v in args.items() if not name.startswith("cp_")}
+        self._layout = layout
         self._args = with_timeouts(own)
         self.place = f"{role}, {_described(own)}"
         self._connection = self._connect()
@@ -123,7 +130,7 @@ class _PostgresSide:
 
     def identity(self) -> Hashable | None:
         """As `Keys.identity`."""
-        ((*whole, table),) = self._execute(_IDENTIFY)
+        ((*whole, table),) = self._execute(_IDENTIFY, (self._layout.keys,))
         return None if table is None else (*whole, table)
 
     def keys(self, ids: Ids, count: int, ordered: bool) -> Iterator[Row]:
@@ -131,12 +138,12 @@ class _PostgresSide:
         order = ' ORDER BY room_id COLLATE "C", session_id COLLATE "C"'
         # A cursor on the server bounds the memory, and takes two more round trips.
         name = "roomkeys_keys" if count > PAGE_KEYS else None
-        statement = KEYS + order if ordered else KEYS
+        statement = self._layout.with_clause + KEYS + (order if ordered else "")
         return self._stream(statement, ids, name, PAGE_KEYS)
 
     def _find_tables(self) -> None:
         """Note which of the tables exist."""
-        names = [*TABLES, MIGRATED, COUNTS]
+        names = [*self._layout.tables, MIGRATED, COUNTS]
         self._tables = {name for (name,) in self._execute(_FIND_TABLES, (names,))}
 
     def _refuse_distributed(self) -> None:
@@ -197,16 +204,20 @@ class _PostgresSide:
 class PostgresSource(_PostgresSide):
     """A `Source` in a database of a PostgreSQL server."""
 
-    def __init__(self, args: Mapping[str, Any], users: Sequence[str]) -> None:
+    def __init__(
+        self, args: Mapping[str, Any], layout: Layout, users: Sequence[str]
+    ) -> None:
         """
         Args:
             args: the arguments of ``psycopg2.connect``.
+            layout: the homeserver's tables.
             users: the only ones to read, or none for all.
         """
-        super().__init__("source", args, snapshot=True, readonly=True)
+        super().__init__("source", args, layout, snapshot=True, readonly=True)
+        self._of_users = _OF_USERS if users else ""
         self._users = [list(users)] if users else []
         try:
-            check_tables(self.place, self._tables)
+            check_tables(self.place, layout, self._tables)
         except MigrateError:
             self.close()
             raise
@@ -216,7 +227,7 @@ class PostgresSource(_PostgresSide):
 
     def count_keys(self) -> int:
         """As `Source.count_keys`."""
-        statement = _COUNT + _OF_USERS if self._users else _COUNT
+        statement = self._layout.with_clause + _COUNT + self._of_users
         ((number,),) = self._execute(statement, self._users)
         found: int = number
         return found
@@ -224,9 +235,8 @@ class PostgresSource(_PostgresSide):
     def versions(self, target: Target) -> Iterator[Page]:
         """As `Source.versions`."""
         copied = _COPIED if MIGRATED in self._tables else _NOT_COPIED
-        statement = _VERSIONS.format(copied=copied, digest=_DIGEST)
-        if self._users:
-            statement += _OF_USERS
+        query = _VERSIONS.format(copied=copied, digest=_DIGEST)
+        statement = self._layout.with_clause + query + self._of_users
         rows = self._stream(statement, self._users, "roomkeys_versions", PAGE_VERSIONS)
         for page in pages_of(rows, PAGE_VERSIONS):
             sound = [row for row in page if has_sound_version(row, target)]
@@ -246,7 +256,7 @@ class PostgresTarget(_PostgresSide):
             args: the arguments of ``psycopg2.connect``.
             dry_run: the server refuses each write.
         """
-        super().__init__("target", args, snapshot=False, readonly=dry_run)
+        super().__init__("target", args, SYNAPSE, snapshot=False, readonly=dry_run)
         self._claim: Any = None
 
     def close(self) -> None:
@@ -277,7 +287,7 @@ class PostgresTarget(_PostgresSide):
                 upgrade_tables(cursor, postgres(), True)
             cursor.execute(MAKE_MIGRATED)
         self._find_tables()
-        check_tables(self.place, self._tables)
+        check_tables(self.place, SYNAPSE, self._tables)
         self.commit()
 
     def holds(self, *texts: Any) -> bool:
@@ -294,7 +304,7 @@ class PostgresTarget(_PostgresSide):
 
     def find(self, ids: Sequence[Ids]) -> dict[Ids, Held]:
         """As `Target.find`."""
-        if not set(TABLES) <= self._tables:
+        if not set(SYNAPSE.tables) <= self._tables:
             return {}
         copied = _COPIED if MIGRATED in self._tables else _NOT_COPIED
         statement = _FIND.format(copied=copied, digest=_DIGEST)
@@ -317,7 +327,7 @@ class PostgresTarget(_PostgresSide):
             try:
                 cursor.copy_expert(
                     f"COPY e2e_room_keys (user_id, version, {KEY_COLUMNS}) FROM STDIN",
-                    BytesIO(_copy_text(ids, rows).encode()),
+                    BytesIO(copy_text(ids, rows).encode()),
                 )
             except (psycopg2.DataError, psycopg2.errors.ProgramLimitExceeded):
                 cursor.execute("ROLLBACK TO SAVEPOINT roomkeys_rows")
@@ -372,18 +382,3 @@ def _described(args: Mapping[str, Any]) -> str:
 def _int4(value: Any) -> int | None:
     fits = isinstance(value, int) and -(2**31) <= value < 2**31
     return value if fits else None
-
-
-def _copy_text(ids: Ids, rows: Sequence[Row]) -> str:
-    """Write rows in the text format of PostgreSQL's COPY."""
-    user_id, version = ids
-    start = f"{_copy_value(user_id)}\t{version}\t"
-    lines = (start + "\t".join(map(_copy_value, row)) for row in rows)
-    return "\n".join(lines) + "\n"
-
-
-def _copy_value(value: Any) -> str:
-    if value is None:
-        return "\\N"
-    text = str(value).replace("\\", "\\\\").replace("\t", "\\t")
-    return text.replace("\n", "\\n").replace("\r", "\\r")

@@ -22,6 +22,7 @@ from .decisions import (
     decide,
     joining_changes,
 )
+from .layouts import SYNAPSE, Layout
 from .report import Progress, Result
 from .side import Ids, MigrateError, RefusedError, Source, Target, pages_of
 from .sqlite_side import SqliteSource, SqliteTarget
@@ -43,12 +44,14 @@ class Options:
         dry_run: write nothing, and report the work of a run.
         make_tables: make the service's tables at the target; a homeserver has made its
             own.
+        layout: the tables of the source.
     """
 
     keep: Keep | None = None
     users: tuple[str, ...] = ()
     dry_run: bool = False
     make_tables: bool = True
+    layout: Layout = SYNAPSE
 
 
 def migrate(
@@ -96,8 +99,9 @@ def migrate(
 
 def _open_source(config: DatabaseConfig, options: Options) -> Source:
     if config.name == "sqlite3":
-        return SqliteSource(config.args, options.users)
-    source: Source = _postgres_side().PostgresSource(config.args, options.users)
+        return SqliteSource(config.args, options.layout, options.users)
+    side = _postgres_side()
+    source: Source = side.PostgresSource(config.args, options.layout, options.users)
     return source
 
 

@@ -10,6 +10,7 @@ from typing import Any, Protocol, TypeVar
 import attrs
 
 from ...describe import error_line
+from .layouts import KEY_COLUMNS, Layout
 from .values import Held, KeysDigest, Row, SourceVersion, Version
 
 #: Versions that are compared together: few enough for the progress to move, many
@@ -21,12 +22,8 @@ LOCK_SECONDS = 60
 #: A user and the number of a version.
 Ids = tuple[str, int]
 
-KEY_COLUMNS = """room_id, session_id,
-    first_message_index, forwarded_count, is_verified, session_data"""
 KEYS = f"SELECT {KEY_COLUMNS} FROM e2e_room_keys WHERE user_id = ? AND version = ?"
-VERSION_COLUMNS = "user_id, version, algorithm, auth_data, deleted, etag"
-#: The homeserver's tables, and the one of the migration.
-TABLES = ("e2e_room_keys", "e2e_room_keys_versions")
+#: The table of the migration, and the service's table of cached counts.
 MIGRATED = "roomkeys_migrated"
 COUNTS = "roomkeys_counts"
 
@@ -243,13 +240,18 @@ def saving(
     return statements + [(_FORGET_COUNT, version.ids)] * has_counts
 
 
-def check_tables(place: str, tables: Iterable[str]) -> None:
+def check_tables(place: str, layout: Layout, tables: Iterable[str]) -> None:
     """Check that a database has the homeserver's tables.
+
+    Args:
+        place: the side and its address.
+        layout: the tables to find.
+        tables: the names of the database's tables.
 
     Raises:
         RefusedError: one of the tables is missing.
     """
-    missing = [table for table in TABLES if table not in tables]
+    missing = [table for table in layout.tables if table not in tables]
     if missing:
         raise RefusedError(
             f"{place}: there is no table {' or '.join(missing)}. Is it the database"

@@ -10,17 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from ...storage import PAGE_KEYS, SQLITE, upgrade_tables
+from .layouts import KEY_COLUMNS, SYNAPSE, VERSION_COLUMNS, Layout
 from .side import (
     COUNTS,
     DELETE_KEYS,
-    KEY_COLUMNS,
     KEYS,
     LOCK_SECONDS,
     MAKE_MIGRATED,
     MIGRATED,
     PAGE_VERSIONS,
-    TABLES,
-    VERSION_COLUMNS,
     Ids,
     MigrateError,
     Page,
@@ -44,17 +42,11 @@ _AFTER = """
     AND (room_id, session_id) > (CAST(? AS TEXT), CAST(? AS TEXT))"""
 _FIND_TABLES = "SELECT name FROM sqlite_master WHERE type = 'table'"
 _FIND_SOURCES_TABLES = "SELECT name FROM source.sqlite_master WHERE type = 'table'"
-#: The statements that copy the tables into a snapshot, and make its indexes.
+#: The columns of the tables in a snapshot.
 _SNAPSHOT = {
-    "e2e_room_keys": f"""
-        CREATE TABLE main.e2e_room_keys AS
-        SELECT user_id, version, {KEY_COLUMNS} FROM source.e2e_room_keys""",
-    "e2e_room_keys_versions": f"""
-        CREATE TABLE main.e2e_room_keys_versions AS
-        SELECT {VERSION_COLUMNS} FROM source.e2e_room_keys_versions""",
-    MIGRATED: f"""
-        CREATE TABLE main.{MIGRATED} AS
-        SELECT user_id, version, copied FROM source.{MIGRATED}""",
+    "e2e_room_keys": f"user_id, version, {KEY_COLUMNS}",
+    "e2e_room_keys_versions": VERSION_COLUMNS,
+    MIGRATED: "user_id, version, copied",
 }
 #: Deletes one key.
 _DELETE_KEY = f"{DELETE_KEYS} AND room_id = ? AND session_id = ?"
@@ -140,31 +132,42 @@ class SqliteSource(_SqliteSide):
     don't wait for the migration.
     """
 
-    def __init__(self, args: Mapping[str, Any], users: Sequence[str]) -> None:
+    def __init__(
+        self, args: Mapping[str, Any], layout: Layout, users: Sequence[str]
+    ) -> None:
         """
         Args:
             args: ``database``, the path of the file.
+            layout: the homeserver's tables.
             users: the only ones to read, or none for all.
         """
         super().__init__("source", args)
-        self._users = users
+        self._layout = layout
+        self._of_users = _OF_USERS if users else ""
+        self._users = (json.dumps(users),) if users else ()
         self._connect("")
         try:
             self._execute("ATTACH ? AS source", (f"{self._path.as_uri()}?mode=ro",))
             rows = self._execute(_FIND_SOURCES_TABLES)
             self._tables = {name for (name,) in rows}
-            check_tables(self.place, self._tables)
+            check_tables(self.place, layout, self._tables)
+            # The snapshot has Synapse's tables, also of a source with other tables.
+            self._tables.update(SYNAPSE.tables)
         except MigrateError:
             self.close()
             raise
 
     def take_snapshot(self) -> None:
         """As `Source.take_snapshot`."""
-        users = (json.dumps(self._users),) if self._users else ()
         self._execute("BEGIN")
-        for table, statement in _SNAPSHOT.items():
+        for table, columns in _SNAPSHOT.items():
             if table in self._tables:
-                self._execute(statement + _OF_USERS if users else statement, users)
+                # The snapshot's database is empty: the table to read is the source's.
+                query = f"SELECT {columns} FROM {table}{self._of_users}"
+                self._execute(
+                    f"CREATE TABLE main.{table} AS {self._layout.with_clause}{query}",
+                    self._users,
+                )
         self._execute("COMMIT")
         self._execute("DETACH source")
         for table, statement in _INDEXES.items():
@@ -250,7 +253,7 @@ class SqliteTarget(_SqliteSide):
     def prepare(self, make_tables: bool) -> None:
         """As `Target.prepare`."""
         if not make_tables:
-            check_tables(self.place, self._tables)
+            check_tables(self.place, SYNAPSE, self._tables)
         else:
             # The service reads while the migration writes.
             self._execute("PRAGMA journal_mode = WAL")
@@ -280,7 +283,7 @@ class SqliteTarget(_SqliteSide):
 
     def find(self, ids: Sequence[Ids]) -> dict[Ids, Held]:
         """As `Target.find`."""
-        if not set(TABLES) <= self._tables:
+        if not set(SYNAPSE.tables) <= self._tables:
             return {}
         states = {one: self._find_one(one) for one in ids}
         return {one: held for one, held in states.items() if held is not None}
