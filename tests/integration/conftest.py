@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Callable, Iterator, Mapping
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 import pytest
 from pytest_twisted import blockon
+
+from synapse_roomkeys.service.config import DatabaseConfig
 
 from ..client import HttpHost
 from ..contract import User
@@ -16,6 +20,7 @@ from ..servers import PostgresServer, Synapse
 from ..servers.citus import PROGRAMS
 from ..sites import Backend, OwnSite
 from .deployment import Deployment
+from .places import NewPlace, Place
 
 _numbers = count()
 #: The tests on Citus run only where there is a Citus.
@@ -107,3 +112,18 @@ def host_of(synapse: Synapse, url: str | None = None) -> HttpHost:
         return User(user.user_id, user.access_token)
 
     return HttpHost(url or synapse.url, new_user, new_guest)
+
+
+@pytest.fixture
+def new_place(request: pytest.FixtureRequest, tmp_path: Path) -> NewPlace:
+    """Function that creates a database without tables, by the name of the engine."""
+
+    def new(engine: str) -> Place:
+        if engine == "sqlite":
+            path = tmp_path / f"100% new?#{secrets.token_hex(4)}.db"
+            return Place(DatabaseConfig("sqlite3", {"database": str(path)}))
+        server: PostgresServer = request.getfixturevalue("postgres")
+        args = {**server.create_database(), "cp_min": 1, "cp_max": 10}
+        return Place(DatabaseConfig("psycopg2", args))
+
+    return new

@@ -5,18 +5,15 @@ from __future__ import annotations
 import io
 import json
 import secrets
-import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable, Generator, Iterator
-from contextlib import closing
 from importlib import resources
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import attrs
-import psycopg2
 import pytest
 from twisted.internet.defer import Deferred, inlineCallbacks
 
@@ -33,8 +30,9 @@ from synapse_roomkeys.service.migration import (
 from ..backup_client import Api
 from ..contract import Client
 from ..contract.base import key
-from ..servers import PostgresServer, Synapse
+from ..servers import Synapse
 from ..sites import Backend, OwnSite
+from .places import NewPlace, Place
 
 Steps = Generator[Deferred[Any], Any, None]
 
@@ -53,58 +51,6 @@ ADD_VERSION = "INSERT INTO e2e_room_keys_versions VALUES (?, ?, ?, ?, ?, ?)"
 ODD = '"\\\\ \\t \\u0000 é 🔑 \u2028 \t\r\n %s ? {}"'
 #: As odd, and JSON.
 DATA = json.dumps({"é": "🔑 \\ \t \0 \u2028 %s ? {}"}, ensure_ascii=False)
-
-
-@attrs.frozen
-class Place:
-    """A database that is migrated from or to."""
-
-    config: DatabaseConfig
-
-    def run(self, statement: str, *rows: tuple[Any, ...]) -> list[tuple[Any, ...]]:
-        """Run a statement, with each row of parameters, and commit; what it returns."""
-        connection: Any
-        if self.config.name == "sqlite3":
-            connection = sqlite3.connect(self.config.args["database"])
-        else:
-            args = {n: v for n, v in self.config.args.items() if n[:3] != "cp_"}
-            connection = psycopg2.connect(**args)
-            statement = statement.replace("%", "%%").replace("?", "%s")
-        with closing(connection), closing(connection.cursor()) as cursor:
-            for row in rows or [()]:
-                cursor.execute(statement, row)
-            found = cursor.fetchall() if cursor.description else []
-            connection.commit()
-        return list(found)
-
-    @property
-    def tables(self) -> set[str]:
-        """The names of its tables."""
-        if self.config.name == "sqlite3":
-            rows = self.run("SELECT name FROM sqlite_master WHERE type = 'table'")
-        else:
-            rows = self.run(
-                "SELECT tablename FROM pg_tables WHERE schemaname = 'public'"
-            )
-        return {name for (name,) in rows}
-
-
-NewPlace = Callable[[str], Place]
-
-
-@pytest.fixture
-def new_place(request: pytest.FixtureRequest, tmp_path: Path) -> NewPlace:
-    """Makes new databases without a table, by the name of the engine."""
-
-    def new(engine: str) -> Place:
-        if engine == "sqlite":
-            path = tmp_path / f"100% new?#{secrets.token_hex(4)}.db"
-            return Place(DatabaseConfig("sqlite3", {"database": str(path)}))
-        server: PostgresServer = request.getfixturevalue("postgres")
-        args = {**server.create_database(), "cp_min": 1, "cp_max": 10}
-        return Place(DatabaseConfig("psycopg2", args))
-
-    return new
 
 
 def make_synapses_tables(place: Place) -> Place:

@@ -10,12 +10,12 @@ import pytest
 from synapse_roomkeys.service.config import DatabaseConfig
 
 from ..servers.service import Service
+from .places import Place
 from .test_migrate import (
     ADD_VERSION,
     ALICE,
     BOB,
     VERSIONS,
-    Place,
     fill,
     make_synapses_tables,
     move,

@@ -25,12 +25,12 @@ from synapse_roomkeys.storage.statements import ALL_TABLES
 from ..backup_client import Api
 from ..contract import User
 from ..contract.base import accepted, key, version_path
+from ..integration.places import Place
 from ..integration.test_migrate import (
     ADD_KEY,
     ADD_VERSION,
     KEYS,
     VERSIONS,
-    Place,
     keys_of,
     make_synapses_tables,
     same,
