@@ -15,10 +15,13 @@ from .check import Check
 from .config import example, load_config, load_database
 from .logs import set_up_logs
 from .migration import (
+    DENDRITE,
+    SYNAPSE,
     Keep,
     MigrateError,
     Options,
     Progress,
+    load_dendrite_database,
     load_synapse_database,
     migrate,
 )
@@ -30,14 +33,15 @@ _INTERRUPTED = 130
 
 _MIGRATE = """\
 Copy key backups between the service's database and a Synapse's, in either direction,
-while the servers run. Each run brings what has changed since the last one; a run that
-was interrupted goes on where it ended.
+or from a Dendrite's database, while the servers run. Each run copies the changes since
+the last run, and continues a run that was interrupted.
 """
 _MIGRATE_EXAMPLES = """\
 examples:
   synapse-roomkeys migrate --config roomkeys.yaml --from homeserver.yaml --dry-run
   synapse-roomkeys migrate --config roomkeys.yaml --from homeserver.yaml
   synapse-roomkeys migrate --config roomkeys.yaml --to homeserver.yaml
+  synapse-roomkeys migrate --config roomkeys.yaml --from-dendrite dendrite.yaml
   synapse-roomkeys migrate --config roomkeys.yaml --from homeserver.yaml \\
       --keep better --user @alice:example.org
 
@@ -107,20 +111,28 @@ def _parser() -> argparse.ArgumentParser:
     move = commands.add_parser(
         "migrate",
         parents=[files],
-        help="copy the backups of a Synapse, or back to it",
+        help="copy the backups of a Synapse or a Dendrite, or back to a Synapse",
         description=_MIGRATE,
         epilog=_MIGRATE_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    synapse = move.add_mutually_exclusive_group(required=True)
-    synapse.add_argument(
+    homeserver = move.add_mutually_exclusive_group(required=True)
+    homeserver.add_argument(
         "--from",
         dest="source",
         type=Path,
         metavar="FILE",
         help="homeserver.yaml of the Synapse to copy from",
     )
-    synapse.add_argument(
+    homeserver.add_argument(
+        "--from-dendrite",
+        dest="dendrite",
+        type=Path,
+        metavar="FILE",
+        help="dendrite.yaml of the Dendrite to copy from; a relative path of an SQLite"
+        " file in it starts at the current directory, as Dendrite's does",
+    )
+    homeserver.add_argument(
         "--to",
         dest="target",
         type=Path,
@@ -199,17 +211,21 @@ def _generate(parser: argparse.ArgumentParser, what: str) -> int:
 def _migrate(options: argparse.Namespace) -> int:
     try:
         service = load_database(options.config, os.environ)
-        synapse = load_synapse_database([options.source or options.target])
-        to_service = options.source is not None
+        to_service = options.target is None
+        if options.dendrite is not None:
+            homeserver = load_dendrite_database(options.dendrite)
+        else:
+            homeserver = load_synapse_database([options.source or options.target])
         result = migrate(
-            synapse if to_service else service,
-            service if to_service else synapse,
+            homeserver if to_service else service,
+            service if to_service else homeserver,
             Progress(sys.stderr),
             Options(
                 keep=None if options.keep is None else Keep(options.keep),
                 users=tuple(options.users),
                 dry_run=options.dry_run,
                 make_tables=to_service,
+                layout=SYNAPSE if options.dendrite is None else DENDRITE,
             ),
         )
     except MigrateError as error:

@@ -1,6 +1,6 @@
 """Where the backups are kept: statements, transactions, and the store over both."""
 
-from .arguments import database_address, find_wrong_argument, with_timeouts
+from .arguments import database_address, find_wrong_argument, split_dsn, with_timeouts
 from .causes import CONNECTIONS, LOCK, SCHEMA, WRITE_CAUSES
 from .citus import find_cluster
 from .downloads import report_broken_row
@@ -64,6 +64,7 @@ __all__ = [
     "probe_tables",
     "rehearse_start",
     "report_broken_row",
+    "split_dsn",
     "sqlite_database",
     "upgrade_tables",
     "with_timeouts",

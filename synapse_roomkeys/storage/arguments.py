@@ -81,8 +81,25 @@ def find_wrong_argument(arguments: Mapping[str, Any]) -> str | None:
     return _find_wrong_place(arguments)
 
 
+def split_dsn(dsn: str) -> Mapping[str, Any]:
+    """Return a connection string as single arguments of ``psycopg2.connect``.
+
+    Args:
+        dsn: a string without a mistake that `find_wrong_argument` finds.
+
+    Returns:
+        The arguments; without psycopg2 the argument ``dsn`` alone.
+    """
+    try:
+        from psycopg2.extensions import parse_dsn
+    except ImportError:
+        return {"dsn": dsn}
+    arguments: Mapping[str, Any] = parse_dsn(dsn)
+    return arguments
+
+
 def _find_wrong_place(arguments: Mapping[str, Any]) -> str | None:
-    """Return "host" or "port" if its value can't be a host or a port, else None."""
+    """Return the first of "host" and "port" with an impossible value, or None."""
     hosts = str(arguments.get("host", "")).split(",")
     if any("@" in host[1:] for host in hosts):
         return "host"

@@ -23,7 +23,7 @@ class Place:
         """Run a statement with each row of parameters, and commit.
 
         Returns:
-            The rows that the last run of the statement returned.
+            The rows of the last run of the statement.
         """
         connection: Any
         if self.config.name == "sqlite3":

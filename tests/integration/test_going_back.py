@@ -27,7 +27,8 @@ MORE = {"!b": {str(number): key() for number in range(200)}}
 def commands(synapse: str) -> list[str]:
     """The commands of the document, for a Synapse on PostgreSQL or SQLite."""
     text = DOCUMENT.read_text(encoding="utf-8").partition("\nGoing back\n")[2]
-    text = text.partition("\n\n\n")[0]
+    # The section ends at the next title.
+    text = re.split(r"\n\n.+\n===", text)[0]
     lines = re.findall(r"^   (\S.*)$", text, re.MULTILINE)
     other = {"postgres": "sqlite3", "sqlite": "pg_dump"}[synapse]
     drop = {"postgres": "sqlite3", "sqlite": "psql"}[synapse]

@@ -89,6 +89,7 @@ ORDER = [
     "service.migration.sqlite_side",
     "service.migration.run",
     "service.migration.synapse_config",
+    "service.migration.dendrite_config",
     "service.migration",
     "service.logs",
     "service.files",

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import sys
 from collections.abc import Sequence
 from itertools import product
 from typing import Any, ClassVar
+from unittest.mock import patch
 
 import attrs
 from twisted.trial.unittest import SynchronousTestCase
@@ -26,7 +28,10 @@ from synapse_roomkeys.service.migration.decisions import (
     decide,
     joining_changes,
     judge,
+    lacks_auth_data,
 )
+from synapse_roomkeys.service.migration.dendrite_config import dendrite_database
+from synapse_roomkeys.service.migration.side import parse_version
 from synapse_roomkeys.service.migration.values import (
     Held,
     KeysDigest,
@@ -411,3 +416,117 @@ class SynapseDatabaseTests(SynchronousTestCase):
             error = self.assertRaises(OptionError, synapse_database, content)
             self.assertNotIn("hush", str(error))
             self.assertEqual(error.option, "database")
+
+
+class DendriteDatabaseTests(SynchronousTestCase):
+    """`dendrite_database`."""
+
+    def configured(self, component: Any, every: Any = None) -> Any:
+        """Return a configuration with the connection strings of the component and of
+        all components."""
+        return {
+            "user_api": {"account_database": {"connection_string": component}},
+            "global": {"database": {"connection_string": every}},
+        }
+
+    def refused(self, content: Any) -> OptionError:
+        """Return the error for a configuration; the text holds no password."""
+        error: OptionError = self.assertRaises(OptionError, dendrite_database, content)
+        self.assertNotIn("hush", str(error))
+        return error
+
+    def test_files(self) -> None:
+        """The path of a file is relative or absolute; its query is ignored. Escapes are
+        decoded in absolute paths alone, as Dendrite does."""
+        for text, path in (
+            ("file:userapi_accounts.db", "userapi_accounts.db"),
+            ("file:a%20b.db?cache=shared", "a%20b.db"),
+            ("file:/var/a%20b.db", "/var/a b.db"),
+            ("file:///var/lib/dendrite/x.db?mode=rwc", "/var/lib/dendrite/x.db"),
+        ):
+            self.assertEqual(
+                dendrite_database(self.configured(text)),
+                DatabaseConfig("sqlite3", {"database": path}),
+            )
+
+    def test_servers(self) -> None:
+        """A URI or a list of parameters becomes the arguments of psycopg2, so that the
+        timeouts of a connection apply."""
+        args = {"user": "u", "password": "p@ss", "host": "db", "dbname": "d"}
+        for text in (
+            "postgresql://u:p%40ss@db/d",
+            "postgres://u:p%40ss@db/d",
+            "user=u password=p@ss host=db dbname=d",
+        ):
+            self.assertEqual(
+                dendrite_database(self.configured(text)),
+                DatabaseConfig("psycopg2", args),
+            )
+
+    def test_without_psycopg2(self) -> None:
+        """Without psycopg2 the connection string stays whole; opening the database then
+        names the missing package."""
+        modules = {"psycopg2": None, "psycopg2.extensions": None}
+        with patch.dict(sys.modules, modules):
+            found = dendrite_database(self.configured("postgres://u:hush@db/d"))
+        self.assertEqual(found.args, {"dsn": "postgres://u:hush@db/d"})
+
+    def test_the_order(self) -> None:
+        """The component's database precedes the database of all components, unless it
+        is empty or missing."""
+        every = "file:all.db"
+        for content, path in (
+            (self.configured("file:own.db", every), "own.db"),
+            (self.configured("", every), "all.db"),
+            (self.configured(None, every), "all.db"),
+            ({**self.configured("", every), "user_api": None}, "all.db"),
+        ):
+            found = dendrite_database(content)
+            self.assertEqual(found.args, {"database": path})
+
+    def test_none(self) -> None:
+        """Without a connection string the error names both options."""
+        contents: list[Any] = [
+            *(None, [], {}, {"global": None}, {"user_api": "hush"}),
+            *({"global": {"database": "hush"}}, self.configured(7), {"global": []}),
+        ]
+        for content in contents:
+            error = self.refused(content)
+            self.assertEqual(
+                error.option, "user_api.account_database.connection_string"
+            )
+            self.assertIn("global.database.connection_string", str(error))
+
+    def test_a_wrong_connection_string(self) -> None:
+        """A string that libpq rejects is an error, which names the option and quotes no
+        part of the string."""
+        for text in (
+            "postgres://u:hush@ush@db/d",
+            "postgres://u:hush/ush@db/d",
+            "postgres://u:hush@db/d?binary_parameters=yes",
+            "hush",
+        ):
+            error = self.refused(self.configured("", text))
+            self.assertEqual(error.option, "global.database.connection_string")
+        self.refused(self.configured("file:?hush"))
+
+
+class DendriteVersionTests(SynchronousTestCase):
+    """Values of versions that only Dendrite has."""
+
+    def test_etags(self) -> None:
+        """A text of at most 18 digits is a number, which every BIGINT holds; any other
+        text counts as 0, like NULL."""
+        for etag, number in (
+            *((7, 7), ("7", 7), ("007", 7), ("9" * 18, 10**18 - 1), (None, 0)),
+            *(("", 0), ("x", 0), ("-1", 0), (" 7", 0), ("٣", 0), ("9" * 19, 0)),
+        ):
+            row = ("@u:x", 1, "a", "{}", 0, etag)
+            self.assertEqual(parse_version(row, KEYS).etag, number)
+
+    def test_lost_auth_data(self) -> None:
+        """An auth_data that is empty, null or no JSON is lost; any other JSON isn't."""
+        for lost in ("", " ", "null", " null\n", "{", "{'a': 1}", "text"):
+            self.assertTrue(lacks_auth_data(attrs.evolve(COPY, auth_data=lost)), lost)
+        for kept in ("{}", '{"a": null}', "[]", "0", '"text"', "[" * 2000 + "]" * 2000):
+            self.assertFalse(lacks_auth_data(attrs.evolve(COPY, auth_data=kept)), kept)

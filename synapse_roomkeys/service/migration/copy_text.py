@@ -14,7 +14,7 @@ def copy_text(prefix: Sequence[Any], rows: Sequence[Row]) -> str:
         rows: the values of the other columns.
 
     Returns:
-        One line for each row, with a newline at its end.
+        A line for each row, with a newline at the end.
     """
     start = "".join(f"{_escape(value)}\t" for value in prefix)
     lines = (start + "\t".join(map(_escape, row)) for row in rows)
@@ -22,7 +22,7 @@ def copy_text(prefix: Sequence[Any], rows: Sequence[Row]) -> str:
 
 
 def _escape(value: Any) -> str:
-    """Write one value; None is NULL."""
+    """Write a value; None is NULL."""
     if value is None:
         return "\\N"
     text = str(value).replace("\\", "\\\\").replace("\t", "\\t")

@@ -6,6 +6,7 @@ from enum import Enum
 
 import attrs
 
+from ...json_text import is_valid_json
 from ...merge import is_better, is_complete
 from ...storage.rows import metadata
 from ...types import StoredKey
@@ -40,6 +41,7 @@ class Action(Enum):
     KEEP = "left as the target has it, by --keep"
     ERASED = "not copied again"
     ASK = "left as the target has it until you decide"
+    LEAVE = "not copied"
 
 
 @attrs.frozen
@@ -48,6 +50,15 @@ class Decision:
 
     action: Action
     reason: str
+
+
+def lacks_auth_data(version: Version) -> bool:
+    """Whether the auth_data of a version is null or isn't JSON.
+
+    No client can use such a backup: auth_data has the public key with which clients
+    check the user's recovery key.
+    """
+    return version.auth_data.strip() == "null" or not is_valid_json(version.auth_data)
 
 
 def judge(source: SourceVersion, held: Held | None) -> Verdict:

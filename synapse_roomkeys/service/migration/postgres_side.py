@@ -28,6 +28,7 @@ from .side import (
     MIGRATED,
     PAGE_VERSIONS,
     Ids,
+    KeyCount,
     MigrateError,
     Page,
     RefusedError,
@@ -63,7 +64,7 @@ _FIND = """
     LEFT JOIN e2e_room_keys_versions AS h
         ON h.user_id = v.user_id AND h.version = v.version
     CROSS JOIN LATERAL ({digest}) AS k"""
-_COUNT = "SELECT COUNT(*) FROM e2e_room_keys AS v"
+_COUNT = "SELECT COUNT(*) FROM"
 _LOCK = """
     SELECT 1 FROM e2e_room_keys_versions WHERE user_id = ? AND version = ? FOR UPDATE"""
 _OF_USERS = " WHERE v.user_id = ANY (?)"
@@ -225,12 +226,16 @@ class PostgresSource(_PostgresSide):
     def take_snapshot(self) -> None:
         """As `Source.take_snapshot`: the first query of the transaction took it."""
 
-    def count_keys(self) -> int:
+    def count_keys(self) -> KeyCount:
         """As `Source.count_keys`."""
-        statement = self._layout.with_clause + _COUNT + self._of_users
-        ((number,),) = self._execute(statement, self._users)
-        found: int = number
-        return found
+        clause, keys = self._layout.with_clause, self._layout.keys
+        statement = f"{clause}{_COUNT} e2e_room_keys AS v{self._of_users}"
+        ((read,),) = self._execute(statement, self._users)
+        if not clause:
+            return KeyCount(read)
+        statement = f"{_COUNT} {keys} AS v{self._of_users}"
+        ((present,),) = self._execute(statement, self._users)
+        return KeyCount(read, present - read)
 
     def versions(self, target: Target) -> Iterator[Page]:
         """As `Source.versions`."""

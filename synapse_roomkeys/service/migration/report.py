@@ -59,7 +59,7 @@ class Progress:
         self._stream.flush()
 
     def warn(self, text: str) -> None:
-        """Write a permanent line; after 100 of them, one last line says so."""
+        """Write a permanent line. After 100 lines write a last line about the rest."""
         self._warnings += 1
         if self._warnings <= _WARNINGS:
             self.say(text)
@@ -101,6 +101,8 @@ class Result:
             reads as 0.
         lost_keys: keys left out because the target cannot hold a text in them.
         lost_versions: versions left out, with all keys, for the same reason.
+        unusable: versions not copied because the source has lost their auth_data.
+        left_keys: keys not copied because their version is deleted or doesn't exist.
         checked: versions compared by digest after the last write.
         checked_keys: the keys of the checked versions.
         differing: versions whose comparison failed.
@@ -119,6 +121,8 @@ class Result:
     mended: int = 0
     lost_keys: int = 0
     lost_versions: int = 0
+    unusable: int = 0
+    left_keys: int = 0
     checked: int = 0
     checked_keys: int = 0
     differing: int = 0
@@ -149,6 +153,13 @@ class Result:
             (self.mended, "keys had numbers that the target can't hold: now NULL"),
             (self.lost_keys, "keys left out: the target can't hold them"),
             (self.lost_versions, "backups left out: the target can't hold them"),
+            (
+                self.unusable,
+                "backups not copied: the source has lost their auth_data, and no client"
+                " can use them there. Unless the target has an earlier copy, ask their"
+                " users to set up a new backup",
+            ),
+            (self.left_keys, "keys not copied: of deleted backups, or of none"),
             (self.kept, "backups left as the target has them, by --keep"),
             (
                 self.erased,

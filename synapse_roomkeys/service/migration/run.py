@@ -21,6 +21,7 @@ from .decisions import (
     changes,
     decide,
     joining_changes,
+    lacks_auth_data,
 )
 from .layouts import SYNAPSE, Layout
 from .report import Progress, Result
@@ -140,7 +141,9 @@ class _Migration:
 
     def run(self) -> Result:
         """Copy or compare each version of the source, page by page."""
-        self._progress.begin(self._source.count_keys())
+        counted = self._source.count_keys()
+        self._progress.begin(counted.read)
+        self._result.left_keys = counted.left
         missing = set(self._options.users)
         for page in self._source.versions(self._target):
             held = self._target.find([one.version.ids for one in page.versions])
@@ -165,6 +168,10 @@ class _Migration:
             self._progress.advance(source.version.keys.count)
 
     def _decide(self, source: SourceVersion, held: Held | None) -> Decision:
+        if self._options.layout.may_lack_auth_data and lacks_auth_data(source.version):
+            keys = source.version.keys.count
+            reason = f"its auth_data is empty, null or no JSON ({keys} keys)"
+            return Decision(Action.LEAVE, reason)
         is_named = source.version.user_id in self._options.users
         return decide(source, held, self._options.keep, is_named)
 
@@ -178,11 +185,12 @@ class _Migration:
         result.kept += action is Action.KEEP
         result.erased += action is Action.ERASED
         result.undecided += action is Action.ASK
+        result.unusable += action is Action.LEAVE
         if action is Action.NOTHING:
             self._note_checked(source.version)
         if action is Action.NOTHING or action in _WRITING:
             self._lose(source.version, source.lost_keys)
-        if action in (Action.ASK, Action.ERASED):
+        if action in (Action.ASK, Action.ERASED, Action.LEAVE):
             self._warn(source.version, f"{decision.reason}: {action.value}")
         elif self._options.dry_run and action in _WRITING:
             keys = source.version.keys.count

@@ -1,6 +1,6 @@
-"""The two sides of a migration, whichever engine each is of.
+"""The two sides of a migration, of either engine.
 
-Each side has a connection of its own, which blocks.
+Each side has a blocking connection of its own.
 """
 
 from collections.abc import Hashable, Iterable, Iterator, Sequence
@@ -16,7 +16,7 @@ from .values import Held, KeysDigest, Row, SourceVersion, Version
 #: Versions that are compared together: few enough for the progress to move, many
 #: enough to make the round trips negligible.
 PAGE_VERSIONS = 100
-#: Seconds that a statement waits for a lock that another program holds.
+#: Timeout of a statement that waits for another program's lock, in seconds.
 LOCK_SECONDS = 60
 
 #: A user and the number of a version.
@@ -27,8 +27,8 @@ KEYS = f"SELECT {KEY_COLUMNS} FROM e2e_room_keys WHERE user_id = ? AND version =
 MIGRATED = "roomkeys_migrated"
 COUNTS = "roomkeys_counts"
 
-#: The digest of each version at the time of its copy. A row outlives the version, so
-#: that a later run doesn't bring an erased version back.
+#: The digest of each version at the time of its copy. A row outlives the version:
+#: a later run doesn't bring an erased version back.
 MAKE_MIGRATED = f"""
     CREATE TABLE IF NOT EXISTS {MIGRATED} (
         user_id TEXT NOT NULL, version BIGINT NOT NULL, copied TEXT NOT NULL,
@@ -168,6 +168,19 @@ class Target(Keys, Protocol):
 
 
 @attrs.frozen
+class KeyCount:
+    """The number of keys at the source, of all users or of the named users.
+
+    Attributes:
+        read: the keys of the versions.
+        left: other keys: Dendrite keeps the keys of deleted versions.
+    """
+
+    read: int
+    left: int = 0
+
+
+@attrs.frozen
 class Page:
     """Some versions of the source.
 
@@ -180,12 +193,12 @@ class Page:
 
 
 class Source(Keys, Protocol):
-    """The database to read, in one snapshot, of all users or of the named ones."""
+    """The database to read, in one snapshot, of all users or of the named users."""
 
     def take_snapshot(self) -> None:
         """Fix the state that the other methods read; may take minutes on SQLite."""
 
-    def count_keys(self) -> int:
+    def count_keys(self) -> KeyCount:
         """Count the keys."""
 
     def versions(self, target: Target) -> Iterator[Page]:
@@ -206,10 +219,18 @@ def has_sound_version(row: Row, target: Target) -> bool:
 
 
 def parse_version(row: Row, keys: KeysDigest) -> Version:
-    """Return the version of a sound row, which begins with `VERSION_COLUMNS`."""
+    """Return the version of a sound row. The row begins with `VERSION_COLUMNS`."""
     user_id, version, algorithm, auth_data, deleted, etag = row[:6]
-    number = etag if type(etag) is int else 0
+    number = _parse_etag(etag)
     return Version(user_id, version, algorithm, auth_data, bool(deleted), number, keys)
+
+
+def _parse_etag(etag: Any) -> int:
+    """Return an etag as a number: 0 for NULL, for other text than digits, and for more
+    than the 18 digits that any BIGINT can hold. Dendrite's etags are text."""
+    if isinstance(etag, str) and etag.isascii() and etag.isdigit() and len(etag) <= 18:
+        return int(etag)
+    return etag if type(etag) is int else 0
 
 
 def parse_held(row: Row, copied: str | None, keys: KeysDigest) -> Held | None:

@@ -20,6 +20,7 @@ from .side import (
     MIGRATED,
     PAGE_VERSIONS,
     Ids,
+    KeyCount,
     MigrateError,
     Page,
     Target,
@@ -37,7 +38,7 @@ from .values import Held, Row, SourceVersion, Version, digest_keys, is_text
 _VERSIONS = f"SELECT {VERSION_COLUMNS} FROM e2e_room_keys_versions"
 _COPIED = f"SELECT copied FROM {MIGRATED} WHERE user_id = ? AND version = ?"
 _ORDER = " ORDER BY room_id, session_id"
-#: The texts of the position are bytes, so that broken UTF-8 passes unchanged.
+#: The texts of the position are bytes: broken UTF-8 stays unchanged.
 _AFTER = """
     AND (room_id, session_id) > (CAST(? AS TEXT), CAST(? AS TEXT))"""
 _FIND_TABLES = "SELECT name FROM sqlite_master WHERE type = 'table'"
@@ -97,7 +98,8 @@ class _SqliteSide:
         self._connection.text_factory = lambda text: text.decode(
             "utf-8", "surrogateescape"
         )
-        # Python handles Ctrl-C between two Python instructions only, so run one.
+        # Python handles Ctrl-C only between two Python instructions: run an empty
+        # function at intervals.
         self._connection.set_progress_handler(lambda: 0, _STEPS)
 
     def _find_tables(self) -> None:
@@ -168,6 +170,10 @@ class SqliteSource(_SqliteSide):
                     f"CREATE TABLE main.{table} AS {self._layout.with_clause}{query}",
                     self._users,
                 )
+        ((self._present,),) = self._execute(
+            f"SELECT COUNT(*) FROM source.{self._layout.keys}{self._of_users}",
+            self._users,
+        )
         self._execute("COMMIT")
         self._execute("DETACH source")
         for table, statement in _INDEXES.items():
@@ -182,11 +188,10 @@ class SqliteSource(_SqliteSide):
             for row in rows:  # noqa: UP028
                 yield row
 
-    def count_keys(self) -> int:
+    def count_keys(self) -> KeyCount:
         """As `Source.count_keys`."""
-        ((number,),) = self._execute("SELECT COUNT(*) FROM e2e_room_keys")
-        found: int = number
-        return found
+        ((read,),) = self._execute("SELECT COUNT(*) FROM e2e_room_keys")
+        return KeyCount(read, self._present - read)
 
     def versions(self, target: Target) -> Iterator[Page]:
         """As `Source.versions`."""
