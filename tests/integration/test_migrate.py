@@ -1,4 +1,4 @@
-"""Backups copied out of a Synapse's database, from each engine to each."""
+"""Migration of backups from a Synapse's database, between any two engines."""
 
 from __future__ import annotations
 
@@ -47,14 +47,14 @@ VERSIONS = """
     FROM e2e_room_keys_versions ORDER BY 1, 2"""
 ADD_KEY = f"INSERT INTO e2e_room_keys ({KEY_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
 ADD_VERSION = "INSERT INTO e2e_room_keys_versions VALUES (?, ?, ?, ?, ?, ?)"
-#: What no encoding may change.
+#: A text that stays unchanged in any encoding.
 ODD = '"\\\\ \\t \\u0000 é 🔑 \u2028 \t\r\n %s ? {}"'
-#: As odd, and JSON.
+#: JSON with odd characters.
 DATA = json.dumps({"é": "🔑 \\ \t \0 \u2028 %s ? {}"}, ensure_ascii=False)
 
 
 def make_synapses_tables(place: Place) -> Place:
-    """The two tables as Synapse has them, and none of the plugin's."""
+    """Create Synapse's two tables, without the plugin's tables."""
     file = resources.files("synapse_roomkeys.storage") / "schema" / "001_backups.sql"
     lines = [line for line in file.read_text().splitlines() if line[:2] != "--"]
     for statement in "\n".join(lines).split(";")[:-1]:
@@ -95,7 +95,7 @@ def keys_of(user: str, version: int, number: int) -> Iterator[tuple[Any, ...]]:
 
 
 def fill(source: Place) -> None:
-    """What a homeserver holds after some years."""
+    """Add the backups of a homeserver after some years."""
     source.run(
         ADD_VERSION,
         (ALICE, 1, "old", "{}", 1, None),
@@ -125,7 +125,7 @@ def run(
 
 
 def same(source: Place, target: Place) -> bool:
-    """Whether they hold the same."""
+    """Whether both databases have equal backups."""
     return all(source.run(rows) == target.run(rows) for rows in (VERSIONS, KEYS))
 
 
@@ -144,8 +144,8 @@ def move(place: Place, user: str, version: int) -> None:
 
 
 def test_all_of_it_is_copied(pair: tuple[Place, Place]) -> None:
-    """The target holds the same backups, the source nothing new; a second run finds
-    nothing to do."""
+    """The target's backups become equal to the source's, the source stays unchanged,
+    and a second run copies no backup."""
     source, target = pair
     before = source.run(VERSIONS), source.run(KEYS)
     result, told = run(source, target)
@@ -160,7 +160,7 @@ def test_all_of_it_is_copied(pair: tuple[Place, Place]) -> None:
 
 
 def test_what_changed_follows(pair: tuple[Place, Place]) -> None:
-    """Later runs bring what has changed since, and only that."""
+    """A later run copies only the changes since the last run."""
     source, target = pair
     run(source, target)
     ids = ((ROOM, "new"), ("", "!"), ("🔑", "!"))
@@ -184,8 +184,8 @@ def test_what_changed_follows(pair: tuple[Place, Place]) -> None:
 
 
 def test_versions_that_come_and_go(pair: tuple[Place, Place]) -> None:
-    """New users and versions are brought, and so are a deletion, other auth_data, and
-    a purge of a room, which moves no etag."""
+    """A later run copies new users and versions, a deletion, a change of auth_data, and
+    the purge of a room, which moves no etag."""
     source, target = pair
     run(source, target)
     served = (ALICE, 1700000000, 3, 40, 99)
@@ -213,7 +213,7 @@ def test_versions_that_come_and_go(pair: tuple[Place, Place]) -> None:
 
 
 def test_others_at_the_target_stay(pair: tuple[Place, Place]) -> None:
-    """Users, and versions, that are at the target only are none of its business."""
+    """Users and versions of the target alone stay unchanged."""
     source, target = pair
     run(source, target)
     rows = ("@own:x", 1, "a", "{}", 0, 4), (ALICE, 1800000000, "a", "{}", 0, 4)
@@ -251,8 +251,8 @@ def serve_auth_data(target: Place) -> None:
 def test_what_the_target_served_stays(
     pair: tuple[Place, Place], serve: Callable[[Place], None], moves: int
 ) -> None:
-    """What the service has changed is not overwritten, whether or not the source has
-    changed too, be it as often; the others are copied, and the run doesn't pass."""
+    """A backup that the service has changed isn't overwritten, even if the source has
+    changed as often. Other backups are copied, and the result isn't done."""
     source, target = pair
     run(source, target)
     serve(target)
@@ -275,9 +275,9 @@ def test_what_the_target_served_stays(
 
 @pytest.mark.parametrize("keep", list(Keep))
 def test_what_the_operator_keeps(mixed: tuple[Place, Place], keep: Keep) -> None:
-    """Where both sides have changed, the operator's choice is carried out: one side's
-    keys, or the better ones of both, with an etag above both and no cached count. A
-    later run with the same choice has nothing to do."""
+    """After changes on both sides, ``--keep`` decides: the keys of either side, or the
+    better keys of both with an etag above both and no cached count. A later run with
+    the same choice changes no backup."""
     source, target = mixed
     run(source, target)
     both = ("!both", "better", 5, 0, False, "{}"), ("!both", "worse", 5, 0, False, "{}")
@@ -324,8 +324,8 @@ def test_what_the_operator_keeps(mixed: tuple[Place, Place], keep: Keep) -> None
 
 
 def test_a_key_that_was_replaced_without_an_etag(pair: tuple[Place, Place]) -> None:
-    """A later run brings it, though etag and number of keys are the same; done at the
-    target, it is not overwritten."""
+    """A later run copies a replaced key although etag and number of keys are the same.
+    A key replaced at the target isn't overwritten."""
     source, target = pair
     run(source, target)
     replace = (
@@ -343,8 +343,8 @@ def test_a_key_that_was_replaced_without_an_etag(pair: tuple[Place, Place]) -> N
 
 
 def test_an_erased_user_stays_erased(mixed: tuple[Place, Place]) -> None:
-    """Backups that were deleted at the target after they had been copied don't come
-    back, unless the operator names the user and wants it."""
+    """Backups that were deleted at the target after their copy come back only with
+    ``--keep source`` and the user's name."""
     source, target = mixed
     run(source, target)
     for table in ("e2e_room_keys", "e2e_room_keys_versions"):
@@ -360,7 +360,7 @@ def test_an_erased_user_stays_erased(mixed: tuple[Place, Place]) -> None:
 
 
 def test_one_user(mixed: tuple[Place, Place]) -> None:
-    """Only the users that were named are copied; a name without a backup is told."""
+    """Only named users are copied. The result lists names without a backup."""
     source, target = mixed
     result, _ = run(source, target, Options(users=(BOB, CAROL)))
     assert (result.copied, result.is_done) == (2, True)
@@ -370,7 +370,7 @@ def test_one_user(mixed: tuple[Place, Place]) -> None:
 
 
 def test_a_dry_run(mixed: tuple[Place, Place]) -> None:
-    """It writes nothing, not even a table or a file, and tells the work of a run."""
+    """A dry run creates no row, table or file, and reports the work of a run."""
     source, target = mixed
     result, told = run(source, target, Options(dry_run=True))
     assert (result.copied, result.written, result.is_done) == (5, 0, True)
@@ -394,8 +394,8 @@ def test_a_dry_run(mixed: tuple[Place, Place]) -> None:
 
 
 def test_the_way_back(mixed: tuple[Place, Place]) -> None:
-    """What the service changed since it was copied goes back without a question; a
-    backup that both sides changed needs a decision. At the end both are equal."""
+    """Changes of the service alone are copied back without ``--keep``. A backup with
+    changes on both sides needs a decision, after which both sides are equal."""
     source, target = mixed
     run(source, target)
     serve_upload(target)
@@ -419,7 +419,7 @@ def test_the_way_back(mixed: tuple[Place, Place]) -> None:
 def test_one_database_is_no_pair(
     new_place: NewPlace, engine: str, tmp_path: Path
 ) -> None:
-    """A database isn't copied into itself, whatever name it has on the other side."""
+    """A database isn't copied into itself, even by another name."""
     place = make_synapses_tables(new_place(engine))
     fill(place)
     before = place.run(VERSIONS), place.tables
@@ -451,12 +451,12 @@ def test_one_database_with_two_schemas(new_place: NewPlace) -> None:
 
 
 def test_two_at_once(mixed: tuple[Place, Place]) -> None:
-    """A run that finds another one at work on its target ends at once and says so; it
-    works when the other has ended."""
+    """A run fails immediately while another run writes to the same target, and succeeds
+    after the end of the other run."""
     source, target = mixed
 
     class Nested(Progress):
-        """Starts another run in the middle."""
+        """Starts another run in the middle of a run."""
 
         def begin(self, keys: int) -> None:
             with pytest.raises(MigrateError, match="another migration") as found:
@@ -470,7 +470,7 @@ def test_two_at_once(mixed: tuple[Place, Place]) -> None:
 
 
 def test_the_sides_are_told_first(mixed: tuple[Place, Place]) -> None:
-    """The operator reads from where to where, and no password."""
+    """The first two lines name source and target, without a password."""
     source, target = mixed
     told = io.StringIO()
     migrate(source.config, target.config, Progress(told))
@@ -491,8 +491,8 @@ def test_the_sides_are_told_first(mixed: tuple[Place, Place]) -> None:
 
 
 def test_a_dsn_is_never_shown(new_place: NewPlace, target: Place) -> None:
-    """Where libpq can't read a dsn, or takes a part of the password for something else,
-    nothing of it is told."""
+    """The error for a malformed dsn, or for a password with special characters, shows
+    no part of the dsn."""
     source = make_synapses_tables(new_place("sqlite"))
     for dsn in (
         "host=127.0.0.1 password=my s3cret pass",
@@ -511,8 +511,8 @@ def test_a_dsn_is_never_shown(new_place: NewPlace, target: Place) -> None:
 def test_a_database_that_is_away(
     new_place: NewPlace, role: str, tmp_path: Path
 ) -> None:
-    """The operator reads which side it is, its address or file, and what to do; another
-    exit code tells a script to try again later."""
+    """The error names the side with its address or file. The exit code 3 means that
+    another try may succeed."""
     place = make_synapses_tables(new_place("sqlite"))
     for config, address in (
         (
@@ -533,7 +533,7 @@ def test_a_database_that_is_away(
 
 
 class Meddling(Progress):
-    """Has the service take an upload when the run has dealt with the first version."""
+    """Changes the target after the first version, like an upload to the service."""
 
     target: Place
 
@@ -548,8 +548,8 @@ class Meddling(Progress):
 
 
 def test_what_is_served_meanwhile_stays(pair: tuple[Place, Place]) -> None:
-    """A version that the service changes between the run's look at it and the copying
-    is not overwritten either."""
+    """A version isn't overwritten if the service changes it between comparison and
+    copy."""
     source, target = pair
     run(source, target)
     move(source, ALICE, 2)
@@ -563,7 +563,7 @@ def test_what_is_served_meanwhile_stays(pair: tuple[Place, Place]) -> None:
 
 
 def test_what_is_there_already(pair: tuple[Place, Place]) -> None:
-    """A target that was filled in another way is left alone where it differs."""
+    """Versions at the target that no migration has copied there aren't overwritten."""
     source, target = pair
     make_synapses_tables(target)
     fill(target)
@@ -576,8 +576,8 @@ def test_what_is_there_already(pair: tuple[Place, Place]) -> None:
 
 
 def test_rows_that_no_database_should_hold(new_place: NewPlace, target: Place) -> None:
-    """What the target can't hold is left out and counted, all else is copied, on every
-    run the same."""
+    """Rows that the target can't hold are left out and counted, and all other rows are
+    copied. A second run has the same result."""
     source = make_synapses_tables(new_place("sqlite"))
     fill(source)
     incompressible = secrets.token_hex(10000)
@@ -638,7 +638,7 @@ FAIL = {
 
 
 def test_a_run_that_ends_early(pair: tuple[Place, Place]) -> None:
-    """No version is there in part, new or old, and the next run does the rest."""
+    """A failed run leaves no incomplete version. The next run copies the rest."""
     source, target = pair
     empty = make_synapses_tables(target)
     empty.run(FAIL[target.config.name])
@@ -654,7 +654,7 @@ def test_a_run_that_ends_early(pair: tuple[Place, Place]) -> None:
 
 
 def test_databases_that_are_not_as_expected(new_place: NewPlace, target: Place) -> None:
-    """The operator reads what is wrong in a line."""
+    """The error for an unsuitable database is one line with the reason."""
     source = new_place("sqlite")
     with pytest.raises(MigrateError, match="unable to open"):
         run(source, target)
@@ -695,7 +695,8 @@ ADD_MANY = {
         SELECT ?, 1, '!r' || i % 50, 's' || i, i, 0, TRUE,
             '"' || repeat('0', 900) || '"' FROM generate_series(1, {MANY}) AS i""",
 }
-#: KiB: the keys alone have 45 MiB, and what SQLite and libpq cache has a few.
+#: Limit of the additional memory, in KiB. The keys have 45 MiB, the caches of SQLite
+#: and libpq a few MiB.
 MEMORY = 20 * 1024
 
 
@@ -703,8 +704,8 @@ MEMORY = 20 * 1024
 def test_a_large_backup_in_little_memory(
     new_place: NewPlace, engines: tuple[str, str]
 ) -> None:
-    """A backup is not held in memory, neither when it is new at the target nor when it
-    is compared."""
+    """The memory doesn't grow with the size of a backup, neither in a first copy nor in
+    a comparison."""
     small, large = (make_synapses_tables(new_place(engines[0])) for _ in range(2))
     target = new_place(engines[1])
     small.run(ADD_VERSION, (BOB, 1, "a", "{}", 0, 1))
@@ -734,8 +735,8 @@ def described(place: Place) -> str:
 def test_a_running_synapse(
     engine: str, new_place: NewPlace, target: Place, tmp_path: Path
 ) -> None:
-    """Stock endpoints are in use before, between and during the runs; at the end all
-    that they took is at the target."""
+    """Uploads and deletions through Synapse's built-in endpoints, before and between
+    the runs, are at the target after the last run."""
     arguments = None
     directory = tmp_path / "synapse"
     if engine == "postgres":
@@ -762,7 +763,7 @@ def test_a_running_synapse(
 
 @inlineCallbacks
 def test_the_service_goes_on_with_it(pair: tuple[Place, Place]) -> Steps:
-    """What was copied can be downloaded and added to, also when the service is running
+    """Clients of a running service download copied backups and add keys to them, also
     between two runs."""
     source, target = pair
     path = Path(target.config.args.get("database", ""))

@@ -1,4 +1,4 @@
-"""The command ``synapse-roomkeys migrate``, as an operator runs it."""
+"""The command ``synapse-roomkeys migrate`` as a process."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Command:
         return Place(DatabaseConfig("sqlite3", {"database": path}))
 
     def run(self, *arguments: str, **environment: str) -> tuple[int, list[str]]:
-        """Run it; return the exit code and the lines."""
+        """Run the command; return the exit code and the lines of the output."""
         command = Service(
             self.directory,
             "http://127.0.0.1:1",
@@ -54,7 +54,7 @@ class Command:
         return code, output.splitlines()
 
     def copy(self, *arguments: str) -> tuple[int, list[str]]:
-        """Run it from the Synapse to the service."""
+        """Run the command from the Synapse to the service."""
         config = ("--config", "roomkeys.yaml", "--from", str(self.yaml))
         return self.run(*config, *arguments)
 
@@ -68,7 +68,8 @@ def command(tmp_path: Path) -> Command:
 
 
 def test_a_target_must_be_named(command: Command) -> None:
-    """Without one it makes no ./roomkeys.db; the environment may name it."""
+    """Without a target no ./roomkeys.db is made. The environment may name the
+    target."""
     code, lines = command.run("--from", str(command.yaml))
     assert code == 2
     (line,) = lines
@@ -83,7 +84,7 @@ def test_a_target_must_be_named(command: Command) -> None:
 
 
 def test_one_direction(command: Command) -> None:
-    """Neither, or both, is a wrong usage."""
+    """The command needs either --from or --to."""
     config = ("--config", "roomkeys.yaml")
     for arguments in ((), ("--from", "a", "--to", "b")):
         code, lines = command.run(*config, *arguments)
@@ -92,8 +93,8 @@ def test_one_direction(command: Command) -> None:
 
 
 def test_there_and_back(command: Command) -> None:
-    """Each choice of the operator is passed on, and the last line and the exit code
-    tell whether all is done."""
+    """Each option takes effect. The last line and the exit code report whether work is
+    left."""
     code, lines = command.copy("--dry-run")
     assert (code, lines[-1]) == (0, "DRY RUN: nothing was written")
     assert not (command.directory / "roomkeys.db").exists()
@@ -124,7 +125,7 @@ def test_there_and_back(command: Command) -> None:
 
 
 def test_the_same_file(command: Command) -> None:
-    """One line, and wrong usage."""
+    """A source equal to the target is a wrong usage, with one line."""
     path = command.synapse.config.args["database"]
     code, lines = command.run(
         "--from", str(command.yaml), ROOMKEYS_DATABASE_ARGS_DATABASE=path
@@ -135,7 +136,7 @@ def test_the_same_file(command: Command) -> None:
 
 @pytest.mark.parametrize("side", ["source", "target"])
 def test_a_database_away(command: Command, side: str) -> None:
-    """The exit code says that another try may help; no secret is told."""
+    """The exit code is 3, and the error shows no secret."""
     args: dict[str, Any] = {"host": "127.0.0.1", "port": 1, "password": SECRET}
     environment = {
         f"ROOMKEYS_DATABASE_ARGS_{name.upper()}": str(value)
@@ -151,7 +152,7 @@ def test_a_database_away(command: Command, side: str) -> None:
 
 
 def test_help(command: Command) -> None:
-    """It has examples, and what each exit code means."""
+    """The help has examples, and the meaning of each exit code."""
     code, lines = command.run("--help")
     text = " ".join(lines)
     assert code == 0
