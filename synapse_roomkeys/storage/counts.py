@@ -7,8 +7,9 @@ import attrs
 from ..errors import NotFoundError, UserLimitError, unknown_version
 from ..types import BackupId, BackupState, Limits
 from . import statements
-from .engine import CountWindow, Engine, Snapshot, names
+from .engine import Engine
 from .transactions import Transaction
+from .values import CountWindow, Snapshot, names
 
 #: For how many seconds after its recount a cached count is valid. The homeserver may
 #: delete keys without moving the etag; a count shows that after an hour at most.

@@ -10,9 +10,10 @@ from ..identifiers import quote_for_log
 from ..json_text import is_valid_json
 from ..types import BackupId, KeyPage, Position, RoomKey
 from . import rows, statements
-from .engine import Engine, PageQuery, names
+from .engine import Engine
 from .rows import key_pages, keys_after, metadata
 from .transactions import Transaction
+from .values import PageQuery, names
 
 logger = logging.getLogger(__name__)
 

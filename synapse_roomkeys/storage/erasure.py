@@ -10,9 +10,10 @@ from twisted.internet.defer import Deferred
 
 from ..types import BackupId
 from . import statements
-from .engine import Engine, names
+from .engine import Engine
 from .sweeps import BATCH_END, DELETE_BATCH, DELETE_REST, Place
 from .transactions import Transaction, Transactions
+from .values import names
 
 #: Marks all versions of a user as deleted: no client can read or write them any more.
 MARK_USER_DELETED = """

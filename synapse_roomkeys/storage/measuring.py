@@ -9,8 +9,9 @@ from twisted.internet.defer import Deferred, inlineCallbacks
 from ..types import BackupId
 from . import statements
 from .counts import KeyCounts, NotMeasuredError
-from .engine import Engine, names
+from .engine import Engine
 from .transactions import Transaction, Transactions
+from .values import names
 
 T = TypeVar("T")
 P = ParamSpec("P")

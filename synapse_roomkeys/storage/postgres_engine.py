@@ -15,7 +15,9 @@ from . import postgres_settings as settings
 from . import postgres_statements as sql
 from .causes import find_postgres_cause
 from .citus import Cluster, find_cluster
-from .engine import (
+from .faults import Fault, judge_sqlstate
+from .transactions import Transaction
+from .values import (
     CountWindow,
     DeletedKeys,
     InsertedKeys,
@@ -27,8 +29,6 @@ from .engine import (
     TableStatements,
     names,
 )
-from .faults import Fault, judge_sqlstate
-from .transactions import Transaction
 
 #: Number of pages that a download reads in one transaction, while holding one of the
 #: connections for about 50 ms.

@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 import attrs
 
-from .engine import DownloadStatements, TableStatements
 from .postgres_settings import IDLE_SECONDS
 from .statements import ALL_TABLES
+from .values import DownloadStatements, TableStatements
 
 #: Locks a version's row until the commit. Returns the version's algorithm, and 1 for a
 #: deleted version. With synchronous_commit on, the commit returns once it is on disk,

@@ -20,8 +20,8 @@ from ..types import (
     VersionRecord,
 )
 from . import statements
-from .engine import names
 from .transactions import Transaction
+from .values import names
 
 #: The acts in the record.
 UPLOAD = "upload"

@@ -6,7 +6,7 @@ from typing import Any
 from ..encoding import session_id_of
 from ..json_text import is_valid_json
 from ..types import KeyMetadata, KeyPage, Position, RoomKey, StoredKey
-from .engine import Snapshot
+from .values import Snapshot
 
 #: Maximum number of keys in one page of a download: about 0.4 MB of real keys.
 PAGE_KEYS = 400

@@ -1,4 +1,4 @@
-"""SQLite: the statements of this engine alone, and the class that sends them."""
+"""SQLite: the class that sends the statements and judges the driver's errors."""
 
 import json
 import sqlite3
@@ -7,29 +7,24 @@ from typing import Any
 
 from ..outages import Cause
 from ..types import BackupId, RoomKey
+from . import sqlite_statements as sql
 from .causes import find_sqlite_cause
 from .citus import Cluster
-from .engine import (
+from .faults import Fault, judge_sqlite
+from .statements import MOVE_COUNT, NOTE_CHANGE
+from .transactions import Transaction
+from .values import (
     CountWindow,
     DeletedKeys,
-    DownloadStatements,
     InsertedKeys,
     KeyInsert,
     KeyRestore,
     KeyWrite,
     LockedVersion,
     PageQuery,
-    TableStatements,
     names,
 )
-from .faults import Fault, judge_sqlite
-from .statements import ALL_TABLES, MOVE_COUNT, NOTE_CHANGE
-from .transactions import Transaction
 
-#: How many keys one transaction deletes at most. SQLite lets nobody else write
-#: meanwhile: 2,000 keys of 900 bytes took 0.15 s in a backup of 1,000,000 keys; all of
-#: them took 56 s.
-DELETED_AT_ONCE = 2000
 #: How many pages a download reads in one transaction. A process has one connection to
 #: an SQLite file, for all its users: three pages take some 5 ms.
 PAGES_AT_ONCE = 3
@@ -37,207 +32,6 @@ PAGES_AT_ONCE = 3
 #: process wait meanwhile: with 2,000, a sweep raised the 99th percentile of their time
 #: from 5 ms to 148 ms, with 200 to 20 ms.
 SWEPT_AT_ONCE = 200
-
-#: Takes SQLite's one write lock. Without it, a transaction that first reads could not
-#: write any more if another one had written in between.
-BEGIN_WRITE = "BEGIN IMMEDIATE"
-
-#: Returns the algorithm of a version, and whether it is deleted. The transaction holds
-#: the write lock already.
-LOCK_VERSION = """
-    SELECT algorithm, deleted FROM e2e_room_keys_versions
-    WHERE user_id = :user_id AND version = :version"""
-
-#: Inserts a version, unless its number is taken.
-INSERT_VERSION = """
-    INSERT INTO e2e_room_keys_versions
-        (user_id, version, algorithm, auth_data, deleted, etag)
-    VALUES (:user_id, :version, :algorithm, :auth_data, 0, 0)
-    ON CONFLICT (user_id, version) DO NOTHING"""
-
-
-def _find_sessions(found: str) -> str:
-    """Return the query of a version and of some sessions.
-
-    The parameter ``ids`` is a JSON array of pairs of room and session id. A row has the
-    etag, the current version, the cached count, the position of a session among the
-    ids, its three fields, a column of the caller's, and the bytes of its session_data.
-    There is one row of NULLs after the count if no session is stored, and no row if
-    there is no such version.
-
-    Args:
-        found: the column that stands for the session_data.
-    """
-    return f"""
-    WITH b AS MATERIALIZED (
-        SELECT COALESCE(v.etag, 0), (
-            SELECT version FROM e2e_room_keys_versions
-            WHERE user_id = :user_id AND deleted = 0
-            ORDER BY version DESC LIMIT 1
-        ), (
-            SELECT key_count FROM roomkeys_counts
-            WHERE user_id = :user_id AND version = v.version
-            AND etag = COALESCE(v.etag, 0) AND counted_ts BETWEEN :oldest AND :newest)
-        FROM e2e_room_keys_versions AS v
-        WHERE v.user_id = :user_id AND v.version = :version AND v.deleted = 0)
-    SELECT b.*, k.* FROM b LEFT JOIN (
-        SELECT u.key, k.first_message_index, k.forwarded_count, k.is_verified,
-            {found}, LENGTH(CAST(session_data AS BLOB))
-        FROM json_each(:ids) AS u CROSS JOIN e2e_room_keys AS k
-        ON k.user_id = :user_id AND k.version = :version
-        AND k.room_id = json_extract(u.value, '$[0]')
-        AND k.session_id = json_extract(u.value, '$[1]')
-    ) AS k ON TRUE"""
-
-
-#: Returns whether the session_data of a session is other than JSON null. It fails with
-#: "malformed JSON" (from ``json``) if it isn't JSON.
-FIND_SESSIONS = _find_sessions(
-    """CASE WHEN json_valid(k.session_data) THEN k.session_data
-        ELSE json(k.session_data) END <> 'null'"""
-)
-#: Returns the session_data of a session, JSON or not.
-FIND_SESSIONS_WITH_DATA = _find_sessions("k.session_data")
-
-#: Moves the etag to the new one, a compare-and-set: it writes no row unless the version
-#: has the expected etag and is the current one.
-SET_ETAG_OF_CURRENT = """
-    UPDATE e2e_room_keys_versions SET etag = :new_etag
-    WHERE user_id = :user_id AND version = :version AND deleted = 0
-    AND COALESCE(etag, 0) = :expected_etag AND NOT EXISTS (
-        SELECT 1 FROM e2e_room_keys_versions
-        WHERE user_id = :user_id AND version > :version AND deleted = 0)"""
-#: Writes keys over those of the same ids. The parameter ``keys`` is a JSON array of
-#: arrays of six columns. Without WHERE, SQLite would parse ON CONFLICT as the
-#: condition of a join.
-WRITE_KEYS = """
-    INSERT INTO e2e_room_keys (user_id, version, room_id, session_id,
-        first_message_index, forwarded_count, is_verified, session_data)
-    SELECT :user_id, :version, json_extract(value, '$[0]'),
-        json_extract(value, '$[1]'), json_extract(value, '$[2]'),
-        json_extract(value, '$[3]'), json_extract(value, '$[4]'),
-        json_extract(value, '$[5]') FROM json_each(:keys) WHERE TRUE
-    ON CONFLICT (user_id, version, room_id, session_id) DO UPDATE SET
-    first_message_index = excluded.first_message_index,
-    forwarded_count = excluded.forwarded_count,
-    is_verified = excluded.is_verified, session_data = excluded.session_data"""
-
-#: Keeps the stored keys of some sessions in roomkeys_replaced, before others replace
-#: them. The parameter ``ids`` is a JSON array of pairs of room and session id, and
-#: ``etag`` the etag of the version after the write.
-KEEP_KEYS = """
-    INSERT INTO roomkeys_replaced (user_id, version, room_id, session_id, replaced_ms,
-        etag, first_message_index, forwarded_count, is_verified, session_data)
-    SELECT k.user_id, k.version, k.room_id, k.session_id, :replaced_ms, :etag,
-        k.first_message_index, k.forwarded_count, k.is_verified, k.session_data
-    FROM json_each(:ids) AS u CROSS JOIN e2e_room_keys AS k
-    ON k.user_id = :user_id AND k.version = :version
-    AND k.room_id = json_extract(u.value, '$[0]')
-    AND k.session_id = json_extract(u.value, '$[1]')"""
-#: Writes replaced keys over the stored keys of their sessions. The parameter ``rows``
-#: is a JSON array of arrays: room id, session id, time and etag of the replacement.
-RESTORE_KEYS = """
-    INSERT INTO e2e_room_keys (user_id, version, room_id, session_id,
-        first_message_index, forwarded_count, is_verified, session_data)
-    SELECT r.user_id, r.version, r.room_id, r.session_id,
-        r.first_message_index, r.forwarded_count, r.is_verified, r.session_data
-    FROM json_each(:rows) AS u CROSS JOIN roomkeys_replaced AS r
-    ON r.user_id = :user_id AND r.version = :version
-    AND r.room_id = json_extract(u.value, '$[0]')
-    AND r.session_id = json_extract(u.value, '$[1]')
-    AND r.replaced_ms = json_extract(u.value, '$[2]')
-    AND r.etag = json_extract(u.value, '$[3]')
-    WHERE TRUE
-    ON CONFLICT (user_id, version, room_id, session_id) DO UPDATE SET
-    first_message_index = excluded.first_message_index,
-    forwarded_count = excluded.forwarded_count,
-    is_verified = excluded.is_verified, session_data = excluded.session_data"""
-
-#: Deletes keys of a version, `DELETED_AT_ONCE` at most. The plus sign keeps SQLite from
-#: walking through all of the user's keys by an index.
-DELETE_SOME_KEYS = f"""
-    DELETE FROM e2e_room_keys WHERE +user_id = :user_id AND rowid IN (
-        SELECT rowid FROM e2e_room_keys
-        WHERE user_id = :user_id AND version = :version
-        LIMIT {DELETED_AT_ONCE})"""
-#: Deletes keys of a room in the same way.
-DELETE_SOME_ROOM_KEYS = f"""
-    DELETE FROM e2e_room_keys WHERE +user_id = :user_id AND rowid IN (
-        SELECT rowid FROM e2e_room_keys
-        WHERE user_id = :user_id AND version = :version AND room_id = :room_id
-        LIMIT {DELETED_AT_ONCE})"""
-
-#: Returns the ids of keys and the bytes of their session_data: see `Engine.key_sizes`.
-KEY_SIZES = """
-    SELECT room_id, session_id, LENGTH(CAST(session_data AS BLOB)) FROM e2e_room_keys
-    WHERE user_id = :user_id AND version = :version
-    AND (room_id, session_id) >= (:room_id, :session_id)
-    ORDER BY room_id, session_id LIMIT :limit"""
-#: Returns the sizes of a user's backups: see `Engine.user_sizes`.
-USER_SIZES = """
-    SELECT v.version, LENGTH(CAST(v.auth_data AS BLOB)), c.key_count, c.key_bytes
-    FROM e2e_room_keys_versions AS v
-    LEFT JOIN roomkeys_counts AS c ON c.user_id = :user_id AND c.version = v.version
-        AND c.etag = COALESCE(v.etag, 0) AND c.counted_ts BETWEEN :oldest AND :newest
-    WHERE v.user_id = :user_id AND v.deleted = 0"""
-
-_INTEGER = """CASE WHEN typeof({0}) = 'integer' AND {0} BETWEEN 0 AND
-        9007199254740991 THEN {0} ELSE 0 END"""
-
-
-def _download(condition: str) -> str:
-    """Return the query of a page of a download: see `DownloadStatements`.
-
-    SQLite builds the text of a key up to the data, which leaves Python's interpreter to
-    other threads meanwhile. The data are a column of their own: they aren't copied into
-    a longer text, and Python checks whether they are JSON. A stored value that isn't an
-    integer from 0 to 2^53 - 1 reads as 0: readers of JSON disagree on larger numbers.
-    """
-    index = _INTEGER.format("k.first_message_index")
-    forwarded = _INTEGER.format("k.forwarded_count")
-    return f"""
-    SELECT k.room_id, json_quote(k.session_id)
-        || ':{{"first_message_index":' || {index}
-        || ',"forwarded_count":' || {forwarded}
-        || ',"is_verified":' || CASE WHEN k.is_verified THEN 'true' ELSE 'false' END
-        || ',"session_data":', CAST(k.session_data AS TEXT)
-    FROM (SELECT 1 FROM e2e_room_keys_versions
-        WHERE user_id = :user_id AND version = :version AND deleted = 0) AS v
-    LEFT JOIN (
-        SELECT room_id, session_id, first_message_index, forwarded_count,
-            is_verified, session_data
-        FROM e2e_room_keys
-        WHERE user_id = :user_id AND version = :version AND session_data <> 'null'
-        {condition}
-        ORDER BY room_id, session_id LIMIT MIN(:limit, :count)
-    ) AS k ON TRUE"""
-
-
-#: Downloads of session_data, JSON or not.
-DOWNLOADS = DownloadStatements(
-    backup=_download(""),
-    backup_after=_download("AND (room_id, session_id) > (:room_id, :session_id)"),
-    room=_download("AND room_id = :room_id"),
-    room_after=_download("AND room_id = :room_id AND session_id > :session_id"),
-)
-
-TABLE_STATEMENTS = TableStatements(
-    find_read_only="SELECT 0",
-    # The driver encodes and decodes whatever encoding the file has.
-    find_encoding="SELECT 'UTF8'",
-    find_tables=f"SELECT name FROM sqlite_master WHERE name IN {ALL_TABLES}",
-    lock="BEGIN IMMEDIATE",
-    touch="UPDATE roomkeys_schema SET number = number",
-    estimate_keys="SELECT COALESCE(SUM(key_count), 0) FROM roomkeys_counts",
-    measure_keys="""
-    SELECT user_id, version, COUNT(*),
-        COALESCE(SUM(LENGTH(CAST(session_data AS BLOB))), 0)
-    FROM e2e_room_keys WHERE user_id BETWEEN :first AND :last
-    GROUP BY user_id, version""",
-    measure_tables="""
-    SELECT 'all tables of the file', page_count * page_size
-    FROM pragma_page_count, pragma_page_size""",
-)
 
 
 class SqliteEngine:
@@ -249,12 +43,12 @@ class SqliteEngine:
 
     name = "sqlite"
     error: type[Exception] = sqlite3.Error
-    tables = TABLE_STATEMENTS
+    tables = sql.TABLE_STATEMENTS
     #: SQLite reads the data to measure them: 1,000,000 keys of 900 bytes took 6 seconds
     #: with the file in the system's cache, and 13 seconds without.
     count_keys_and_bytes: str | None = None
-    key_sizes: str | None = KEY_SIZES
-    user_sizes = USER_SIZES
+    key_sizes: str | None = sql.KEY_SIZES
+    user_sizes = sql.USER_SIZES
     pages_at_once = PAGES_AT_ONCE
     swept_at_once = SWEPT_AT_ONCE
     #: Without a server, there is no round trip that an insert could save.
@@ -284,11 +78,11 @@ class SqliteEngine:
 
     def begin_write(self, txn: Transaction) -> None:
         """As `Engine.begin_write`."""
-        txn.execute(BEGIN_WRITE)
+        txn.execute(sql.BEGIN_WRITE)
 
     def begin_batch(self, txn: Transaction) -> None:
         """As `Engine.begin_batch`. SQLite always uses the index."""
-        txn.execute(BEGIN_WRITE)
+        txn.execute(sql.BEGIN_WRITE)
 
     def execute_all(
         self, statements: Sequence[str], txn: Transaction, parameters: Any
@@ -299,7 +93,7 @@ class SqliteEngine:
 
     def lock_version(self, txn: Transaction, backup: BackupId) -> LockedVersion | None:
         """As `Engine.lock_version`."""
-        txn.execute(LOCK_VERSION, names(backup))
+        txn.execute(sql.LOCK_VERSION, names(backup))
         row = txn.fetchone()
         return None if row is None else LockedVersion(row[0], bool(row[1]))
 
@@ -308,7 +102,7 @@ class SqliteEngine:
     ) -> bool:
         """As `Engine.insert_version`."""
         values = {"algorithm": algorithm, "auth_data": auth_data}
-        txn.execute(INSERT_VERSION, {**names(backup), **values})
+        txn.execute(sql.INSERT_VERSION, {**names(backup), **values})
         return bool(txn.rowcount)
 
     def find_sessions(
@@ -327,9 +121,9 @@ class SqliteEngine:
             "ids": json.dumps([(key.room_id, key.session_id) for key in keys]),
         }
         if with_data:
-            txn.execute(FIND_SESSIONS_WITH_DATA, parameters)
+            txn.execute(sql.FIND_SESSIONS_WITH_DATA, parameters)
         else:
-            txn.execute(FIND_SESSIONS, parameters)
+            txn.execute(sql.FIND_SESSIONS, parameters)
         return txn.fetchall()
 
     def insert_if_all_new(
@@ -350,15 +144,15 @@ class SqliteEngine:
             "added_bytes": write.added_bytes,
             "keys": _pack_keys(write.keys),
         }
-        txn.execute(SET_ETAG_OF_CURRENT, parameters)
+        txn.execute(sql.SET_ETAG_OF_CURRENT, parameters)
         if not txn.rowcount:
             return False
         if write.kept:
             kept = [(key.room_id, key.session_id) for key in write.kept]
             values = {"replaced_ms": write.now_ms, "etag": write.new_etag}
             ids = {**names(write.backup), "ids": json.dumps(kept)}
-            txn.execute(KEEP_KEYS, {**ids, **values})
-        txn.execute(WRITE_KEYS, parameters)
+            txn.execute(sql.KEEP_KEYS, {**ids, **values})
+        txn.execute(sql.WRITE_KEYS, parameters)
         txn.execute(MOVE_COUNT, parameters)
         if write.note is not None:
             txn.execute(NOTE_CHANGE, {**names(write.backup), **write.note})
@@ -374,22 +168,24 @@ class SqliteEngine:
             "ids": json.dumps([row[:2] for row in rows]),
             "rows": json.dumps(rows),
         }
-        txn.execute(KEEP_KEYS, parameters)
-        txn.execute(RESTORE_KEYS, parameters)
+        txn.execute(sql.KEEP_KEYS, parameters)
+        txn.execute(sql.RESTORE_KEYS, parameters)
 
     def delete_keys(
         self, txn: Transaction, backup: BackupId, room_id: str | None
     ) -> DeletedKeys:
         """As `Engine.delete_keys`."""
         if room_id is None:
-            txn.execute(DELETE_SOME_KEYS, names(backup))
+            txn.execute(sql.DELETE_SOME_KEYS, names(backup))
         else:
-            txn.execute(DELETE_SOME_ROOM_KEYS, {**names(backup), "room_id": room_id})
-        return DeletedKeys(txn.rowcount, txn.rowcount < DELETED_AT_ONCE)
+            txn.execute(
+                sql.DELETE_SOME_ROOM_KEYS, {**names(backup), "room_id": room_id}
+            )
+        return DeletedKeys(txn.rowcount, txn.rowcount < sql.DELETED_AT_ONCE)
 
     def read_page(self, txn: Transaction, query: PageQuery) -> list[tuple[Any, ...]]:
         """As `Engine.read_page`."""
-        txn.execute(query.select(DOWNLOADS), query.parameters)
+        txn.execute(query.select(sql.DOWNLOADS), query.parameters)
         return txn.fetchall()
 
     def next_page(self, txn: Transaction, count: int) -> list[tuple[Any, ...]]:

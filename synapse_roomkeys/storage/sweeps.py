@@ -12,9 +12,10 @@ import attrs
 from twisted.internet.defer import Deferred
 
 from ..types import BackupId, Retention
-from .engine import Engine, names
+from .engine import Engine
 from .statements import LEAVE_QUEUE
 from .transactions import Transaction, Transactions
+from .values import names
 
 #: Maximum number of versions or users on a page of a list.
 PAGE = 100

@@ -9,10 +9,11 @@ from ..errors import unknown_version
 from ..merge import is_better, is_complete
 from ..types import Actor, BackupId, Restore, StoredKey
 from . import statements
-from .engine import Engine, KeyRestore, ReplacedKey, names
+from .engine import Engine
 from .record import RESTORE_KEYS, Change, Record, name_sessions
 from .rows import metadata
 from .transactions import Transaction
+from .values import KeyRestore, ReplacedKey, names
 
 
 @attrs.frozen

@@ -9,16 +9,11 @@ from ..errors import RoomKeysVersionError, unknown_version
 from ..merge import MergePlan, merge, size
 from ..types import Actor, BackupId, BackupState, Limits, RoomKey, UploadResult
 from .counts import KeyCounts
-from .engine import (
-    Engine,
-    KeyInsert,
-    KeyWrite,
-    Snapshot,
-    not_json_errors,
-)
+from .engine import Engine, not_json_errors
 from .record import UPLOAD, Change, Record, name_sessions
 from .rows import batches, read_snapshot
 from .transactions import Transaction
+from .values import KeyInsert, KeyWrite, Snapshot
 
 #: How many groups of users the guess tells apart, at most.
 _SLOTS = 1 << 16

@@ -12,7 +12,7 @@ from ..merge import size
 from ..types import Actor, BackupId, BackupInfo, BackupState, Limits
 from . import statements
 from .counts import KeyCounts
-from .engine import DeletedKeys, Engine, Snapshot, names
+from .engine import Engine
 from .record import (
     CREATE_VERSION,
     DELETE_KEYS,
@@ -24,6 +24,7 @@ from .record import (
 )
 from .transactions import Transaction
 from .uploads import Upload, find_sessions
+from .values import DeletedKeys, Snapshot, names
 
 #: Number of a user's newest deleted versions whose rows are kept. Older rows are
 #: deleted; else each POST and DELETE of a version would leave a row for ever.

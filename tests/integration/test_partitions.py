@@ -28,8 +28,8 @@ from synapse_roomkeys.storage import (
     upgrade_tables,
     versions,
 )
-from synapse_roomkeys.storage.engine import DownloadStatements
 from synapse_roomkeys.storage.postgres_engine import PostgresEngine, to_pyformat
+from synapse_roomkeys.storage.values import DownloadStatements
 from synapse_roomkeys.types import (
     Actor,
     BackupId,

@@ -18,18 +18,18 @@ from synapse_roomkeys.storage import (
     postgres_statements,
     record,
     rows,
-    sqlite_engine,
+    sqlite_statements,
     statements,
     sweeps,
     undo,
     uploads,
     versions,
 )
-from synapse_roomkeys.storage.engine import KeyWrite
 from synapse_roomkeys.storage.postgres_engine import PostgresEngine, PostgresTransaction
 from synapse_roomkeys.storage.record import Change, Record
 from synapse_roomkeys.storage.sqlite_engine import SqliteEngine
 from synapse_roomkeys.storage.undo import Undo
+from synapse_roomkeys.storage.values import KeyWrite
 from synapse_roomkeys.types import KeyMetadata, KeyPage, Replacement, RoomKey, StoredKey
 
 Patch: TypeAlias = Any
@@ -47,7 +47,7 @@ def statement(name: str, old: str, new: str) -> Iterator[None]:
     """A fault in a statement that both engines share."""
     fault = changed(getattr(statements, name), old, new)
     with ExitStack() as patches:
-        for module in (statements, sqlite_engine):
+        for module in (statements, sqlite_statements):
             if hasattr(module, name):
                 patches.enter_context(mock.patch.object(module, name, fault))
         yield
@@ -188,7 +188,7 @@ def keep_new_keys(
         times = {"replaced_ms": write.now_ms, "etag": write.new_etag}
         backup = attrs.asdict(write.backup)
         parameters = {**backup, **times, "ids": json.dumps(ids)}
-        txn.execute(sqlite_engine.KEEP_KEYS, parameters)
+        txn.execute(sqlite_statements.KEEP_KEYS, parameters)
     return is_written
 
 

@@ -11,9 +11,9 @@ import attrs
 from twisted.trial.unittest import SynchronousTestCase
 
 import synapse_roomkeys
-from synapse_roomkeys.storage import postgres_statements, sqlite_engine, sweeps
+from synapse_roomkeys.storage import postgres_statements, sqlite_statements, sweeps
 from synapse_roomkeys.storage import statements as shared
-from synapse_roomkeys.storage.engine import DownloadStatements
+from synapse_roomkeys.storage.values import DownloadStatements
 
 PACKAGE = Path(synapse_roomkeys.__file__).parent
 #: The modules from the lowest to the highest; each imports only earlier modules.
@@ -41,7 +41,9 @@ ORDER = [
     "storage.causes",
     "storage.transactions",
     "storage.citus",
+    "storage.values",
     "storage.engine",
+    "storage.sqlite_statements",
     "storage.sqlite_engine",
     "storage.postgres_settings",
     "storage.postgres_statements",
@@ -141,7 +143,7 @@ KNOWN_BY = {
 #: Statements without a row of a user.
 NAMELESS = (
     "statements.COLUMNS",
-    "sqlite_engine.BEGIN_WRITE",
+    "sqlite_statements.BEGIN_WRITE",
     "postgres_statements.FETCH_PAGE",
     "postgres_statements.SEPARATOR",
 )
@@ -222,7 +224,7 @@ class LayerTests(SynchronousTestCase):
 def statements() -> dict[str, str]:
     """Return all statements about tables of keys, by name."""
     found: dict[str, str] = {}
-    for module in (shared, sqlite_engine, postgres_statements):
+    for module in (shared, sqlite_statements, postgres_statements):
         place = module.__name__.rpartition(".")[2]
         for name, value in vars(module).items():
             if not name.isupper() or name.startswith("_"):
@@ -260,7 +262,7 @@ class StatementTests(SynchronousTestCase):
     def test_citus_can_send_each_statement_to_one_shard(self) -> None:
         """No INSERT stands in a statement with a WITH, an INSERT ... SELECT takes the
         user from a table, and no cursor reads distributed tables."""
-        texts = {n: s for n, s in statements().items() if "sqlite_engine" not in n}
+        texts = {n: s for n, s in statements().items() if "sqlite_statements" not in n}
         texts |= {n: s for n, s in vars(sweeps).items() if isinstance(s, str)}
         for name, text in texts.items():
             for part in text.split(";"):

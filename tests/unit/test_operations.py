@@ -21,11 +21,11 @@ from synapse_roomkeys.storage import (
     Erasure,
     Place,
     RetryingDatabase,
-    sqlite_engine,
+    sqlite_statements,
     statements,
 )
 from synapse_roomkeys.storage.erasure import Batch
-from synapse_roomkeys.storage.sqlite_engine import DELETED_AT_ONCE
+from synapse_roomkeys.storage.sqlite_statements import DELETED_AT_ONCE
 from synapse_roomkeys.types import (
     BackupId,
     BackupState,
@@ -49,7 +49,10 @@ from ..memory import FakeReactor, ImmediateDatabase, MemoryHost
 
 COUNT = "SELECT COUNT(*)"
 #: The deletions of SQLite, before a test makes them smaller.
-_DELETIONS = (sqlite_engine.DELETE_SOME_KEYS, sqlite_engine.DELETE_SOME_ROOM_KEYS)
+_DELETIONS = (
+    sqlite_statements.DELETE_SOME_KEYS,
+    sqlite_statements.DELETE_SOME_ROOM_KEYS,
+)
 
 
 class Operations(SynchronousTestCase):
@@ -368,11 +371,11 @@ class DeletionTests(Operations):
         rooms = {room: {f"{i}": key() for i in range(10)} for room in ("!a", "!b")}
         self.upload(rooms)
         for name in ("DELETE_SOME_KEYS", "DELETE_SOME_ROOM_KEYS"):
-            statement = getattr(sqlite_engine, name)
+            statement = getattr(sqlite_statements, name)
             fewer = statement.replace("LIMIT 2000", "LIMIT 4")
             self.assertNotEqual(fewer, statement)
-            self.patch(sqlite_engine, name, fewer)
-        self.patch(sqlite_engine, "DELETED_AT_ONCE", 4)
+            self.patch(sqlite_statements, name, fewer)
+        self.patch(sqlite_statements, "DELETED_AT_ONCE", 4)
 
     def keys(self) -> int:
         """How many keys the database holds."""
