@@ -272,11 +272,16 @@ def find_owner(session: Session, user_id: str) -> Inline[Owner]:
     """
     owner: Owner = yield session.overview.find_owner(user_id)
     if not owner.versions:
-        raise ToolError(
-            f"{user_id} has no backup here. A user is written as in Matrix, such as"
-            " @alice:example.org; the command users lists all"
-        )
+        raise no_backup(user_id)
     return owner
+
+
+def no_backup(user_id: str) -> ToolError:
+    """Return the error for a user without a version or a key."""
+    return ToolError(
+        f"{user_id} has no backup here. A user is written as in Matrix, such as"
+        " @alice:example.org; the command users lists all"
+    )
 
 
 @inlineCallbacks

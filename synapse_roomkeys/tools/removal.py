@@ -15,10 +15,10 @@ from .output import Output, plural, progress, require_yes, time_text
 from .owners import each_page, find_owner
 from .session import DONE, USAGE, Session, ToolError
 
-#: Returns the versions of a user that a purge deletes.
+#: Function that returns a user's versions to delete.
 Choice = Callable[[Owner], Iterable[VersionFacts]]
 
-#: A number of days that no kept key reaches, so that the sweeper deletes none.
+#: Days after which replaced keys expire: longer than any key has been stored.
 _FOREVER = 100_000
 
 
@@ -40,15 +40,19 @@ class Manner:
 
 
 @inlineCallbacks
-def _delete_keys(
-    session: Session, version: VersionFacts, rate: int | None
+def delete_keys(
+    session: Session, backup: BackupId, keys: int, rate: int | None
 ) -> Inline[int]:
-    """Delete the keys of a version that is deleted or has no row; fire with their
-    number."""
-    backup = BackupId(version.user_id, version.version)
+    """Delete the keys of a version that is deleted or has no row; fire with the number
+    of deleted keys.
+
+    Args:
+        keys: number of keys, for the progress.
+        rate: maximum number of keys that are deleted in a second; None for no limit.
+    """
     place: Place | None = Place()
     deleted = 0
-    with progress("keys", version.keys) as bar:
+    with progress("keys", keys) as bar:
         while place is not None:
             batch = yield session.erasure.delete_batch(backup, place, rate)
             place = batch.next
@@ -96,13 +100,13 @@ def purge_versions(
 @inlineCallbacks
 def _purge(session: Session, version: VersionFacts, manner: Manner) -> Inline[None]:
     """Delete a version with its keys."""
+    backup = BackupId(version.user_id, version.version)
     if version.state == SUPERSEDED:
         actor = Actor(None, manner.operator)
-        ids = (version.user_id, version.version)
-        yield session.store.delete_version(*ids, actor)
-    yield _delete_keys(session, version, manner.rate)
+        yield session.store.delete_version(backup.user_id, backup.version, actor)
+    yield delete_keys(session, backup, version.keys, manner.rate)
     if version.state != ORPHANED:
-        yield _empty_queue(session, BackupId(version.user_id, version.version))
+        yield _empty_queue(session, backup)
 
 
 @inlineCallbacks
@@ -115,7 +119,7 @@ def _empty_queue(session: Session, backup: BackupId) -> Inline[None]:
 
 
 def find_orphans(owner: Owner) -> Iterable[VersionFacts]:
-    """Return the versions that have keys but no row."""
+    """Return the versions with keys and without a row."""
     return [version for version in owner.versions if version.state == ORPHANED]
 
 
@@ -246,11 +250,12 @@ def _erase(
         rows |= yield session.overview.count_rows(user_id)
     else:
         yield session.erasure.mark_deleted(user_id)
-        # Again, for keys that an upload has stored meanwhile.
+        # Read again: an upload may have stored keys before the mark.
         owner = yield session.overview.find_owner(user_id)
         rows["e2e_room_keys"] = 0
         for version in owner.versions:
-            deleted = yield _delete_keys(session, version, manner.rate)
+            backup = BackupId(user_id, version.version)
+            deleted = yield delete_keys(session, backup, version.keys, manner.rate)
             rows["e2e_room_keys"] += deleted
         rows |= yield session.erasure.delete_rows(user_id)
     verb = "would be deleted" if manner.is_dry_run else "deleted"
