@@ -6,6 +6,7 @@ from .citus import find_cluster
 from .downloads import report_broken_row
 from .engine import Engine
 from .erasure import Erasure
+from .inspection import Blob, Inspection, StoredRow, StoredVersion, Tally
 from .overview import Activity, Overview, Owner, VersionFacts
 from .pool import PoolDatabase, postgres_database, sqlite_database
 from .postgres_engine import pack_array, postgres
@@ -36,11 +37,13 @@ __all__ = [
     "SQLITE",
     "WRITE_CAUSES",
     "Activity",
+    "Blob",
     "Database",
     "EndToEndRoomKeyStore",
     "Engine",
     "Erasure",
     "InsertGuess",
+    "Inspection",
     "Overview",
     "Owner",
     "Place",
@@ -48,7 +51,10 @@ __all__ = [
     "Queue",
     "RetryingDatabase",
     "SchemaError",
+    "StoredRow",
+    "StoredVersion",
     "Sweeps",
+    "Tally",
     "Transaction",
     "VersionFacts",
     "brief",

@@ -23,11 +23,19 @@ SUPERSEDED = "superseded"
 DELETED = "deleted"
 ORPHANED = "orphaned"
 
-#: Returns the users that have a version or a key, in order, from a user on. Each step
-#: of the recursion finds the next user by an index, past all rows of the last one.
-LIST_OWNERS = """
+
+def list_owners(start: str, columns: str) -> str:
+    """Return the query of a page of users that have a version or a key, in order, from
+    a user on. Each step of the recursion finds the next user by an index, past all rows
+    of the last one.
+
+    Args:
+        start: expression of the user after whom the page begins.
+        columns: expressions of ``user_id``, which are the columns of the rows.
+    """
+    return f"""
     WITH RECURSIVE owners (user_id, place) AS (
-        SELECT CAST(:user_id AS TEXT), 0
+        SELECT {start}, 0
         UNION ALL
         SELECT (SELECT MIN(next_id) FROM (
                 SELECT MIN(user_id) AS next_id FROM e2e_room_keys_versions
@@ -36,7 +44,12 @@ LIST_OWNERS = """
                 WHERE user_id > owners.user_id) AS n),
             place + 1
         FROM owners WHERE user_id IS NOT NULL AND place < :page)
-    SELECT user_id FROM owners WHERE place > 0 AND user_id IS NOT NULL ORDER BY place"""
+    SELECT {columns} FROM owners
+    WHERE place > 0 AND user_id IS NOT NULL ORDER BY place"""
+
+
+#: Returns a page of users after a user.
+LIST_OWNERS = list_owners("CAST(:user_id AS TEXT)", "user_id")
 #: Returns the versions of users from a first to a last one, and the time of the
 #: deletion of a version that is queued for the sweeper, or NULL.
 FIND_VERSIONS = """

@@ -15,7 +15,7 @@ from ..service.config import load_database
 from ..service.logs import set_up_logs
 from ..service.migration import load_synapse_database
 from ..types import Restore
-from . import history, owners, removal
+from . import history, owners, removal, verify
 from .output import Output, parse_duration, parse_moment
 from .session import USAGE, Session, ToolError, run
 
@@ -36,6 +36,7 @@ def add_commands(commands: Any) -> None:
     _add_looks(commands)
     _add_undo(commands)
     _add_removals(commands)
+    _add_verify(commands)
 
 
 def _add(commands: Any, name: str, work: Work, help_: str, example: str) -> Any:
@@ -416,3 +417,34 @@ def _sweep(
             USAGE,
         )
     return removal.sweep_deactivated(session, output, gone, _manner(options))
+
+
+def _add_verify(commands: Any) -> None:
+    """Add the command that looks for faults."""
+    parser = _add(
+        commands,
+        "verify",
+        lambda session, output, o: verify.verify(session, output, o.user, _repair(o)),
+        "look for keys and versions that clients can't use, or that can't be copied to"
+        " PostgreSQL, and for wrong counts",
+        "@alice:example.org",
+    )
+    parser.add_argument(
+        "user", metavar="USER", nargs="?", help="only this user; without it, all users"
+    )
+    parser.add_argument(
+        "--fix",
+        choices=[verify.COUNTS, verify.ORPHANS],
+        help="delete wrong cached counts, which the server recounts, or the keys whose"
+        " version has no row",
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="fix nothing, say what would be fixed"
+    )
+    parser.add_argument(
+        "--yes", action="store_true", help="delete the keys; needed for --fix orphans"
+    )
+
+
+def _repair(options: argparse.Namespace) -> verify.Repair:
+    return verify.Repair(options.fix, options.dry_run, options.yes)

@@ -23,6 +23,7 @@ from ..service.config import DatabaseConfig
 from ..storage import (
     EndToEndRoomKeyStore,
     Erasure,
+    Inspection,
     Overview,
     RetryingDatabase,
     SchemaError,
@@ -104,6 +105,8 @@ class Session:
         dry_store: the same, whose writes are rolled back once their result is known.
         overview: queries over all users.
         erasure: deletions that no client can ask for.
+        inspection: all rows as they are stored.
+        has_port: Whether Synapse's ``synapse_port_db`` can copy the database.
     """
 
     def __init__(self, config: DatabaseConfig, is_synapse: bool, reactor: Any) -> None:
@@ -132,6 +135,8 @@ class Session:
         self.dry_store = self._make_store(_DryRun(self.database))
         self.overview = Overview(self.database, self._engine)
         self.erasure = Erasure(self.database, self._engine)
+        self.inspection = Inspection(self.database, self._engine)
+        self.has_port = is_synapse and config.name == "sqlite3"
 
     def _make_store(self, database: Transactions) -> EndToEndRoomKeyStore:
         return EndToEndRoomKeyStore(

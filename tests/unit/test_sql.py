@@ -22,10 +22,11 @@ CALLS = {
     "executescript",
 }
 #: Names of further sources of statements: the modules of statements, attributes of an
-#: engine, the settings of a transaction, and the tables and users of a migration.
+#: engine, an engine's statements of a module, the settings of a transaction, and the
+#: tables and users of a migration.
 SOURCES = {
     *("statements", "sql", "tables", "count_keys_and_bytes", "user_sizes"),
-    *("key_sizes", "settings", "_limits", "_layout", "_of_users"),
+    *("key_sizes", "settings", "_limits", "_layout", "_of_users", "_statements"),
 }
 #: Functions that return a statement of the sources.
 GIVEN_BY = {"select", "saving", "_read_files"}
