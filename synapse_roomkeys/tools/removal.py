@@ -101,21 +101,21 @@ def purge_versions(
 def _purge(session: Session, version: VersionFacts, manner: Manner) -> Inline[None]:
     """Delete a version with its keys."""
     backup = BackupId(version.user_id, version.version)
-    if version.state == SUPERSEDED:
-        actor = Actor(None, manner.operator)
-        yield session.store.delete_version(backup.user_id, backup.version, actor)
-    yield delete_keys(session, backup, version.keys, manner.rate)
-    if version.state != ORPHANED:
-        yield _empty_queue(session, backup)
-
-
-@inlineCallbacks
-def _empty_queue(session: Session, backup: BackupId) -> Inline[None]:
-    """Delete the replaced keys of a version, and remove it from the sweeper's queue."""
+    if version.state == ORPHANED:
+        yield delete_keys(session, backup, version.keys, manner.rate)
+        return
+    # Deleting a deleted version again puts it into the sweeper's queue, if it isn't
+    # there. Once the sweep has begun, nobody can give the version back.
+    actor = Actor(None, manner.operator)
+    yield session.store.delete_version(backup.user_id, backup.version, actor)
     sweeps = session.sweeps(Retention(deleted_versions_days=0))
+    pause = session.swept_at_once / manner.rate if manner.rate else 0
     place: Place | None = Place()
-    while place is not None:
-        place = yield sweeps.delete_batch(backup, place)
+    with progress("keys", version.keys) as bar:
+        while place is not None:
+            place = yield sweeps.delete_batch(backup, place)
+            bar.update(session.swept_at_once)
+            yield session.clock.sleep(pause if place is not None else 0)
 
 
 def find_orphans(owner: Owner) -> Iterable[VersionFacts]:

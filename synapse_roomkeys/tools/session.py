@@ -105,6 +105,7 @@ class Session:
         dry_store: the same, whose writes are rolled back once their result is known.
         overview: queries over all users.
         erasure: deletions that no client can ask for.
+        swept_at_once: as `Engine.swept_at_once`.
         inspection: all rows as they are stored.
         has_port: Whether Synapse's ``synapse_port_db`` can copy the database.
     """
@@ -135,6 +136,7 @@ class Session:
         self.dry_store = self._make_store(_DryRun(self.database))
         self.overview = Overview(self.database, self._engine)
         self.erasure = Erasure(self.database, self._engine)
+        self.swept_at_once = self._engine.swept_at_once
         self.inspection = Inspection(self.database, self._engine)
         self.has_port = is_synapse and config.name == "sqlite3"
 
