@@ -85,7 +85,7 @@ class Versions:
             UserLimitError: the user's backups would exceed a limit.
         """
         self._engine.begin_write(txn)
-        self._lock_current(txn, user_id)
+        lock_current(self._engine, txn, user_id)
         is_inserted = False
         while not is_inserted:
             txn.execute(statements.VERSION_NUMBERS, {"user_id": user_id})
@@ -109,21 +109,6 @@ class Versions:
             self._counts.check_user(txn, user_id)
         self._record.note(txn, backup, Change(CREATE_VERSION, actor))
         return number
-
-    def _lock_current(self, txn: Transaction, user_id: str) -> None:
-        """Lock the current version, so that an upload ends before a new version takes
-        its place. If another process creates a newer version during the wait for the
-        lock, lock the newer version as well."""
-        locked: int | None = None
-        while (current := self._find_current(txn, user_id)) != locked:
-            if current is not None:
-                self._engine.lock_version(txn, BackupId(user_id, current))
-            locked = current
-
-    def _find_current(self, txn: Transaction, user_id: str) -> int | None:
-        txn.execute(statements.CURRENT_VERSION, {"user_id": user_id})
-        row = txn.fetchone()
-        return None if row is None else row[0]
 
     def find(self, txn: Transaction, user_id: str, version: int | None) -> FoundInfo:
         """Read a version, or the current version, and count the keys if no valid count
@@ -242,7 +227,7 @@ class Versions:
                 some of its keys are deleted already.
         """
         self._engine.begin_write(txn)
-        self._lock_current(txn, backup.user_id)
+        lock_current(self._engine, txn, backup.user_id)
         self._engine.lock_version(txn, backup)
         txn.execute(statements.UNMARK_DELETED, names(backup))
         if not txn.rowcount:
@@ -309,3 +294,25 @@ class Versions:
             statements.FORGET_DELETED,
         ):
             txn.execute(statement, {"user_id": user_id})
+
+
+def lock_current(engine: Engine, txn: Transaction, user_id: str) -> int | None:
+    """Lock the current version, so that an upload ends before a new version takes its
+    place. If another process creates a newer version during the wait for the lock, lock
+    the newer version as well.
+
+    Returns:
+        The number of the current version; None if the user has no version.
+    """
+    locked: int | None = None
+    while (current := _find_current(txn, user_id)) != locked:
+        if current is not None:
+            engine.lock_version(txn, BackupId(user_id, current))
+        locked = current
+    return locked
+
+
+def _find_current(txn: Transaction, user_id: str) -> int | None:
+    txn.execute(statements.CURRENT_VERSION, {"user_id": user_id})
+    row = txn.fetchone()
+    return None if row is None else row[0]
