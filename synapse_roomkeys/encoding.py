@@ -48,6 +48,13 @@ def session_id_of(member: str) -> str:
     return session_id
 
 
+def split_head(head: str) -> tuple[str, str]:
+    """Return the session id of a key's head (see `KeyPage`) as a JSON string, and the
+    fields after the id without the opening brace."""
+    _, end = _json_decoder.raw_decode(head)
+    return head[:end], head[end + len(":{") :]
+
+
 class BackupEncoder:
     """Encoder of a download: keys, ordered by room, become one JSON object.
 

@@ -6,12 +6,13 @@ from .citus import find_cluster
 from .downloads import report_broken_row
 from .engine import Engine
 from .erasure import Erasure
+from .imports import Imports
 from .inspection import Blob, Inspection, StoredRow, StoredVersion, Tally
 from .overview import Activity, Overview, Owner, VersionFacts
 from .pool import PoolDatabase, postgres_database, sqlite_database
 from .postgres_engine import pack_array, postgres
 from .retries import RetryingDatabase, brief
-from .rows import FIRST_KEYS, PAGE_KEYS
+from .rows import FIRST_KEYS, PAGE_KEYS, batches
 from .schema import (
     SchemaError,
     check_tables,
@@ -42,6 +43,7 @@ __all__ = [
     "EndToEndRoomKeyStore",
     "Engine",
     "Erasure",
+    "Imports",
     "InsertGuess",
     "Inspection",
     "Overview",
@@ -57,6 +59,7 @@ __all__ = [
     "Tally",
     "Transaction",
     "VersionFacts",
+    "batches",
     "brief",
     "check_tables",
     "database_address",

@@ -15,7 +15,7 @@ from ..service.config import load_database
 from ..service.logs import set_up_logs
 from ..service.migration import load_synapse_database
 from ..types import Restore
-from . import history, owners, removal, verify
+from . import exports, history, imports, owners, removal, verify
 from .output import Output, parse_duration, parse_moment
 from .session import USAGE, Session, ToolError, run
 
@@ -35,6 +35,7 @@ def add_commands(commands: Any) -> None:
     """Add the operator's commands to the subparsers of the program."""
     _add_looks(commands)
     _add_undo(commands)
+    _add_transfers(commands)
     _add_removals(commands)
     _add_verify(commands)
 
@@ -295,6 +296,68 @@ def _restore(
         options.user, options.version, _operator(options), keys, options.dry_run
     )
     return history.restore(session, output, undo)
+
+
+def _add_transfers(commands: Any) -> None:
+    """Add the commands that hand a user's backups over."""
+    export = _add(
+        commands,
+        "export",
+        lambda session, output, o: exports.export(
+            session, output, exports.Export(o.user, o.backup, o.plain, o.output)
+        ),
+        "write a user's backups to a file",
+        "@alice:example.org -o alice.jsonl",
+    )
+    export.add_argument("user", metavar="USER")
+    export.add_argument(
+        "--version",
+        dest="backup",
+        type=_version,
+        metavar="V",
+        help="only this version; without it all versions, or with --plain the current"
+        " one. A deleted version isn't exported: give it back with restore first",
+    )
+    export.add_argument(
+        "--plain",
+        action="store_true",
+        help="write the body of GET /keys, the keys of one version, instead of lines",
+    )
+    export.add_argument(
+        "-o",
+        dest="output",
+        type=Path,
+        metavar="FILE",
+        help="write to FILE, which only its owner may read, and which is replaced if it"
+        " exists; without it, write to standard output",
+    )
+    import_ = _add(
+        commands,
+        "import",
+        lambda session, output, o: imports.import_file(
+            session,
+            output,
+            imports.Import(o.file, o.as_user, _operator(o), o.dry_run),
+        ),
+        "merge a file of export into a user's backups",
+        "alice.jsonl --dry-run",
+    )
+    import_.add_argument(
+        "file",
+        type=Path,
+        metavar="FILE",
+        help="file of export, or a body of GET /keys. The file is checked first; then"
+        " the keys are merged as if a client uploaded them. A version that the user"
+        " doesn't have is created under its number",
+    )
+    import_.add_argument(
+        "--user",
+        dest="as_user",
+        metavar="USER",
+        help="the user who gets the backups, if not the one in the file; necessary for"
+        " a body of GET /keys, which goes into the user's current version",
+    )
+    _add_operator(import_)
 
 
 def _add_removals(commands: Any) -> None:

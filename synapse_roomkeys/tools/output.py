@@ -57,6 +57,11 @@ def progress(unit: str, total: int | None = None) -> "tqdm[Any]":
     )
 
 
+def warn(text: str) -> None:
+    """Print a line on stderr, above the progress bar."""
+    tqdm.write(f"synapse-roomkeys: {text}", file=sys.stderr)
+
+
 def time_text(ms: int | None) -> str:
     """Format a Unix time in milliseconds, in UTC; a dash for None."""
     if ms is None:

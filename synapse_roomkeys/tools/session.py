@@ -23,6 +23,7 @@ from ..service.config import DatabaseConfig
 from ..storage import (
     EndToEndRoomKeyStore,
     Erasure,
+    Imports,
     Inspection,
     Overview,
     RetryingDatabase,
@@ -108,6 +109,7 @@ class Session:
         swept_at_once: as `Engine.swept_at_once`.
         inspection: all rows as they are stored.
         has_port: Whether Synapse's ``synapse_port_db`` can copy the database.
+        imports: the insertion of versions under their own number.
     """
 
     def __init__(self, config: DatabaseConfig, is_synapse: bool, reactor: Any) -> None:
@@ -139,6 +141,7 @@ class Session:
         self.swept_at_once = self._engine.swept_at_once
         self.inspection = Inspection(self.database, self._engine)
         self.has_port = is_synapse and config.name == "sqlite3"
+        self.imports = Imports(self.database, self._engine, time.time)
 
     def _make_store(self, database: Transactions) -> EndToEndRoomKeyStore:
         return EndToEndRoomKeyStore(
