@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..config import OptionError
-from ..tools.commands import add_commands
+from ..tools.read_commands import add_read_commands
 from ..tools.session import ToolError
+from ..tools.write_commands import add_write_commands
 from ..version import __version__
 from . import app
 from .check import Check
@@ -159,7 +160,8 @@ def _parser() -> argparse.ArgumentParser:
         help="write nothing, say what would be done",
     )
     move.set_defaults(run=_migrate)
-    add_commands(commands)
+    add_read_commands(commands)
+    add_write_commands(commands)
 
     generate = commands.add_parser(
         "generate", help="print the manual page, or a completion for a shell"

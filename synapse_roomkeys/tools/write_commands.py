@@ -1,0 +1,261 @@
+"""The command line of the commands that change backups, or copy them: ``restore``,
+``export``, ``import``, ``purge``, ``erase`` and ``sweep``."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from twisted.internet.defer import Deferred
+
+from ..types import Restore
+from . import exports, history, imports, removal
+from .arguments import (
+    add_command,
+    add_operator,
+    days,
+    moment,
+    natural,
+    operator_of,
+    version_number,
+)
+from .output import Output
+from .session import USAGE, Session, ToolError
+
+
+def add_write_commands(commands: Any) -> None:
+    """Add the commands that change or copy backups to the subparsers of the program."""
+    _add_undo(commands)
+    _add_transfers(commands)
+    _add_removals(commands)
+
+
+def _add_undo(commands: Any) -> None:
+    """Add the command that gives backups back."""
+    restore = add_command(
+        commands,
+        "restore",
+        _restore,
+        "give back a deleted version, or keys as they were before a time",
+        "@alice:example.org 1795421234 --before 2h",
+    )
+    restore.add_argument("user", metavar="USER")
+    restore.add_argument("version", metavar="VERSION", type=version_number)
+    restore.add_argument(
+        "--before",
+        type=moment,
+        metavar="TIME",
+        help="give back the keys that were replaced since this time: 2h, 7d, or"
+        " 2026-01-31T12:00:00 (UTC); without it, the version was deleted and is"
+        " given back",
+    )
+    restore.add_argument("--room", metavar="ROOM", help="only keys of this room")
+    restore.add_argument("--session", metavar="SESSION", help="only this key")
+    restore.add_argument(
+        "--force",
+        action="store_true",
+        help="also where the replaced key is worse than the stored one",
+    )
+    add_operator(restore)
+
+
+def _restore(
+    session: Session, output: Output, options: argparse.Namespace
+) -> "Deferred[int]":
+    """
+    Raises:
+        ToolError: the options don't go together.
+    """
+    keys = None
+    if options.before is not None:
+        ids = options.room, options.session
+        keys = Restore(*ids, since_ms=options.before, is_forced=options.force)
+    elif options.room or options.session or options.force:
+        raise ToolError("--room, --session and --force need --before", USAGE)
+    undo = history.Undo(
+        options.user, options.version, operator_of(options), keys, options.dry_run
+    )
+    return history.restore(session, output, undo)
+
+
+def _add_transfers(commands: Any) -> None:
+    """Add the commands that hand a user's backups over."""
+    export = add_command(
+        commands,
+        "export",
+        lambda session, output, o: exports.export(
+            session, output, exports.Export(o.user, o.backup, o.plain, o.output)
+        ),
+        "write a user's backups to a file",
+        "@alice:example.org -o alice.jsonl",
+    )
+    export.add_argument("user", metavar="USER")
+    export.add_argument(
+        "--version",
+        dest="backup",
+        type=version_number,
+        metavar="V",
+        help="only this version; without it all versions, or with --plain the current"
+        " one. A deleted version isn't exported: give it back with restore first",
+    )
+    export.add_argument(
+        "--plain",
+        action="store_true",
+        help="write the body of GET /keys, the keys of one version, instead of lines",
+    )
+    export.add_argument(
+        "-o",
+        dest="output",
+        type=Path,
+        metavar="FILE",
+        help="write to FILE, which only its owner may read, and which is replaced if it"
+        " exists; without it, write to standard output",
+    )
+    import_ = add_command(
+        commands,
+        "import",
+        lambda session, output, o: imports.import_file(
+            session,
+            output,
+            imports.Import(o.file, o.as_user, operator_of(o), o.dry_run),
+        ),
+        "merge a file of export into a user's backups",
+        "alice.jsonl --dry-run",
+    )
+    import_.add_argument(
+        "file",
+        type=Path,
+        metavar="FILE",
+        help="file of export, or a body of GET /keys. The file is checked first; then"
+        " the keys are merged as if a client uploaded them. A version that the user"
+        " doesn't have is created under its number",
+    )
+    import_.add_argument(
+        "--user",
+        dest="as_user",
+        metavar="USER",
+        help="the user who gets the backups, if not the one in the file; necessary for"
+        " a body of GET /keys, which goes into the user's current version",
+    )
+    add_operator(import_)
+
+
+def _add_removals(commands: Any) -> None:
+    """Add the commands that delete."""
+    purge = add_command(
+        commands,
+        "purge",
+        _purge,
+        "delete backups that nobody uses, of all users",
+        "--superseded-older-than 90d --yes",
+    )
+    subject = purge.add_mutually_exclusive_group(required=True)
+    subject.add_argument(
+        "--superseded-older-than",
+        dest="superseded",
+        type=moment,
+        metavar="TIME",
+        help="versions that were superseded, and last changed, before this time",
+    )
+    subject.add_argument(
+        "--orphans", action="store_true", help="keys whose version has no row"
+    )
+    subject.add_argument(
+        "--deleted",
+        action="store_true",
+        help="deleted versions whose keys are still there",
+    )
+    subject.add_argument(
+        "--record-older-than",
+        dest="record",
+        type=days,
+        metavar="DAYS",
+        help="recorded changes that are older, such as 28d",
+    )
+    erase = add_command(
+        commands,
+        "erase",
+        lambda session, output, o: removal.erase(
+            session, output, o.user, o.even_if_active, _manner(o)
+        ),
+        "delete all rows of a user, and print a receipt",
+        "@alice:example.org --yes",
+    )
+    erase.add_argument("user", metavar="USER")
+    erase.add_argument(
+        "--even-if-active",
+        action="store_true",
+        help="erase a user whose account is active, or may be",
+    )
+    sweep = add_command(
+        commands,
+        "sweep",
+        _sweep,
+        "erase the users that the homeserver no longer has",
+        "--users gone.txt --yes",
+    )
+    subject = sweep.add_mutually_exclusive_group(required=True)
+    subject.add_argument(
+        "--deactivated",
+        action="store_true",
+        help="users who are deactivated or absent in the Synapse's database",
+    )
+    subject.add_argument(
+        "--users",
+        type=Path,
+        metavar="FILE",
+        help="the users to erase, a line each",
+    )
+    for parser in (purge, erase, sweep):
+        add_operator(parser)
+        parser.add_argument(
+            "--yes", action="store_true", help="delete; without it nothing is deleted"
+        )
+        parser.add_argument(
+            "--rate",
+            type=natural,
+            metavar="N",
+            help="delete N keys a second at most",
+        )
+
+
+def _manner(options: argparse.Namespace) -> removal.Manner:
+    return removal.Manner(
+        operator_of(options), options.dry_run, options.yes, options.rate
+    )
+
+
+def _purge(
+    session: Session, output: Output, options: argparse.Namespace
+) -> "Deferred[int]":
+    manner = _manner(options)
+    if options.record is not None:
+        return removal.purge_record(session, output, options.record, manner)
+    wanted: removal.Choice = removal.find_deleted
+    if options.orphans:
+        wanted = removal.find_orphans
+    if options.superseded is not None:
+        wanted = removal.superseded_before(options.superseded)
+    return removal.purge_versions(session, output, wanted, manner)
+
+
+def _sweep(
+    session: Session, output: Output, options: argparse.Namespace
+) -> "Deferred[int]":
+    """
+    Raises:
+        ToolError: the users who are gone aren't known.
+    """
+    gone = None
+    if options.users is not None:
+        try:
+            lines = options.users.read_text(encoding="utf-8").splitlines()
+        except (OSError, ValueError) as error:
+            raise ToolError(f"{options.users}: {error}", USAGE) from None
+        gone = frozenset(line.strip() for line in lines if line.strip())
+    elif not session.is_synapse:
+        raise ToolError(
+            "the service's database doesn't tell who is deactivated: give --users with"
+            " a file, a user a line",
+            USAGE,
+        )
+    return removal.sweep_deactivated(session, output, gone, _manner(options))
