@@ -33,8 +33,8 @@ FACTS = facts(1, "current")
 #: Number of keys of an import that is interrupted: about 20 transactions.
 INTERRUPTED = 10_000
 #: Number of keys of a large backup, and KiB by which the memory of a command may grow:
-#: the keys alone have 90 MiB. 20 MiB leave room for a few batches of 0.5 MiB each.
-MANY = 100_000
+#: the keys alone have 45 MiB. 20 MiB leave room for a few batches of 0.5 MiB each.
+MANY = 50_000
 MEMORY = 20 * 1024
 #: Runs a command, and prints the peak of the process's memory in KiB.
 MEASURED = """
@@ -347,7 +347,7 @@ def peak(place: Place, *command: str) -> int:
 def test_a_large_backup_in_little_memory(
     places: dict[str, Place], tmp_path: Path
 ) -> None:
-    """Neither an export nor an import holds a backup of 100,000 keys in memory."""
+    """Neither an export nor an import holds a backup of 50,000 keys in memory."""
     path = str(tmp_path / "backup")
     one, other = places["synapse"], places["service"]
     small, large = one.new_user(), one.new_user()

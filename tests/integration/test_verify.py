@@ -325,9 +325,9 @@ def test_an_unknown_user_is_refused(service: tuple[Service, Tool]) -> None:
 
 
 #: Number of keys of a large backup, and bytes of each key's data.
-MANY, LENGTH = 100_000, 900
+MANY, LENGTH = 50_000, 900
 #: Maximum memory for the large backup above the memory for two keys, in bytes. A page
-#: of 400 keys has 0.4 MB; all keys have 90 MB.
+#: of 400 keys has 0.4 MB; all keys have 45 MB.
 GROWTH = 20_000_000
 INSERT_MANY = f"""
     INSERT INTO e2e_room_keys
@@ -350,7 +350,7 @@ def peak_memory(tool: Tool, user_id: str) -> int:
 def test_memory_is_bounded(
     service: tuple[Service, Tool], homeserver: Homeserver
 ) -> None:
-    """100,000 keys, each with a finding, are read a page at a time."""
+    """50,000 keys, each with a finding, are read a page at a time."""
     server, tool = service
     _, small, _ = new_backup(server, homeserver)
     _, large, version = new_backup(server, homeserver)
