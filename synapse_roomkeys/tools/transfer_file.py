@@ -190,7 +190,7 @@ class LinesFile:
         """
         try:
             header = _decode_header(stream.readline(_MAX_HEADER))
-        except RecursionError as error:
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             raise ValueError from error
         if header.format != _FORMAT or header.format_number != _FORMAT_NUMBER:
             raise FileError(
