@@ -213,9 +213,12 @@ def erase(
             isn't known.
 
     Raises:
-        ToolError: the account is active.
+        ToolError: the account is active, or no table has a row of the user.
     """
-    yield find_owner(session, user_id)
+    rows = yield session.overview.count_rows(user_id)
+    if not any(rows.values()):
+        # Keys without any other row, or no row at all.
+        yield find_owner(session, user_id)
     if not is_forced:
         yield _refuse_active(session, user_id)
     if not manner.is_dry_run:

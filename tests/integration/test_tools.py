@@ -362,6 +362,19 @@ def test_an_erasure_leaves_no_row(place: Place) -> None:
     assert place.api(other).tally(kept) == (1, 5)
 
 
+def test_an_erasure_finds_what_is_left(place: Place) -> None:
+    """A user of whom only the record is left, because the homeserver deleted the
+    versions and keys, is erased."""
+    user = place.new_user()
+    back_up(place.api(user), 2)
+    for table in ("e2e_room_keys", "e2e_room_keys_versions"):
+        place.tool.sql(f"DELETE FROM {table} WHERE user_id = ?", user.user_id)
+    arguments = ("erase", user.user_id, "--even-if-active", "--yes", "--json")
+    [receipt] = place.tool.run(*arguments).rows()
+    assert receipt["rows"]["roomkeys_changes"] == 2
+    assert not any(personal_rows(place, user).values())
+
+
 def test_a_sweep_erases_users_who_are_gone(place: Place) -> None:
     """A Synapse's database tells who is deactivated; a file tells it of any database.
     Other users stay."""
