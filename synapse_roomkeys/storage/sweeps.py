@@ -317,7 +317,8 @@ class Sweeps:
         return last
 
     def _due_ms(self) -> int:
-        """Time before which a version must have been deleted so that its keys go."""
+        """Unix time in milliseconds. The sweeper deletes the keys of versions that were
+        deleted at this time or earlier."""
         return self._now_ms() - self._retention.deleted_versions_days * _DAY_MS
 
     def _now_ms(self) -> int:

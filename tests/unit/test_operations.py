@@ -287,19 +287,19 @@ class OldRowTests(Operations):
         self.assertEqual(len(self.download()["!a"]), 1 + len(broken))
 
     def test_a_row_that_is_not_json_is_left_out(self) -> None:
-        """Whatever it looks like, the backup stays readable for clients."""
+        """A download leaves out a key whose session_data isn't JSON."""
         self.assert_left_out(
             {"a": "not json", "b": '{"cut": "o', "c": "", "z": 'SECRET"}}'}
         )
 
     def test_rows_that_are_json_only_together_are_left_out(self) -> None:
-        """Data that would add a session, or that others' data make whole."""
+        """session_data that is JSON only beside another key's data is left out."""
         self.assert_left_out(
             {"a": '1},"x":{"y":2', "b": '"begun', "c": 'ended"', "d": "1,2"}
         )
 
     def test_a_broken_row_on_each_page(self) -> None:
-        """Pages end where they did, and nothing else is missing."""
+        """A download with a broken row on each page has all other keys."""
         self.upload({"!a": {f"{i:04}": key() for i in range(3 * PAGE_KEYS)}})
         broken = [f"{i:04}" for i in (0, FIRST_KEYS - 1, FIRST_KEYS, 3 * PAGE_KEYS - 1)]
         for session in broken:
@@ -714,7 +714,7 @@ class RetryTests(SynchronousTestCase):
         self.assertNotIsInstance(error, OutageError)
 
     def test_an_attempt_is_made_once(self) -> None:
-        """An answer that doesn't need its write doesn't wait for it, nor fail."""
+        """An optional transaction is tried once. Its failure is no error."""
         reactor = FakeReactor()
         with self.assertLogs("synapse_roomkeys", "WARNING") as logged:
             away = Away(1, "attempt to write a readonly database")
