@@ -8,6 +8,7 @@ from .engine import Engine
 from .erasure import Erasure
 from .imports import Imports
 from .inspection import Blob, Inspection, StoredRow, StoredVersion, Tally
+from .leases import LEASE_SECONDS, Leases
 from .overview import Activity, Overview, Owner, VersionFacts
 from .pool import PoolDatabase, postgres_database, sqlite_database
 from .postgres_engine import pack_array, postgres
@@ -24,7 +25,7 @@ from .schema import (
 )
 from .sqlite_engine import SQLITE
 from .store import EndToEndRoomKeyStore
-from .sweeps import LEASE_SECONDS, Place, Queue, Sweeps
+from .sweeps import Place, Queue, Sweeps
 from .transactions import Database, Transaction
 from .uploads import InsertGuess
 
@@ -46,6 +47,7 @@ __all__ = [
     "Imports",
     "InsertGuess",
     "Inspection",
+    "Leases",
     "Overview",
     "Owner",
     "Place",

@@ -13,27 +13,15 @@ from twisted.internet.defer import Deferred
 
 from ..types import BackupId, Retention
 from .engine import Engine
+from .leases import Leases
 from .statements import LEAVE_QUEUE
 from .transactions import Transaction, Transactions
 from .values import names
 
 #: Maximum number of versions or users on a page of a list.
 PAGE = 100
-#: Duration of the sweeper's lease, in seconds. If the sweeper's process is killed,
-#: another process sweeps after this time.
-LEASE_SECONDS = 60
 _DAY_MS = 24 * 60 * 60 * 1000
 
-#: Takes or renews the lease. Writes no row if another process has the lease.
-TAKE_LEASE = """
-    INSERT INTO roomkeys_leases (name, owner, until_ms, expired_ms)
-    VALUES ('sweep', :owner, :until_ms, 0)
-    ON CONFLICT (name) DO UPDATE SET
-    owner = excluded.owner, until_ms = excluded.until_ms
-    WHERE roomkeys_leases.owner = :owner OR roomkeys_leases.until_ms < :now_ms"""
-#: Gives the lease back.
-END_LEASE = """
-    UPDATE roomkeys_leases SET until_ms = 0 WHERE name = 'sweep' AND owner = :owner"""
 #: Returns the time at which old records were last deleted.
 LAST_EXPIRY = "SELECT expired_ms FROM roomkeys_leases WHERE name = 'sweep'"
 #: Saves that time.
@@ -143,6 +131,9 @@ class Sweeps:
     """The sweeper's transactions, one method each.
 
     The Deferreds fail as the `Transactions` do.
+
+    Attributes:
+        leases: the leases in the same database.
     """
 
     def __init__(
@@ -156,32 +147,11 @@ class Sweeps:
         Args:
             now: returns the Unix time in seconds.
         """
+        self.leases = Leases(database, now)
         self._database = database
         self._engine = engine
         self._now = now
         self._retention = retention
-
-    def take_lease(self, owner: str) -> "Deferred[bool]":
-        """Take or renew the lease; fire with whether this process has it.
-
-        Args:
-            owner: name of the process, different from all others.
-        """
-        return self._database.write("roomkeys_sweep_lease", self._take_lease, owner)
-
-    def _take_lease(self, txn: Transaction, owner: str) -> bool:
-        now = self._now_ms()
-        values = {"owner": owner, "now_ms": now, "until_ms": now + 1000 * LEASE_SECONDS}
-        txn.execute(TAKE_LEASE, values)
-        return bool(txn.rowcount)
-
-    def end_lease(self, owner: str) -> "Deferred[None]":
-        """Give the lease back."""
-
-        def end(txn: Transaction) -> None:
-            txn.execute(END_LEASE, {"owner": owner})
-
-        return self._database.write("roomkeys_sweep_lease", end)
 
     def measure_queue(self) -> "Deferred[Queue]":
         """Fire with the `Queue` of deleted versions."""

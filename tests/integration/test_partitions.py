@@ -268,7 +268,7 @@ def all_statements() -> set[str]:
         statements.COLUMNS,
         postgres_statements.FETCH_PAGE,
         postgres_statements.SEPARATOR,
-        *(sweeps.TAKE_LEASE, sweeps.END_LEASE, sweeps.LAST_EXPIRY, sweeps.SAVE_EXPIRY),
+        *(sweeps.LAST_EXPIRY, sweeps.SAVE_EXPIRY),
         *(sweeps.LIST_DELETED, sweeps.MEASURE_QUEUE, sweeps.LIST_USERS),
     }
     parts = (part for text in found - apart for part in text.split(";"))

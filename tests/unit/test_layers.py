@@ -61,12 +61,14 @@ ORDER = [
     "storage.versions",
     "storage.undo",
     "storage.store",
+    "storage.leases",
     "storage.sweeps",
     "storage.overview",
     "storage.erasure",
     "storage.inspection",
     "storage.imports",
     "storage",
+    "background",
     "sweeper",
     "replacements",
     "handler",
@@ -125,7 +127,7 @@ ORDER = [
 #: By the first part of an import's name, the modules with this import.
 KNOWN_BY = {
     "synapse": {"synapse_module"},
-    "prometheus_client": {"metrics", "service.status"},
+    "prometheus_client": {"metrics", "background", "service.status"},
     "psycopg2": {
         *("storage.arguments", "storage.postgres_engine"),
         "service.migration.postgres_side",

@@ -8,9 +8,9 @@ from twisted.internet.defer import Deferred, fail
 from twisted.trial.unittest import SynchronousTestCase
 
 from synapse_roomkeys import metrics
+from synapse_roomkeys.background import INTERVAL
 from synapse_roomkeys.storage import LEASE_SECONDS, SQLITE, Place, Sweeps
 from synapse_roomkeys.storage.sqlite_engine import SqliteEngine
-from synapse_roomkeys.sweeper import INTERVAL
 from synapse_roomkeys.types import BackupId, Retention
 
 from ..contract import Client
@@ -94,7 +94,7 @@ class DeletionTests(SweeperTests):
 
     def measure(self) -> Deferred[None]:
         """A pass of a process that doesn't have the lease."""
-        self.successResultOf(self.other_process().take_lease("other"))
+        self.successResultOf(self.other_process().leases.take("sweep", "other"))
         return self.host.sweeper.run()
 
     def other_process(self) -> Sweeps:
@@ -105,7 +105,7 @@ class DeletionTests(SweeperTests):
     def test_one_process_sweeps_at_a_time(self) -> None:
         """A process leaves the work to the one with the lease, until the lease ends."""
         self.delete()
-        self.successResultOf(self.other_process().take_lease("other"))
+        self.successResultOf(self.other_process().leases.take("sweep", "other"))
         self.sweep()
         self.assertEqual(self.keys(), 20)
         self.host.reactor.pump([1] * int(LEASE_SECONDS + INTERVAL))
@@ -115,11 +115,11 @@ class DeletionTests(SweeperTests):
         """A process that deleted a version tries again every 5 seconds."""
         self.sweep()
         other = self.other_process()
-        self.successResultOf(other.take_lease("other"))
+        self.successResultOf(other.leases.take("sweep", "other"))
         self.delete()
         self.host.reactor.pump([0, 5, 5])
         self.assertEqual(self.keys(), 20)
-        self.successResultOf(other.end_lease("other"))
+        self.successResultOf(other.leases.end("sweep", "other"))
         self.host.reactor.pump([5, *[0.1] * 10])
         self.assertEqual(self.keys(), 0)
 
@@ -170,7 +170,7 @@ class DeletionTests(SweeperTests):
         real = self.host.database.run
         error = RuntimeError("no disk")
         self.patch(self.host.database, "run", lambda *args: fail(error))
-        with self.assertLogs("synapse_roomkeys.sweeper", "ERROR") as logs:
+        with self.assertLogs("synapse_roomkeys.background", "ERROR") as logs:
             self.sweep()
             self.host.reactor.advance(INTERVAL)
         self.assertEqual(len(logs.records), 1)
@@ -194,7 +194,7 @@ class DeletionTests(SweeperTests):
             return real(backup, after)
 
         self.patch(self.host.sweeps, "delete_batch", fail_for_first)
-        with self.assertLogs("synapse_roomkeys.sweeper", "ERROR"):
+        with self.assertLogs("synapse_roomkeys.background", "ERROR"):
             self.sweep()
             self.assertEqual(self.keys(), 21)
             self.host.reactor.pump([INTERVAL, *[0.1] * 10])
