@@ -11,7 +11,7 @@ from twisted.internet.defer import Deferred
 from ..types import BackupId
 from . import statements
 from .engine import Engine
-from .sweeps import BATCH_END, DELETE_BATCH, DELETE_REST, Place
+from .sweeps import BATCH_END, DELETE_BATCH, DELETE_REST, EXPIRE_CHANGES, Place
 from .transactions import Transaction, Transactions
 from .values import names
 
@@ -115,3 +115,15 @@ class Erasure:
             return deleted
 
         return self._database.write("roomkeys_erase_rows", delete)
+
+    def delete_changes(self, user_id: str, before_ms: int) -> "Deferred[int]":
+        """Delete a user's recorded changes before a Unix time in milliseconds. Fire
+        with their number."""
+
+        def delete(txn: Transaction) -> int:
+            self._engine.begin_write(txn)
+            values = {"user_id": user_id, "record_ms": before_ms}
+            txn.execute(EXPIRE_CHANGES, values)
+            return int(txn.rowcount)
+
+        return self._database.write("roomkeys_delete_changes", delete)

@@ -24,32 +24,40 @@ DELETED = "deleted"
 ORPHANED = "orphaned"
 
 
-def list_owners(start: str, columns: str) -> str:
-    """Return the query of a page of users that have a version or a key, in order, from
-    a user on. Each step of the recursion finds the next user by an index, past all rows
-    of the last one.
+#: The tables with backups, and those with all of a user's rows, apart from the last
+#: version number, which stays when a user is erased.
+_BACKUPS = ("e2e_room_keys_versions", "e2e_room_keys")
+_ALL = (*_BACKUPS, "roomkeys_changes", "roomkeys_replaced", "roomkeys_deleted")
+
+
+def list_owners(start: str, columns: str, tables: Sequence[str] = _BACKUPS) -> str:
+    """Return the query of a page of users, in order, from a user on. Each step of the
+    recursion finds the next user by an index, past all rows of the last one.
 
     Args:
         start: expression of the user after whom the page begins.
         columns: expressions of ``user_id``, which are the columns of the rows.
+        tables: users with a row in any of these tables are listed.
     """
+    following = " UNION ALL ".join(
+        f"SELECT MIN(user_id) AS next_id FROM {table} WHERE user_id > owners.user_id"
+        for table in tables
+    )
     return f"""
     WITH RECURSIVE owners (user_id, place) AS (
         SELECT {start}, 0
         UNION ALL
-        SELECT (SELECT MIN(next_id) FROM (
-                SELECT MIN(user_id) AS next_id FROM e2e_room_keys_versions
-                WHERE user_id > owners.user_id
-                UNION ALL SELECT MIN(user_id) FROM e2e_room_keys
-                WHERE user_id > owners.user_id) AS n),
-            place + 1
+        SELECT (SELECT MIN(next_id) FROM ({following}) AS n), place + 1
         FROM owners WHERE user_id IS NOT NULL AND place < :page)
     SELECT {columns} FROM owners
     WHERE place > 0 AND user_id IS NOT NULL ORDER BY place"""
 
 
-#: Returns a page of users after a user.
-LIST_OWNERS = list_owners("CAST(:user_id AS TEXT)", "user_id")
+_START = "CAST(:user_id AS TEXT)"
+#: Returns a page of users with a version or a key, after a user.
+LIST_OWNERS = list_owners(_START, "user_id")
+#: Returns a page of users of whom anything is stored, after a user.
+LIST_USERS = list_owners(_START, "user_id", _ALL)
 #: Returns the versions of users from a first to a last one, and the time of the
 #: deletion of a version that is queued for the sweeper, or NULL.
 FIND_VERSIONS = """
@@ -196,6 +204,20 @@ class Overview:
             after: the last user of the page before; "" for the first page.
         """
         return self._database.run("roomkeys_list_owners", self._list, after)
+
+    def list_users(self, after: str) -> "Deferred[list[str]]":
+        """Fire with a page of the users of whom anything is stored, such as the record
+        alone; an empty list after the last user. No key is read.
+
+        Args:
+            after: the last user of the page before; "" for the first page.
+        """
+
+        def read(txn: Transaction) -> list[str]:
+            txn.execute(LIST_USERS, {"user_id": after, "page": OWNERS})
+            return [str(user_id) for (user_id,) in txn.fetchall()]
+
+        return self._database.run("roomkeys_list_users", read)
 
     def find_owner(self, user_id: str) -> "Deferred[Owner]":
         """Fire with a user, who may have no version."""

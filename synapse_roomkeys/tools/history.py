@@ -1,11 +1,11 @@
 """The commands ``audit`` and ``restore``: the record in words, and undo."""
 
-import json
 from typing import Any
 
 import attrs
 from twisted.internet.defer import inlineCallbacks
 
+from ..admin.facts import Sessions, describe_change, sessions_of
 from ..inline import Inline
 from ..storage import Owner, VersionFacts
 from ..types import Actor, RecordedChange, Restore, RoomKey
@@ -19,7 +19,6 @@ _ACTS = {
     "delete_version": "deleted the version",
     "restore_version": "gave the deleted version back",
 }
-_Sessions = dict[str, dict[str, list[str]]]
 
 
 @attrs.frozen
@@ -36,7 +35,7 @@ class AuditFilter:
     room_id: str | None
     session_id: str | None
 
-    def matches(self, sessions: _Sessions, change: RecordedChange) -> bool:
+    def matches(self, sessions: Sessions, change: RecordedChange) -> bool:
         """Whether a change is to be printed.
 
         A deletion of keys names no session, so it may concern each of them.
@@ -65,11 +64,9 @@ def audit(
         raise ToolError(f"{user_id} has no backup and no record here")
     printed = replaced = 0
     for change in changes:
-        sessions: _Sessions = json.loads(change.sessions or "{}")
+        sessions = sessions_of(change)
         if wanted.matches(sessions, change):
-            values = {**attrs.asdict(change), "sessions": sessions}
-            values |= {"version": str(change.version), "etag": str(change.etag)}
-            output.write(values, _change_text(change))
+            output.write(describe_change(change), _change_text(change))
             printed += 1
             replaced += any("replaced" in kinds for kinds in sessions.values())
     if not printed:

@@ -6,6 +6,7 @@ from typing import Any
 
 from twisted.internet.defer import Deferred
 
+from ..admin.survey import ORDERS
 from . import history, owners, verify
 from .arguments import add_command, moment, natural
 from .output import Output
@@ -39,7 +40,7 @@ def _add_looks(commands: Any) -> None:
     )
     users.add_argument(
         "--order",
-        choices=["name", *owners.ORDERS],
+        choices=["name", *ORDERS],
         default="name",
         help="by name (all users), or the largest first",
     )

@@ -1,25 +1,20 @@
 """The commands ``purge``, ``erase`` and ``sweep``: deletions, in small transactions."""
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import attrs
-from twisted.internet.defer import inlineCallbacks
+from twisted.internet.defer import Deferred, inlineCallbacks, succeed
 
+from ..admin.removal import AfterBatch, Choice
 from ..inline import Inline
-from ..storage import Owner, Place, VersionFacts
-from ..storage.overview import DELETED, ORPHANED, SUPERSEDED
-from ..types import Actor, BackupId, Retention
+from ..storage import Owner, VersionFacts
+from ..types import Actor
 from .output import Output, plural, progress, require_yes, time_text
-from .owners import each_page, find_owner
+from .owners import each_page, no_backup
 from .session import DONE, USAGE, Session, ToolError
-
-#: Function that returns a user's versions to delete.
-Choice = Callable[[Owner], Iterable[VersionFacts]]
-
-#: Days after which replaced keys expire: longer than any key has been stored.
-_FOREVER = 100_000
 
 
 @attrs.frozen
@@ -39,28 +34,23 @@ class Manner:
     rate: int | None
 
 
-@inlineCallbacks
-def delete_keys(
-    session: Session, backup: BackupId, keys: int, rate: int | None
-) -> Inline[int]:
-    """Delete the keys of a version that is deleted or has no row; fire with the number
-    of deleted keys.
+@contextmanager
+def paced(session: Session, keys: int, rate: int | None) -> Iterator[AfterBatch]:
+    """Show the progress of a deletion, and pause after each batch.
 
     Args:
-        keys: number of keys, for the progress.
+        keys: number of keys that will be deleted.
         rate: maximum number of keys that are deleted in a second; None for no limit.
     """
-    place: Place | None = Place()
-    deleted = 0
     with progress("keys", keys) as bar:
-        while place is not None:
-            batch = yield session.erasure.delete_batch(backup, place, rate)
-            place = batch.next
-            deleted += batch.deleted
-            bar.update(batch.deleted)
-            if rate is not None and place is not None:
-                yield session.clock.sleep(batch.deleted / rate)
-    return deleted
+
+        def after_batch(deleted: int) -> "Deferred[None]":
+            bar.update(deleted)
+            if rate is None:
+                return succeed(None)
+            return session.clock.sleep(deleted / rate)
+
+        yield after_batch
 
 
 @inlineCallbacks
@@ -88,71 +78,17 @@ def purge_versions(
                 keys += version.keys
                 output.write(_purged_values(version), _purged_text(version))
                 if not manner.is_dry_run:
-                    yield _purge(session, version, manner)
+                    actor = Actor(None, manner.operator)
+                    with paced(session, version.keys, manner.rate) as after_batch:
+                        yield session.removal.delete_version(
+                            version, actor, after_batch
+                        )
         return True
 
     yield each_page(session, "", purge_page)
     verb = "would be deleted" if manner.is_dry_run else "deleted"
     output.say(f"{plural(versions, 'version')}, {plural(keys, 'key')} {verb}")
     return DONE
-
-
-@inlineCallbacks
-def _purge(session: Session, version: VersionFacts, manner: Manner) -> Inline[None]:
-    """Delete a version with its keys."""
-    backup = BackupId(version.user_id, version.version)
-    if version.state == ORPHANED:
-        yield delete_keys(session, backup, version.keys, manner.rate)
-        return
-    # Deleting a deleted version again puts it into the sweeper's queue, if it isn't
-    # there. Once the sweep has begun, nobody can give the version back.
-    actor = Actor(None, manner.operator)
-    yield session.store.delete_version(backup.user_id, backup.version, actor)
-    sweeps = session.sweeps(Retention(deleted_versions_days=0))
-    pause = session.swept_at_once / manner.rate if manner.rate else 0
-    place: Place | None = Place()
-    with progress("keys", version.keys) as bar:
-        while place is not None:
-            place = yield sweeps.delete_batch(backup, place)
-            bar.update(session.swept_at_once)
-            yield session.clock.sleep(pause if place is not None else 0)
-
-
-def find_orphans(owner: Owner) -> Iterable[VersionFacts]:
-    """Return the versions with keys and without a row."""
-    return [version for version in owner.versions if version.state == ORPHANED]
-
-
-def find_deleted(owner: Owner) -> Iterable[VersionFacts]:
-    """Return the deleted versions that still have keys, or can be given back."""
-    return [
-        version
-        for version in owner.versions
-        if version.state == DELETED and (version.keys or version.deleted_ms is not None)
-    ]
-
-
-def superseded_before(due_ms: int) -> Choice:
-    """Return a function that returns a user's superseded versions without a change
-    since a time.
-
-    A version changes until the next one is created. The time of a version is unknown if
-    Synapse's own endpoints made all of the user's versions; such a version is never
-    returned.
-
-    Args:
-        due_ms: a Unix time in milliseconds.
-    """
-
-    def find(owner: Owner) -> Iterable[VersionFacts]:
-        for version in owner.versions:
-            later = [v for v in owner.versions if v.version > version.version]
-            times = [version.uploaded_ms, *(v.created_ms for v in later[:1])]
-            known = [ms for ms in times if ms is not None]
-            if version.state == SUPERSEDED and known and max(known) < due_ms:
-                yield version
-
-    return find
 
 
 def _purged_values(version: VersionFacts) -> dict[str, Any]:
@@ -181,16 +117,15 @@ def purge_record(
     since_ms = int(1000 * (time.time() - 86400 * days))
     if not manner.is_dry_run:
         require_yes(manner.has_yes, "the record of these changes will be lost")
-    sweeps = session.sweeps(Retention(record_days=days, replaced_keys_days=_FOREVER))
     found = 0
     after = ""
     with progress("users") as bar:
-        while page := (yield sweeps.list_users(after)):
+        while page := (yield session.overview.list_users(after)):
             changes = yield session.overview.sum_changes(page[0], page[-1], 0)
             newer = yield session.overview.sum_changes(page[0], page[-1], since_ms)
             found += changes.changes - newer.changes
             for user_id in page if not manner.is_dry_run else ():
-                yield sweeps.expire(user_id, Place())
+                yield session.erasure.delete_changes(user_id, since_ms)
             bar.update(len(page))
             after = page[-1]
     verb = "would be deleted" if manner.is_dry_run else "deleted"
@@ -215,10 +150,8 @@ def erase(
     Raises:
         ToolError: the account is active, or no table has a row of the user.
     """
-    rows = yield session.overview.count_rows(user_id)
-    if not any(rows.values()):
-        # Keys without any other row, or no row at all.
-        yield find_owner(session, user_id)
+    if not (yield _has_rows(session, user_id)):
+        raise no_backup(user_id)
     if not is_forced:
         yield _refuse_active(session, user_id)
     if not manner.is_dry_run:
@@ -248,20 +181,15 @@ def _erase(
 ) -> Inline[None]:
     """Delete a user's rows, or count them in a dry run, and print the receipt."""
     owner: Owner = yield session.overview.find_owner(user_id)
-    rows: dict[str, int] = {"e2e_room_keys": owner.keys}
+    rows: dict[str, int]
     if manner.is_dry_run:
+        rows = {"e2e_room_keys": owner.keys}
         rows |= yield session.overview.count_rows(user_id)
+        verb = "would be deleted"
     else:
-        yield session.erasure.mark_deleted(user_id)
-        # Read again: an upload may have stored keys before the mark.
-        owner = yield session.overview.find_owner(user_id)
-        rows["e2e_room_keys"] = 0
-        for version in owner.versions:
-            backup = BackupId(user_id, version.version)
-            deleted = yield delete_keys(session, backup, version.keys, manner.rate)
-            rows["e2e_room_keys"] += deleted
-        rows |= yield session.erasure.delete_rows(user_id)
-    verb = "would be deleted" if manner.is_dry_run else "deleted"
+        with paced(session, owner.keys, manner.rate) as after_batch:
+            rows = yield session.removal.erase(user_id, after_batch, manner.rate)
+        verb = "deleted"
     numbers = ", ".join(f"{table} {rows[table]:,}" for table in sorted(rows))
     values = {"user": user_id, "rows": rows, "is_dry_run": manner.is_dry_run}
     values["erased_ms"] = int(1000 * time.time())
@@ -270,7 +198,7 @@ def _erase(
 
 @inlineCallbacks
 def sweep_deactivated(
-    session: Session, output: Output, gone: frozenset[str] | None, manner: Manner
+    session: Session, output: Output, gone: Iterable[str] | None, manner: Manner
 ) -> Inline[int]:
     """Erase the users that the homeserver no longer has.
 
@@ -282,17 +210,35 @@ def sweep_deactivated(
     erased = 0
 
     @inlineCallbacks
-    def erase_page(page: list[Owner]) -> Inline[bool]:
+    def erase_all(user_ids: Iterable[str]) -> Inline[None]:
         nonlocal erased
-        ids = [owner.user_id for owner in page]
-        found = (yield session.overview.find_gone(ids)) if gone is None else gone
-        for user_id in ids:
-            if user_id in found:
-                erased += 1
-                yield _erase(session, output, user_id, manner)
-        return True
+        for user_id in user_ids:
+            erased += 1
+            yield _erase(session, output, user_id, manner)
 
-    yield each_page(session, "", erase_page)
+    if gone is not None:
+        for user_id in gone:
+            if (yield _has_rows(session, user_id)):
+                yield erase_all([user_id])
+    else:
+        after = ""
+        with progress("users") as bar:
+            while page := (yield session.overview.list_users(after)):
+                found = yield session.overview.find_gone(page)
+                yield erase_all(sorted(found))
+                bar.update(len(page))
+                after = page[-1]
     verb = "would be erased" if manner.is_dry_run else "erased"
     output.say(f"{plural(erased, 'user')} {verb}")
     return DONE
+
+
+@inlineCallbacks
+def _has_rows(session: Session, user_id: str) -> Inline[bool]:
+    """Fire with whether a table has a row of a user, apart from the last version
+    number."""
+    rows = yield session.overview.count_rows(user_id)
+    if any(rows.values()):
+        return True
+    owner: Owner = yield session.overview.find_owner(user_id)
+    return bool(owner.versions)

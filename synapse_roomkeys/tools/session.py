@@ -13,6 +13,7 @@ import attrs
 from twisted.internet.defer import CancelledError, Deferred, inlineCallbacks
 from twisted.python.failure import Failure
 
+from ..admin.removal import Removal
 from ..clock import Clock
 from ..describe import error_line
 from ..errors import RoomKeysError, UnavailableError
@@ -28,7 +29,6 @@ from ..storage import (
     Overview,
     RetryingDatabase,
     SchemaError,
-    Sweeps,
     database_address,
     open_tables,
 )
@@ -106,7 +106,7 @@ class Session:
         dry_store: the same, whose writes are rolled back once their result is known.
         overview: queries over all users.
         erasure: deletions that no client can ask for.
-        swept_at_once: as `Engine.swept_at_once`.
+        removal: deletions of versions and users.
         inspection: all rows as they are stored.
         has_port: Whether Synapse's ``synapse_port_db`` can copy the database.
         imports: the insertion of versions under their own number.
@@ -138,7 +138,7 @@ class Session:
         self.dry_store = self._make_store(_DryRun(self.database))
         self.overview = Overview(self.database, self._engine)
         self.erasure = Erasure(self.database, self._engine)
-        self.swept_at_once = self._engine.swept_at_once
+        self.removal = Removal(self.database, self._engine, self.store, time.time)
         self.inspection = Inspection(self.database, self._engine)
         self.has_port = is_synapse and config.name == "sqlite3"
         self.imports = Imports(self.database, self._engine, time.time)
@@ -147,10 +147,6 @@ class Session:
         return EndToEndRoomKeyStore(
             database, self._engine, time.time, Limits(), Retention()
         )
-
-    def sweeps(self, retention: Retention) -> Sweeps:
-        """Return the sweeper's transactions for a retention of the command's own."""
-        return Sweeps(self.database, self._engine, time.time, retention)
 
     def open(self) -> "Deferred[None]":
         """Connect. Fire with None once the tables are found.

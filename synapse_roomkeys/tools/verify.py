@@ -24,7 +24,7 @@ from .problems import (
     find_version_problems,
     is_utf8,
 )
-from .removal import delete_keys
+from .removal import paced
 from .session import DONE, FINDINGS, Session
 
 #: The faults that ``--fix`` fixes.
@@ -276,7 +276,8 @@ def _check_tally(
     if not tally.is_stored and tally.keys:
         is_fixable = repair.fix == ORPHANS and version.is_readable and bool(backup)
         if is_fixable and backup is not None and not repair.is_dry_run:
-            yield delete_keys(session, backup, tally.keys, None)
+            with paced(session, tally.keys, None) as after_batch:
+                yield session.removal.delete_keys(backup, after_batch)
         text = f"{plural(tally.keys, 'key')} of a version that has no row"
         report.write(version.ids, Problem("orphans", text, False), True, is_fixable)
     elif not tally.is_live and not tally.is_queued and tally.keys:

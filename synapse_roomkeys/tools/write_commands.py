@@ -7,6 +7,7 @@ from typing import Any
 
 from twisted.internet.defer import Deferred
 
+from ..admin.removal import Choice, find_deleted, find_orphans, superseded_before
 from ..types import Restore
 from . import exports, history, imports, removal
 from .arguments import (
@@ -230,11 +231,11 @@ def _purge(
     manner = _manner(options)
     if options.record is not None:
         return removal.purge_record(session, output, options.record, manner)
-    wanted: removal.Choice = removal.find_deleted
+    wanted: Choice = find_deleted
     if options.orphans:
-        wanted = removal.find_orphans
+        wanted = find_orphans
     if options.superseded is not None:
-        wanted = removal.superseded_before(options.superseded)
+        wanted = superseded_before(options.superseded)
     return removal.purge_versions(session, output, wanted, manner)
 
 
@@ -251,7 +252,7 @@ def _sweep(
             lines = options.users.read_text(encoding="utf-8").splitlines()
         except (OSError, ValueError) as error:
             raise ToolError(f"{options.users}: {error}", USAGE) from None
-        gone = frozenset(line.strip() for line in lines if line.strip())
+        gone = dict.fromkeys(line.strip() for line in lines if line.strip())
     elif not session.is_synapse:
         raise ToolError(
             "the service's database doesn't tell who is deactivated: give --users with"

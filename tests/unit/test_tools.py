@@ -7,6 +7,11 @@ from datetime import datetime, timezone
 
 from twisted.trial.unittest import SynchronousTestCase
 
+from synapse_roomkeys.admin.removal import (
+    find_deleted,
+    find_orphans,
+    superseded_before,
+)
 from synapse_roomkeys.service.cli import main
 from synapse_roomkeys.storage import Owner, VersionFacts
 from synapse_roomkeys.tools.output import (
@@ -16,11 +21,6 @@ from synapse_roomkeys.tools.output import (
     plural,
     size_text,
     time_text,
-)
-from synapse_roomkeys.tools.removal import (
-    find_deleted,
-    find_orphans,
-    superseded_before,
 )
 
 NOW = 1_800_000_000.0

@@ -1,0 +1,1 @@
+"""What an operator does with the backups of all users, by a command or over HTTP."""
