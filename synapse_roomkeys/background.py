@@ -160,8 +160,16 @@ class LeasedLoop:
             yield self.check_lease()
             before = self.clock.seconds()
             place = yield transaction(subject, place)
-            taken = self.clock.seconds() - before
-            yield self.clock.sleep(max(pause, _PAUSE_FACTOR * taken))
+            yield self.rest(self.clock.seconds() - before, pause)
+
+    def rest(self, taken: float, pause: float) -> "Deferred[None]":
+        """Pause after a transaction, so that others have their turn.
+
+        Args:
+            taken: seconds of the transaction.
+            pause: shortest pause in seconds.
+        """
+        return self.clock.sleep(max(pause, _PAUSE_FACTOR * taken))
 
     @inlineCallbacks
     def check_lease(self) -> Inline[None]:

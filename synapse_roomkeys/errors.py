@@ -86,6 +86,13 @@ class TokenError(RoomKeysError):
         return {**super().error_dict(), **soft}
 
 
+class ForbiddenError(RoomKeysError):
+    """The requester may not do this, or not without a further word."""
+
+    code = 403
+    errcode = "M_FORBIDDEN"
+
+
 class NoVersionToDeleteError(RoomKeysError):
     """``DELETE /room_keys/version`` without a version: status 400, as in Synapse."""
 

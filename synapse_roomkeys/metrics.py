@@ -80,6 +80,10 @@ deletion_delay = Gauge(
 sweep_failures = Counter(
     "synapse_roomkeys_sweep_failures", "Passes of the sweeper that failed"
 )
+#: Passes over the tasks of operators that failed. The next pass is a minute later.
+task_failures = Counter(
+    "synapse_roomkeys_task_failures", "Passes over operators' tasks that failed"
+)
 #: The plugin's version, Python's, and the database engine.
 build = Info("synapse_roomkeys_build", "Versions of the plugin and of Python")
 

@@ -1,5 +1,6 @@
 """The HTTP endpoints, for any server with Synapse's interface for servlets."""
 
+from .admin import AdminAuth, AdminHost, register_admin_servlets
 from .host import Auth, HomeServer
 from .resource import HttpServer, JsonResource, RestServlet
 from .room_keys import (
@@ -10,6 +11,8 @@ from .room_keys import (
 )
 
 __all__ = [
+    "AdminAuth",
+    "AdminHost",
     "Auth",
     "HomeServer",
     "HttpServer",
@@ -18,5 +21,6 @@ __all__ = [
     "RoomKeysNewVersionServlet",
     "RoomKeysServlet",
     "RoomKeysVersionServlet",
+    "register_admin_servlets",
     "register_servlets",
 ]

@@ -19,6 +19,7 @@ from .. import metrics
 from ..errors import (
     InvalidParamError,
     MissingParamError,
+    NotJsonError,
     RoomKeysError,
     UnrecognizedError,
 )
@@ -124,11 +125,31 @@ def parse_string(request: Request, name: str) -> str:
     Raises:
         MissingParamError: the query has no such parameter.
     """
-    values = (request.args or {}).get(name.encode())
-    if not values:
+    value = find_parameter(request, name)
+    if value is None:
         raise MissingParamError(f"Missing query parameter {name}")
-    value: bytes = values[0]
-    return value.decode("utf-8", "replace")
+    return value
+
+
+def find_parameter(request: Request, name: str) -> str | None:
+    """Return the value of a query parameter, of a repeated one the first; None if the
+    query has no such parameter."""
+    values: list[bytes] = (request.args or {}).get(name.encode()) or []
+    return values[0].decode("utf-8", "replace") if values else None
+
+
+def read_body(request: Request) -> bytes:
+    """Return the body of a request.
+
+    Raises:
+        NotJsonError: the client has disconnected.
+    """
+    content: Any = request.content
+    if content.closed:
+        # Twisted closes the body when the connection is lost. The client is gone and
+        # doesn't receive this answer.
+        raise NotJsonError("The client left before its body was read")
+    return content.read()  # type: ignore[no-any-return]
 
 
 #: A callback, and the name of its servlet.

@@ -5,6 +5,7 @@ responses of each endpoint. Every request is authenticated first; guests are ref
 """
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 from twisted.internet.defer import Deferred, inlineCallbacks
@@ -13,7 +14,6 @@ from twisted.web.http import Request
 from ..encoding import BackupEncoder, encode_backup_info, encode_key
 from ..errors import (
     MissingParamError,
-    NotJsonError,
     NoVersionToDeleteError,
     no_room_keys,
 )
@@ -41,9 +41,10 @@ from .resource import (
     client_patterns,
     notes_of,
     parse_string,
+    read_body,
     set_headers,
 )
-from .streaming import PacedWriter, stream_pages
+from .streaming import PacedWriter, stream, write_pages
 
 Answering = Inline[Answer]
 
@@ -122,7 +123,7 @@ class RoomKeysServlet(UserServlet):
                     pages.idle,
                 )
                 encoder = BackupEncoder(with_rooms=room_id is None)
-                yield stream_pages(writer, pages, encoder)
+                yield stream(writer, partial(write_pages, writer, pages, encoder))
             elif not request._disconnected:
                 request.finish()
         finally:
@@ -152,7 +153,7 @@ class RoomKeysNewVersionServlet(UserServlet):
     def on_POST(self, request: Request) -> Answering:
         """Create a version. Answer with the version's number, as a string."""
         requester: Requester = yield self.authenticate(request)
-        info = parse_new_version(_body(request), self.hs.limits)
+        info = parse_new_version(read_body(request), self.hs.limits)
         version: str = yield self.e2e_room_keys_handler.create_version(
             requester.user_id, info, requester.device_id
         )
@@ -188,7 +189,7 @@ class RoomKeysVersionServlet(UserServlet):
         requester: Requester = yield self.authenticate(request)
         if version is None:
             raise MissingParamError("No version specified to update")
-        info = parse_version_info(_body(request), self.hs.limits)
+        info = parse_version_info(read_body(request), self.hs.limits)
         yield self.e2e_room_keys_handler.update_version(
             requester.user_id, version, info, requester.device_id
         )
@@ -236,22 +237,13 @@ def _version_of(request: Request) -> str:
     return version
 
 
-def _body(request: Request) -> bytes:
-    content: Any = request.content
-    if content.closed:
-        # Twisted closes the body when the connection is lost. The client is gone and
-        # doesn't receive this answer.
-        raise NotJsonError("The client left before its body was read")
-    return content.read()  # type: ignore[no-any-return]
-
-
 def _keys(
     request: Request, room_id: str | None, session_id: str | None, limits: Limits
 ) -> Iterator[RoomKey]:
     """Yield the keys of an upload. The body is read when the first key is taken, not
     earlier: until then a large body stays in Twisted's temporary file, not in
     memory."""
-    yield from parse_upload(_body(request), room_id, session_id, limits)
+    yield from parse_upload(read_body(request), room_id, session_id, limits)
 
 
 def _state_dict(state: BackupState) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import sys
 import termios
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from typing import Any
+from typing import Any, Protocol
 
 from twisted.internet.defer import Deferred, fail, inlineCallbacks, succeed
 from twisted.internet.interfaces import IPushProducer
@@ -17,10 +17,10 @@ from zope.interface import implementer
 
 from .. import metrics
 from ..clock import Clock, DelayedCall
-from ..encoding import BackupEncoder
 from ..errors import RoomKeysError
 from ..inline import Inline
 from ..pages import CONTENDED_HOLD_SECONDS, HOLD_SECONDS, KeyPages
+from ..types import KeyPage
 
 logger = logging.getLogger(__name__)
 
@@ -288,25 +288,25 @@ class PacedWriter:
             waiting.errback(Disconnected(reason))
 
 
-@inlineCallbacks
-def stream_pages(
-    writer: PacedWriter, pages: KeyPages, encoder: BackupEncoder
-) -> Inline[None]:
-    """Write the keys of a download in chunks. After an error, drop the connection.
+class Encoder(Protocol):
+    """Encoder of keys in the form of an answer."""
 
-    While a download waits for a slow client, no page is in memory: the writer's
-    `on_idle` releases `pages`. The response ends only after the transport has passed
-    the last keys to the kernel.
+    def encode(self, page: KeyPage) -> bytes:
+        """Return the next keys."""
+
+    def finish(self) -> bytes:
+        """Return the text after the last key."""
+
+
+@inlineCallbacks
+def stream(writer: PacedWriter, write: "Callable[[], Deferred[None]]") -> Inline[None]:
+    """Write a response in chunks, and end it. After an error, drop the connection.
 
     Args:
-        pages: the keys; the first page has been read already.
+        write: writes the chunks.
     """
     try:
-        is_complete = False
-        while not is_complete:
-            yield pages.advance()
-            yield writer.write_all(_encode(pages, encoder))
-            is_complete = pages.is_complete
+        yield write()
         writer.finish()
     except Disconnected as error:
         metrics.broken_downloads.labels("client").inc()
@@ -321,7 +321,25 @@ def stream_pages(
         writer.abort()
 
 
-def _encode(pages: KeyPages, encoder: BackupEncoder) -> Iterator[bytes]:
+@inlineCallbacks
+def write_pages(writer: PacedWriter, pages: KeyPages, encoder: Encoder) -> Inline[None]:
+    """Write the keys of a download in chunks.
+
+    While a download waits for a slow client, no page is in memory: the writer's
+    `on_idle` releases `pages`. The Deferred fires only after the transport has passed
+    the last keys to the kernel.
+
+    Args:
+        pages: the keys; the first page has been read already.
+    """
+    is_complete = False
+    while not is_complete:
+        yield pages.advance()
+        yield writer.write_all(_encode(pages, encoder))
+        is_complete = pages.is_complete
+
+
+def _encode(pages: KeyPages, encoder: Encoder) -> Iterator[bytes]:
     """Yield chunks of the response until the keys of the current page are taken or
     released."""
     has_more = True

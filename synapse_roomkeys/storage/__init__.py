@@ -26,6 +26,7 @@ from .schema import (
 from .sqlite_engine import SQLITE
 from .store import EndToEndRoomKeyStore
 from .sweeps import Place, Queue, Sweeps
+from .tasks import Task, Tasks
 from .transactions import Database, Transaction
 from .uploads import InsertGuess
 
@@ -59,6 +60,8 @@ __all__ = [
     "StoredVersion",
     "Sweeps",
     "Tally",
+    "Task",
+    "Tasks",
     "Transaction",
     "VersionFacts",
     "batches",

@@ -38,7 +38,8 @@ _IDENTIFY_ROWS = {
 }
 #: By table of the plugin, the statement that distributes the table with all rows. The
 #: schema number is copied to each node: a process can start while other nodes are down.
-#: The lease is one row on one node, because a write to a copied row needs all nodes.
+#: The leases and the tasks are on one node each, because a write to a copied row needs
+#: all nodes.
 _DISTRIBUTE = {
     **{
         table: f"""
@@ -49,6 +50,9 @@ _DISTRIBUTE = {
     "roomkeys_schema": "SELECT create_reference_table('roomkeys_schema')",
     "roomkeys_leases": """
     SELECT create_distributed_table('roomkeys_leases', 'name',
+        colocate_with => 'none', shard_count => 1)""",
+    "roomkeys_tasks": """
+    SELECT create_distributed_table('roomkeys_tasks', 'task_id',
         colocate_with => 'none', shard_count => 1)""",
 }
 

@@ -15,8 +15,10 @@ from twisted.internet.defer import Deferred
 from .engine import Engine
 from .transactions import Transaction, Transactions
 
-#: Maximum number of users on a page.
+#: Maximum number of users on a page of `Overview.list_owners`, which reads all keys of
+#: these users, and of the other lists.
 OWNERS = 100
+USERS = 1000
 #: States of a version.
 CURRENT = "current"
 SUPERSEDED = "superseded"
@@ -205,16 +207,20 @@ class Overview:
         """
         return self._database.run("roomkeys_list_owners", self._list, after)
 
-    def list_users(self, after: str) -> "Deferred[list[str]]":
-        """Fire with a page of the users of whom anything is stored, such as the record
-        alone; an empty list after the last user. No key is read.
+    def list_users(
+        self, after: str, *, with_backup: bool = False
+    ) -> "Deferred[list[str]]":
+        """Fire with a page of users, without a look at their keys; an empty list after
+        the last user.
 
         Args:
             after: the last user of the page before; "" for the first page.
+            with_backup: Whether to leave users out of whom the record alone is stored.
         """
 
         def read(txn: Transaction) -> list[str]:
-            txn.execute(LIST_USERS, {"user_id": after, "page": OWNERS})
+            statement = LIST_OWNERS if with_backup else LIST_USERS
+            txn.execute(statement, {"user_id": after, "page": USERS})
             return [str(user_id) for (user_id,) in txn.fetchall()]
 
         return self._database.run("roomkeys_list_users", read)

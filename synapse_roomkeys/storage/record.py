@@ -31,6 +31,8 @@ UPDATE_VERSION = "update_version"
 DELETE_VERSION = "delete_version"
 RESTORE_VERSION = "restore_version"
 RESTORE_KEYS = "restore_keys"
+#: An operator has read the keys: nothing has changed.
+EXPORT = "export"
 
 
 @attrs.frozen
@@ -79,6 +81,24 @@ def read_user(
     parameters = {"user_id": user_id, "since_ms": since_ms}
     txn.execute(statements.CHANGES_OF_USER, parameters)
     return tuple(RecordedChange(*row) for row in txn.fetchall())
+
+
+def read_newest(
+    txn: Transaction, user_id: str, since_ms: int, skipped: int, most: int
+) -> tuple[list[RecordedChange], int]:
+    """Return a page of the recorded changes of a user's backups since a Unix time in
+    milliseconds, the newest first, and the number of all of them.
+
+    Args:
+        skipped: number of changes before the page.
+        most: maximum number of changes of the page.
+    """
+    parameters = {"user_id": user_id, "since_ms": since_ms}
+    txn.execute(statements.COUNT_CHANGES_OF_USER, parameters)
+    ((total,),) = txn.fetchall()
+    page = {**parameters, "skipped": skipped, "most": most}
+    txn.execute(statements.NEWEST_CHANGES_OF_USER, page)
+    return [RecordedChange(*row) for row in txn.fetchall()], int(total)
 
 
 def read_version(txn: Transaction, backup: BackupId) -> VersionRecord:

@@ -21,6 +21,7 @@ _FILES_OF = {
     "roomkeys_counts": (2, 3),
     "roomkeys_numbers": (4,),
     **dict.fromkeys(statements.RECORD_TABLES, (5,)),
+    "roomkeys_tasks": (6,),
 }
 
 _FIND_NUMBER = "SELECT number FROM roomkeys_schema"

@@ -44,6 +44,7 @@ OWN_TABLES = (
     "roomkeys_counts",
     "roomkeys_numbers",
     "roomkeys_schema",
+    "roomkeys_tasks",
     *RECORD_TABLES,
 )
 #: The homeserver's tables and the plugin's own.
@@ -305,6 +306,16 @@ CHANGES_OF_USER = """
         unchanged, deleted, sessions
     FROM roomkeys_changes WHERE user_id = :user_id AND changed_ms >= :since_ms
     ORDER BY changed_ms, version, etag"""
+#: Returns a page of these rows, the newest first.
+NEWEST_CHANGES_OF_USER = """
+    SELECT version, etag, changed_ms, act, device_id, operator, stored, replaced,
+        unchanged, deleted, sessions
+    FROM roomkeys_changes WHERE user_id = :user_id AND changed_ms >= :since_ms
+    ORDER BY changed_ms DESC, version DESC, etag DESC LIMIT :most OFFSET :skipped"""
+#: Returns the number of a user's rows of the record since a time.
+COUNT_CHANGES_OF_USER = """
+    SELECT COUNT(*) FROM roomkeys_changes
+    WHERE user_id = :user_id AND changed_ms >= :since_ms"""
 #: Returns a version's rows of the record, in the order of etags, in the same columns.
 CHANGES_OF_VERSION = """
     SELECT version, etag, changed_ms, act, device_id, operator, stored, replaced,

@@ -23,7 +23,7 @@ from .counts import KeyCounts
 from .downloads import Download, read_key
 from .engine import Engine, NotJsonError
 from .measuring import MeasuringDatabase
-from .record import Record, read_user, read_version
+from .record import EXPORT, Change, Record, read_newest, read_user, read_version
 from .transactions import ConflictError, Transactions
 from .undo import Undo
 from .uploads import InsertGuess, Upload, Uploads
@@ -60,7 +60,7 @@ class EndToEndRoomKeyStore:
         self._write = database.write
         if limits.max_user_bytes is not None and engine.key_sizes is not None:
             self._write = MeasuringDatabase(database, engine, counts).write
-        record = Record(now, retention)
+        self._record = record = Record(now, retention)
         self._uploads = Uploads(engine, counts, limits, self._guess, record)
         self._versions = Versions(engine, counts, limits, record)
         self._undo = Undo(engine, record)
@@ -227,6 +227,25 @@ class EndToEndRoomKeyStore:
         """Fire with the recorded changes of a user's backups since a Unix time in
         milliseconds, in their order."""
         return self._database.run("roomkeys_get_record", read_user, user_id, since_ms)
+
+    def get_newest_record(
+        self, user_id: str, since_ms: int, skipped: int, most: int
+    ) -> "Deferred[tuple[list[RecordedChange], int]]":
+        """Fire with a page of the recorded changes of a user's backups since a Unix
+        time in milliseconds, the newest first, and the number of all of them.
+
+        Args:
+            skipped: number of changes before the page.
+            most: maximum number of changes of the page.
+        """
+        page = (user_id, since_ms, skipped, most)
+        return self._database.run("roomkeys_get_newest", read_newest, *page)
+
+    def note_export(self, user_id: str, version: int, actor: Actor) -> "Deferred[None]":
+        """Record that an operator has exported a version."""
+        backup, change = BackupId(user_id, version), Change(EXPORT, actor)
+        note = self._record.note
+        return self._database.write("roomkeys_note_export", note, backup, change)
 
     def get_version_record(
         self, user_id: str, version: int

@@ -1,6 +1,5 @@
 """The command ``export``: a user's backups as a file."""
 
-import hashlib
 import os
 import sys
 import tempfile
@@ -13,6 +12,7 @@ from typing import BinaryIO
 import attrs
 from twisted.internet.defer import inlineCallbacks
 
+from ..admin.transfer_file import LinesEncoder
 from ..encoding import BackupEncoder, session_id_of
 from ..errors import NotFoundError
 from ..identifiers import quote_for_log
@@ -24,7 +24,6 @@ from ..types import KeyPage, Position
 from .output import Output, plural, progress, warn
 from .owners import find_owner
 from .session import DONE, FINDINGS, USAGE, Session, ToolError
-from .transfer_file import end_line, header_line, key_lines, version_line
 
 Row = tuple[str, str, str]
 
@@ -44,54 +43,6 @@ class Export:
     version: int | None
     is_plain: bool
     path: Path | None
-
-
-class _LinesWriter:
-    """Writes an export."""
-
-    def __init__(self, write: Callable[[bytes], object], user_id: str) -> None:
-        self._write_out = write
-        self._digest = hashlib.sha256()
-        self._version = self._versions = self._keys = 0
-        self._write(header_line(user_id, int(1000 * time.time())))
-
-    def begin(self, version: VersionFacts) -> None:
-        """Begin a version."""
-        self._version = version.version
-        self._versions += 1
-        self._write(version_line(version))
-
-    def take(self, rows: Sequence[Row]) -> None:
-        """Write keys of the version."""
-        self._keys += len(rows)
-        self._write(key_lines(self._version, rows))
-
-    def end(self) -> None:
-        """Write the last line."""
-        self._write(end_line(self._versions, self._keys, self._digest.hexdigest()))
-
-    def _write(self, data: bytes) -> None:
-        self._digest.update(data)
-        self._write_out(data)
-
-
-class _BodyWriter:
-    """Writes the body of GET /keys."""
-
-    def __init__(self, write: Callable[[bytes], object]) -> None:
-        self._write = write
-        self._encoder = BackupEncoder(with_rooms=True)
-
-    def begin(self, version: VersionFacts) -> None:
-        """Do nothing: the body doesn't name the version."""
-
-    def take(self, rows: Sequence[Row]) -> None:
-        """Write keys."""
-        self._write(self._encoder.encode(KeyPage(rows, (), None)))
-
-    def end(self) -> None:
-        """Write the end."""
-        self._write(self._encoder.finish())
 
 
 @attrs.define
@@ -118,11 +69,12 @@ def export(session: Session, output: Output, wanted: Export) -> Inline[int]:
         open_target(wanted.path) as stream,
         progress("keys", sum(version.keys for version in versions)) as bar,
     ):
-        writer: _BodyWriter | _LinesWriter
+        lines = LinesEncoder(wanted.user_id)
+        encoder: BackupEncoder | LinesEncoder = lines
         if wanted.is_plain:
-            writer = _BodyWriter(stream.write)
+            encoder = BackupEncoder(with_rooms=True)
         else:
-            writer = _LinesWriter(stream.write, wanted.user_id)
+            stream.write(lines.start(int(1000 * time.time())))
         for version in versions:
             if not wanted.is_plain and not are_valid_json([version.auth_data or ""]):
                 done.left_out += max(version.keys, 1)
@@ -131,18 +83,21 @@ def export(session: Session, output: Output, wanted: Export) -> Inline[int]:
                     " --plain exports its keys"
                 )
                 continue
-            writer.begin(version)
+            if not wanted.is_plain:
+                stream.write(lines.begin(version))
 
             def take(rows: Sequence[Row], version: VersionFacts = version) -> None:
                 whole = _whole_rows(version.version, rows)
                 done.keys += len(whole)
                 done.left_out += len(rows) - len(whole)
-                writer.take(whole)
+                stream.write(encoder.encode(KeyPage(whole, (), None)))
                 bar.update(len(rows))
 
             yield _read_keys(session, version, take)
             done.versions += 1
-        writer.end()
+            stream.write(encoder.finish())
+        if not wanted.is_plain:
+            stream.write(lines.end())
     _report_export(output, wanted, done)
     return FINDINGS if done.left_out else DONE
 

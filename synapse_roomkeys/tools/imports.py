@@ -10,6 +10,7 @@ from typing import Any
 import attrs
 from twisted.internet.defer import Deferred, inlineCallbacks
 
+from ..admin.transfer_file import FileError, FileVersion, LinesFile
 from ..errors import NotFoundError, RoomKeysError, RoomKeysVersionError
 from ..inline import Inline
 from ..storage import Owner, VersionFacts, batches
@@ -18,7 +19,6 @@ from ..types import Actor, BackupId, RoomKey
 from .output import Output, plural, progress, warn
 from .session import DONE, FINDINGS, USAGE, Session, ToolError
 from .transfer_body import BodyFile
-from .transfer_file import FileError, FileVersion, LinesFile
 
 #: Actions of an import with a version of the file.
 CREATE = "created"

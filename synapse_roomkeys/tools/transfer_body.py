@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from typing import TextIO
 
-from .transfer_file import MAX_KEY, STEP, FileError, FileKey, FileVersion
+from ..admin.transfer_file import MAX_KEY, STEP, FileError, FileKey, FileVersion
 
 #: Characters that are read at a time.
 _CHUNK = 1 << 16

@@ -33,6 +33,7 @@ OWN_TABLES = {
     "roomkeys_numbers",
     "roomkeys_replaced",
     "roomkeys_schema",
+    "roomkeys_tasks",
 }
 #: Columns that PostgreSQL stores without trying to compress them.
 UNCOMPRESSED = """SELECT attname FROM pg_attribute WHERE attstorage = 'e'

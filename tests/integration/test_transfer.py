@@ -14,7 +14,7 @@ from typing import Any
 import attrs
 import pytest
 
-from synapse_roomkeys.tools.transfer_file import header_line, version_line
+from synapse_roomkeys.admin.transfer_file import LinesEncoder
 
 from ..backup_client import Api, back_up, restored
 from ..contract.base import Rooms, accepted, key, keys_path
@@ -219,9 +219,10 @@ def test_what_is_refused_writes_nothing(places: dict[str, Place]) -> None:
     database unchanged."""
     own, synapse = places["service"], places["synapse"]
     user = own.new_user()
-    header = header_line(user.user_id, 1)
+    encoder = LinesEncoder(user.user_id)
+    cut = encoder.start(1) + encoder.begin(FACTS)
     for place in places.values():
-        (place.tool.directory / "cut").write_bytes(header + version_line(FACTS))
+        (place.tool.directory / "cut").write_bytes(cut)
         (place.tool.directory / "body").write_text('{"rooms":{}}')
     stranger = "@none:test.example"
     for place, command, code, text in (

@@ -3,12 +3,17 @@
 import contextlib
 import io
 import json
-from hashlib import sha256
+from collections.abc import Iterable
 from pathlib import Path
 
 import attrs
 from twisted.trial.unittest import SynchronousTestCase
 
+from synapse_roomkeys.admin.transfer_file import (
+    FileError,
+    LinesEncoder,
+    LinesFile,
+)
 from synapse_roomkeys.encoding import BackupEncoder, encode_key
 from synapse_roomkeys.errors import RoomKeysError
 from synapse_roomkeys.storage import Owner
@@ -16,14 +21,6 @@ from synapse_roomkeys.tools.exports import open_target
 from synapse_roomkeys.tools.imports import COMPARE, CREATE, LEAVE, MERGE, plan_import
 from synapse_roomkeys.tools.session import ToolError
 from synapse_roomkeys.tools.transfer_body import BodyFile
-from synapse_roomkeys.tools.transfer_file import (
-    FileError,
-    LinesFile,
-    end_line,
-    header_line,
-    key_lines,
-    version_line,
-)
 from synapse_roomkeys.types import KeyMetadata, KeyPage, RoomKey
 
 from .test_tools import facts
@@ -47,13 +44,18 @@ def row(key: RoomKey) -> tuple[str, str, str]:
 
 def export(*versions: int) -> bytes:
     """Return an export of versions, each with the same keys."""
-    data = header_line(USER, 1)
+    encoder = LinesEncoder(USER)
+    data = encoder.start(1)
     for version in versions:
         found = facts(version, "current", etag=7)
         found = attrs.evolve(found, auth_data='{"a":\n1}')
-        data += version_line(found) + key_lines(version, map(row, KEYS))
-    keys = len(KEYS) * len(versions)
-    return data + end_line(len(versions), keys, sha256(data).hexdigest())
+        data += encoder.begin(found) + encoder.encode(page(KEYS)) + encoder.finish()
+    return data + encoder.end()
+
+
+def page(keys: Iterable[RoomKey]) -> KeyPage:
+    """Return a page of keys."""
+    return KeyPage([row(key) for key in keys], (), None)
 
 
 def read(data: bytes) -> list[list[RoomKey]]:
@@ -96,7 +98,7 @@ class LinesTests(SynchronousTestCase):
     def test_a_line_break_in_data_becomes_a_space(self) -> None:
         """Each key is one line; the JSON value stays the same."""
         data = '{"a":\r\n[1,\n2]}'
-        lines = key_lines(5, [row(RoomKey("!r", "s", METADATA, data))])
+        lines = LinesEncoder(USER).encode(page([RoomKey("!r", "s", METADATA, data)]))
         self.assertEqual(lines.count(b"\n"), 1)
         self.assertNotIn(b"\r", lines)
         found = json.loads(lines)["session_data"]
@@ -105,7 +107,7 @@ class LinesTests(SynchronousTestCase):
     def test_every_cut_is_refused(self) -> None:
         """No beginning of an export is an export."""
         data = export(5)
-        for end in range(len(header_line(USER, 1)), len(data)):
+        for end in range(len(LinesEncoder(USER).start(1)), len(data)):
             with self.assertRaises(FileError):
                 read(data[:end])
 
@@ -120,12 +122,13 @@ class LinesTests(SynchronousTestCase):
     def test_an_order_of_lines_that_no_export_has(self) -> None:
         """Versions in another order, keys before a version, and bytes after the end are
         refused, whatever the last line says."""
-        wrong_keys = header_line(USER, 1) + key_lines(5, map(row, KEYS))
+        encoder = LinesEncoder(USER)
+        wrong_keys = encoder.start(1) + encoder.encode(page(KEYS)) + encoder.end()
         for data in (
             export(6, 5),
             export(5, 5),
             export(5) + b"\n",
-            wrong_keys + end_line(0, 3, sha256(wrong_keys).hexdigest()),
+            wrong_keys,
             export(5).replace(b'"version":"5"', b'"version":"05"'),
         ):
             with self.assertRaises(FileError):

@@ -8,7 +8,7 @@ with the SHA-256 of all bytes before it.
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Any, BinaryIO
 
@@ -19,7 +19,7 @@ from ..encoding import split_head
 from ..errors import RoomKeysError
 from ..identifiers import parse_version
 from ..storage import VersionFacts
-from ..types import BackupInfo, Limits, RoomKey
+from ..types import BackupInfo, KeyPage, Limits, RoomKey
 from ..wire import parse_upload
 
 _FORMAT = "synapse-roomkeys export"
@@ -74,52 +74,61 @@ _decode_line = msgspec.json.Decoder(_Header | _Version | _Key | _End).decode
 _decode_header = msgspec.json.Decoder(_Header).decode
 
 
-def header_line(user_id: str, now_ms: int) -> bytes:
-    """Return the first line of an export.
+class LinesEncoder:
+    """Encoder of an export, which is the concatenation of the chunks of `start`, of
+    `begin`, `encode` and `finish` for each version, and of `end`."""
 
-    Args:
-        now_ms: Unix time in milliseconds.
-    """
-    return _line(_Header(_FORMAT, _FORMAT_NUMBER, user_id, now_ms))
+    def __init__(self, user_id: str) -> None:
+        self._user_id = user_id
+        self._digest = hashlib.sha256()
+        self._version = self._versions = self._keys = 0
 
+    def start(self, now_ms: int) -> bytes:
+        """Return the first line.
 
-def version_line(version: VersionFacts) -> bytes:
-    """Return the line of a version, whose ``auth_data`` must be JSON."""
-    auth_data = msgspec.Raw(_one_line(version.auth_data or "").encode())
-    return _line(
-        _Version(
+        Args:
+            now_ms: Unix time in milliseconds.
+        """
+        header = _Header(_FORMAT, _FORMAT_NUMBER, self._user_id, now_ms)
+        return self._add(_line(header))
+
+    def begin(self, version: VersionFacts) -> bytes:
+        """Return the line of a version, whose ``auth_data`` must be JSON."""
+        self._version = version.version
+        self._versions += 1
+        entry = _Version(
             version=str(version.version),
             algorithm=version.algorithm or "",
-            auth_data=auth_data,
+            auth_data=msgspec.Raw(_one_line(version.auth_data or "").encode()),
             etag=str(version.etag),
             state=version.state,
             count=version.keys,
         )
-    )
+        return self._add(_line(entry))
 
+    def encode(self, page: KeyPage) -> bytes:
+        """Return the lines of keys of the version, whose data must be JSON."""
+        start = f'{{"type":"key","version":"{self._version}","room_id":'
+        texts: list[str] = []
+        for room_id, head, data in page.rows:
+            session_id, fields = split_head(head)
+            ids = f'{json.dumps(room_id)},"session_id":{session_id},'
+            texts += (start, ids, fields, _one_line(data), "}\n")
+        self._keys += len(page.rows)
+        return self._add("".join(texts).encode())
 
-def key_lines(version: int, rows: Iterable[tuple[str, str, str]]) -> bytes:
-    """Return the lines of keys.
+    def finish(self) -> bytes:
+        """Return nothing: a version has no last line."""
+        return b""
 
-    Args:
-        rows: the keys, as in `KeyPage`. The data must be JSON.
-    """
-    start = f'{{"type":"key","version":"{version}","room_id":'
-    texts: list[str] = []
-    for room_id, head, data in rows:
-        session_id, fields = split_head(head)
-        ids = f'{json.dumps(room_id)},"session_id":{session_id},'
-        texts += (start, ids, fields, _one_line(data), "}\n")
-    return "".join(texts).encode()
+    def end(self) -> bytes:
+        """Return the last line."""
+        digest = self._digest.hexdigest()
+        return _line(_End(self._versions, self._keys, digest))
 
-
-def end_line(versions: int, keys: int, sha256: str) -> bytes:
-    """Return the last line of an export.
-
-    Args:
-        sha256: the SHA-256 of all bytes before this line, in hexadecimal digits.
-    """
-    return _line(_End(versions, keys, sha256))
+    def _add(self, data: bytes) -> bytes:
+        self._digest.update(data)
+        return data
 
 
 def _line(entry: msgspec.Struct) -> bytes:

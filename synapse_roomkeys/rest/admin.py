@@ -1,0 +1,409 @@
+"""The HTTP interface for operators: the servlets below ``/_synapse/roomkeys/v1``.
+
+The shapes of lists are those of Synapse's admin API: ``from``, ``limit``, ``order_by``
+and ``dir`` in a request, ``total`` and ``next_token`` in an answer. Each request is
+authenticated first; only an operator is answered.
+"""
+
+import re
+import time
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import attrs
+from twisted.internet.defer import Deferred, inlineCallbacks
+from twisted.web.http import Request
+
+from ..admin.facts import describe_change, describe_owner, describe_version
+from ..admin.handler import AdminHandler, UsersPage
+from ..admin.runner import RECORD, SUPERSEDED
+from ..admin.transfer_file import LinesEncoder
+from ..clock import Clock
+from ..errors import BadJsonError
+from ..identifiers import check_id
+from ..inline import Inline
+from ..pages import KeyPages
+from ..storage import Owner, Task, VersionFacts
+from ..storage.overview import CURRENT
+from ..storage.tasks import STATUSES
+from ..types import Restore
+from .admin_requests import (
+    PurgeBody,
+    RestoreBody,
+    decode_erase,
+    decode_purge,
+    decode_restore,
+    decode_statistics,
+    parse_body,
+    parse_choice,
+    parse_page,
+    parse_time,
+)
+from .resource import (
+    Answer,
+    HttpServer,
+    RestServlet,
+    find_parameter,
+    notes_of,
+    set_headers,
+)
+from .room_keys import check_ids
+from .streaming import PacedWriter, stream, write_pages
+
+Answering = Inline[Answer]
+
+#: The path below which a Synapse serves the interface.
+ROOT = "/_synapse/roomkeys"
+_USER = "/users/(?P<user_id>[^/]+)"
+
+
+class AdminAuth(Protocol):
+    """The host's authentication of operators."""
+
+    def get_operator(self, request: Request) -> "Deferred[str]":
+        """Fire with the operator's name for the record.
+
+        Without a valid token, or if the token's user is no operator, the Deferred fails
+        with the error that the host sends as the response.
+        """
+
+
+@attrs.frozen
+class AdminHost:
+    """The host of the servlets.
+
+    Attributes:
+        clock: the host's time.
+        stalled_download_seconds: seconds without any read by the client after which
+            an export is dropped.
+        auth: the host's authentication of operators.
+        handler: the operations of the interface.
+    """
+
+    clock: Clock
+    stalled_download_seconds: float
+    auth: AdminAuth
+    handler: AdminHandler
+
+
+class AdminServlet(RestServlet):
+    """Base class of the servlets."""
+
+    def __init__(self, hs: AdminHost) -> None:
+        super().__init__()
+        self.hs = hs
+        self.handler = hs.handler
+
+    def authenticate(self, request: Request) -> "Deferred[str]":
+        """Fire with the operator's name, as `AdminAuth.get_operator` does, and note it
+        for the request's log lines."""
+
+        def note(operator: str) -> str:
+            notes_of(request)["user"] = operator
+            return operator
+
+        return self.hs.auth.get_operator(request).addCallback(note)
+
+
+def admin_patterns(path: str) -> "tuple[re.Pattern[str], ...]":
+    """Path patterns of an endpoint."""
+    return (re.compile(f"^{ROOT}/v1{path}$"),)
+
+
+class AdminUsersServlet(AdminServlet):
+    """``/users``: the users who have a backup."""
+
+    PATTERNS = admin_patterns("/users")
+
+    @inlineCallbacks
+    def on_GET(self, request: Request) -> Answering:
+        """Answer with a page of users. All users are read for it."""
+        yield self.authenticate(request)
+        order = parse_choice(request, "order_by", _ORDERS)
+        page = UsersPage(
+            order.replace("_", "-"),
+            "b" if parse_choice(request, "dir", ("f", "b")) == "b" else "f",
+            *parse_page(request),
+        )
+        owners: list[Owner]
+        owners, total = yield self.handler.list_users(
+            page, lambda: not request._disconnected
+        )
+        users = [describe_owner(owner) for owner in owners]
+        return 200, _list_dict("users", users, total, page.end)
+
+
+#: The values of ``order_by``.
+_ORDERS = ("name", "keys", "bytes", "last_upload")
+
+
+class AdminUserServlet(AdminServlet):
+    """``/users/{user}``: a user's backups, without any key."""
+
+    PATTERNS = admin_patterns(_USER)
+
+    @inlineCallbacks
+    def on_GET(self, request: Request, user_id: str) -> Answering:
+        """Answer with a user's versions."""
+        yield self.authenticate(request)
+        check_id("User", user_id)
+        owner: Owner = yield self.handler.get_user(user_id)
+        versions = [describe_version(version) for version in owner.versions]
+        return 200, {**describe_owner(owner), "versions": versions}
+
+
+class AdminRecordServlet(AdminServlet):
+    """``/users/{user}/record``: what happened to a user's backups."""
+
+    PATTERNS = admin_patterns(_USER + "/record")
+
+    @inlineCallbacks
+    def on_GET(self, request: Request, user_id: str) -> Answering:
+        """Answer with a page of the recorded changes, the newest first."""
+        yield self.authenticate(request)
+        check_id("User", user_id)
+        skipped, most = parse_page(request)
+        since_ms = parse_time(request, "since_ms")
+        found, total = yield self.handler.get_record(user_id, since_ms, skipped, most)
+        changes = [describe_change(change) for change in found]
+        return 200, _list_dict("changes", changes, total, skipped + most)
+
+
+class AdminExportServlet(AdminServlet):
+    """``/users/{user}/export``: a user's backups, as the command ``export`` writes
+    them."""
+
+    PATTERNS = admin_patterns(_USER + "/export")
+
+    @inlineCallbacks
+    def on_GET(self, request: Request, user_id: str) -> Answering:
+        """Answer with lines of JSON: a header, the versions with their keys, and an end
+        with a SHA-256. A broken connection leaves a file that no import takes."""
+        operator: str = yield self.authenticate(request)
+        check_id("User", user_id)
+        number = find_parameter(request, "version")
+        versions: list[VersionFacts] = yield self.handler.choose_exported(
+            user_id, number
+        )
+        set_headers(request, b"application/x-ndjson")
+        if request.method != b"HEAD":
+            yield _Export(self.hs, request, versions, operator).run(user_id)
+        elif not request._disconnected:
+            request.finish()
+        return None
+
+
+class _Export:
+    """An answer with versions and their keys."""
+
+    def __init__(
+        self,
+        hs: AdminHost,
+        request: Request,
+        versions: list[VersionFacts],
+        operator: str,
+    ) -> None:
+        self._handler = hs.handler
+        self._versions = versions
+        self._operator = operator
+        #: The keys of the version that is being sent.
+        self._pages: KeyPages | None = None
+        self._writer = PacedWriter(
+            request, hs.clock, hs.stalled_download_seconds, self._idle
+        )
+
+    def _idle(self, seconds: float) -> None:
+        """Note that the client has paused reading: see `KeyPages.idle`."""
+        if self._pages is not None:
+            self._pages.idle(seconds)
+
+    def run(self, user_id: str) -> "Deferred[None]":
+        """Send the answer. Fire with None after its end."""
+        return stream(self._writer, lambda: self._write(LinesEncoder(user_id)))
+
+    @inlineCallbacks
+    def _write(self, encoder: LinesEncoder) -> Inline[None]:
+        start = encoder.start(int(1000 * time.time()))
+        yield self._writer.write_all(iter((start,)))
+        for version in self._versions:
+            yield self._writer.write_all(iter((encoder.begin(version),)))
+            pages = yield self._handler.export_version(version, self._operator)
+            self._pages = pages
+            try:
+                yield write_pages(self._writer, pages, encoder)
+            finally:
+                self._pages = None
+                yield pages.close()
+        yield self._writer.write_all(iter((encoder.end(),)))
+
+
+class AdminRestoreServlet(AdminServlet):
+    """``/users/{user}/restore``: undo."""
+
+    PATTERNS = admin_patterns(_USER + "/restore")
+
+    @inlineCallbacks
+    def on_POST(self, request: Request, user_id: str) -> Answering:
+        """Give back a deleted version, or keys as they were before a time."""
+        operator: str = yield self.authenticate(request)
+        check_id("User", user_id)
+        body = parse_body(request, decode_restore)
+        check_ids(body.room_id, body.session_id)
+        notes_of(request)["version"] = body.version
+        if body.before_ms is not None:
+            restored: int = yield self.handler.restore_keys(
+                user_id, body.version, _restore_of(body, body.before_ms), operator
+            )
+            return 200, {"restored_keys": restored}
+        if body.room_id is not None or body.session_id is not None or body.force:
+            raise BadJsonError("room_id, session_id and force need before_ms")
+        version: VersionFacts = yield self.handler.restore_version(
+            user_id, body.version, operator
+        )
+        is_current = version.state == CURRENT
+        return 200, {"restored_keys": version.keys, "is_current": is_current}
+
+
+def _restore_of(body: RestoreBody, since_ms: int) -> Restore:
+    return Restore(body.room_id, body.session_id, since_ms, body.force)
+
+
+class AdminEraseServlet(AdminServlet):
+    """``/users/{user}/erase``: delete all of a user."""
+
+    PATTERNS = admin_patterns(_USER + "/erase")
+
+    @inlineCallbacks
+    def on_POST(self, request: Request, user_id: str) -> Answering:
+        """Begin a task. Its result has the numbers of deleted rows."""
+        operator: str = yield self.authenticate(request)
+        check_id("User", user_id)
+        body = parse_body(request, decode_erase)
+        task_id: str = yield self.handler.erase_user(
+            user_id, operator, is_forced=body.even_if_active
+        )
+        return 200, {"task_id": task_id}
+
+
+class AdminPurgeServlet(AdminServlet):
+    """``/purge``: delete what nobody uses."""
+
+    PATTERNS = admin_patterns("/purge")
+
+    @inlineCallbacks
+    def on_POST(self, request: Request) -> Answering:
+        """Begin a task. Its result has the numbers of what was deleted."""
+        operator: str = yield self.authenticate(request)
+        body = parse_body(request, decode_purge)
+        _check_purge(body)
+        task_id: str = yield self.handler.purge(body.what, body.before_ms, operator)
+        return 200, {"task_id": task_id}
+
+
+def _check_purge(body: PurgeBody) -> None:
+    """
+    Raises:
+        BadJsonError: a time is missing, or has no meaning.
+    """
+    if (body.what in (SUPERSEDED, RECORD)) != (body.before_ms is not None):
+        raise BadJsonError(
+            f"before_ms must be there for {SUPERSEDED} and {RECORD}, and only then"
+        )
+
+
+class AdminStatisticsServlet(AdminServlet):
+    """``/statistics``: sums over all users."""
+
+    PATTERNS = admin_patterns("/statistics")
+
+    @inlineCallbacks
+    def on_POST(self, request: Request) -> Answering:
+        """Begin a task. Its result has the sums."""
+        operator: str = yield self.authenticate(request)
+        body = parse_body(request, decode_statistics)
+        task_id: str = yield self.handler.sum_up(body.top, operator)
+        return 200, {"task_id": task_id}
+
+
+class AdminTasksServlet(AdminServlet):
+    """``/tasks``: the tasks of the last four weeks."""
+
+    PATTERNS = admin_patterns("/tasks")
+
+    @inlineCallbacks
+    def on_GET(self, request: Request) -> Answering:
+        """Answer with a page of tasks, the newest first."""
+        yield self.authenticate(request)
+        skipped, most = parse_page(request)
+        status = parse_choice(request, "status", ("", *STATUSES))
+        found, total = yield self.handler.list_tasks(status or None, skipped, most)
+        tasks = [_task_dict(task) for task in found]
+        return 200, _list_dict("tasks", tasks, total, skipped + most)
+
+
+class AdminTaskServlet(AdminServlet):
+    """``/tasks/{task}``: a task."""
+
+    PATTERNS = admin_patterns("/tasks/(?P<task_id>[^/]+)")
+
+    @inlineCallbacks
+    def on_GET(self, request: Request, task_id: str) -> Answering:
+        """Answer with a task, its progress and its result."""
+        yield self.authenticate(request)
+        check_id("Task", task_id)
+        task: Task = yield self.handler.get_task(task_id)
+        return 200, _task_dict(task)
+
+
+class AdminCancelServlet(AdminServlet):
+    """``/tasks/{task}/cancel``: end a task early."""
+
+    PATTERNS = admin_patterns("/tasks/(?P<task_id>[^/]+)/cancel")
+
+    @inlineCallbacks
+    def on_POST(self, request: Request, task_id: str) -> Answering:
+        """Cancel a task, and answer with it. A finished task stays as it is."""
+        operator: str = yield self.authenticate(request)
+        check_id("Task", task_id)
+        task: Task = yield self.handler.cancel_task(task_id, operator)
+        return 200, _task_dict(task)
+
+
+def _task_dict(task: Task) -> dict[str, Any]:
+    """Describe a task."""
+    return attrs.asdict(task)
+
+
+def _list_dict(
+    name: str, items: list[dict[str, Any]], total: int, end: int
+) -> dict[str, Any]:
+    """Return a page of a list.
+
+    Args:
+        end: number of items to the end of the page.
+    """
+    following = {"next_token": str(end)} if end < total else {}
+    return {name: items, "total": total, **following}
+
+
+def _servlets(hs: AdminHost) -> Iterator[AdminServlet]:
+    for servlet in (
+        AdminUsersServlet,
+        AdminUserServlet,
+        AdminRecordServlet,
+        AdminExportServlet,
+        AdminRestoreServlet,
+        AdminEraseServlet,
+        AdminPurgeServlet,
+        AdminStatisticsServlet,
+        AdminTasksServlet,
+        AdminTaskServlet,
+        AdminCancelServlet,
+    ):
+        yield servlet(hs)
+
+
+def register_admin_servlets(hs: AdminHost, http_server: HttpServer) -> None:
+    """Register the servlets for operators with a server."""
+    for servlet in _servlets(hs):
+        servlet.register(http_server)
