@@ -37,12 +37,14 @@ class ModuleConfig:
             it purges.
         limits: sizes and numbers above which a request is refused.
         retention: what is kept of changed and deleted backups.
+        admin_api: Whether the HTTP interface for operators is served.
     """
 
     stalled_download_seconds: PositiveInt = 300
     keep_keys_on_room_purge: Boolean = False
     limits: Limits = attrs.field(factory=Limits)
     retention: Retention = attrs.field(factory=Retention)
+    admin_api: Boolean = False
 
 
 def parse_module_config(config: Any) -> ModuleConfig:

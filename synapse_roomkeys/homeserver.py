@@ -48,6 +48,8 @@ MAX_INTERVAL = 1.0
 RECOVERY = 0.98
 #: Seconds below which the interval becomes 0: a single request takes about as long.
 MIN_INTERVAL = 0.001
+#: Path of the client-server API below the homeserver's address.
+CLIENT_API = "/_matrix/client"
 #: HTTP address with an optional port and path, and without a user or a query.
 Address = Annotated[
     str,
@@ -278,7 +280,7 @@ class HomeserverClient:
         self._reactor = reactor
         self._clock = clock
         self._timeout = options.timeout_seconds
-        self._api = options.url.rstrip("/") + "/_matrix/client"
+        self._url = options.url.rstrip("/")
         self._pool = HTTPConnectionPool(reactor)
         self._pool.maxPersistentPerHost = MAX_CONNECTIONS
         self._agent = Agent(reactor, pool=self._pool)
@@ -301,7 +303,7 @@ class HomeserverClient:
         first other response.
 
         Args:
-            path: path below ``/_matrix/client``.
+            path: path below the homeserver's address, such as `CLIENT_API`.
             deadline: the reactor's time after which a throttled request fails.
 
         Raises:
@@ -331,7 +333,7 @@ class HomeserverClient:
     ) -> Inline[Response]:
         # A new client each time: treq keeps cookies, and users must not share any.
         answer: IResponse = yield HTTPClient(self._agent).get(
-            self._api + path,
+            self._url + path,
             headers=headers,
             params=dict(params),
             allow_redirects=False,

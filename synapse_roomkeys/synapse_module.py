@@ -14,6 +14,7 @@ from importlib.metadata import version as version_of
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from synapse import rest
+from synapse.http.server import JsonResource as SynapseResource
 from synapse.module_api import (
     ModuleApi,
     make_deferred_yieldable,
@@ -28,12 +29,24 @@ from twisted.internet.defer import Deferred, ensureDeferred, inlineCallbacks
 from twisted.web.http import Request
 
 from . import metrics
+from .admin.backend import Backend
+from .admin.handler import AdminHandler
+from .admin.runner import TaskRunner
+from .background import Start
 from .clock import Clock, DelayedCall
 from .config import ModuleConfig, OptionError, parse_module_config
+from .errors import ForbiddenError
 from .handler import E2eRoomKeysHandler
 from .inline import Inline
 from .outages import Outages
-from .rest import HomeServer, HttpServer, register_servlets
+from .rest import (
+    AdminHost,
+    HomeServer,
+    HttpServer,
+    register_admin_servlets,
+    register_servlets,
+)
+from .rest.admin import ROOT
 from .storage import (
     SQLITE,
     EndToEndRoomKeyStore,
@@ -88,12 +101,7 @@ class RoomKeysModule:
         )
         sweeps = Sweeps(retrying, engine, time.time, config.retention)
 
-        def start(seconds: float, call: "Callable[[], Deferred[None]]") -> DelayedCall:
-            return api.delayed_background_call(
-                1000 * seconds, call, desc="roomkeys_sweep"
-            )
-
-        sweeper = Sweeper(sweeps, self._clock, start)
+        sweeper = Sweeper(sweeps, self._clock, _background(api, "roomkeys_sweep"))
         sweeper.start()
         self._handler = E2eRoomKeysHandler(
             self._store, self._clock, config.limits, sweeper
@@ -102,6 +110,9 @@ class RoomKeysModule:
             on_user_deactivation_status_changed=self.forget_deactivated_user
         )
         metrics.note_build(__version__, engine.name)
+        if config.admin_api:
+            backend = Backend(retrying, engine, self._store, time.time)
+            self._serve_operators(hs, api, backend)
         if config.keep_keys_on_room_purge:
             keep_keys_on_room_purge()
         place = replace_servlets(self.register_servlets)
@@ -135,6 +146,23 @@ class RoomKeysModule:
         )
         register_servlets(host, http_server)
 
+    def _serve_operators(self, hs: Any, api: ModuleApi, backend: Backend) -> None:
+        """Mount the HTTP interface for operators on the listeners of this process."""
+        runner = TaskRunner(backend, self._clock, _background(api, "roomkeys_tasks"))
+        handler = AdminHandler(
+            backend, self._handler, runner, self._clock, knows_accounts=True
+        )
+        host = AdminHost(
+            self._clock,
+            self._config.stalled_download_seconds,
+            SynapseAdminAuth(hs.get_auth()),
+            handler,
+        )
+        resource = SynapseResource(hs, canonical_json=False)
+        register_admin_servlets(host, resource)
+        api.register_web_resource(ROOT, resource)
+        runner.start()
+
     async def forget_deactivated_user(
         self, user_id: str, deactivated: bool, by_admin: bool
     ) -> None:
@@ -157,6 +185,27 @@ class SynapseAuth:
             self._auth.get_user_by_req(request, allow_guest=False)
         )
         return Requester(requester.user.to_string(), requester.device_id)
+
+
+class SynapseAdminAuth:
+    """Synapse's own authentication of its administrators."""
+
+    def __init__(self, auth: Any) -> None:
+        self._auth = auth
+
+    @inlineCallbacks
+    def get_operator(self, request: Request) -> Inline[str]:
+        """As `synapse_roomkeys.rest.AdminAuth.get_operator`, with Synapse's errors.
+
+        Raises:
+            ForbiddenError: the user is no administrator.
+        """
+        requester = yield ensureDeferred(self._auth.get_user_by_req(request))
+        # Not ModuleApi.is_user_admin: with the Matrix Authentication Service, the token
+        # tells whether its user is an administrator.
+        if not (yield ensureDeferred(self._auth.is_server_admin(requester))):
+            raise ForbiddenError("You are not a server admin")
+        return str(requester.user.to_string())
 
 
 class ModuleApiDatabase:
@@ -185,6 +234,19 @@ class ModuleApiDatabase:
         """As `synapse_roomkeys.storage.Database.run`."""
         level = IsolationLevel.READ_COMMITTED
         return self._interact(desc, function, *args, isolation_level=level, **kwargs)
+
+
+def _background(api: ModuleApi, desc: str) -> Start:
+    """Return the function that starts background work in Synapse.
+
+    Args:
+        desc: name of the work in Synapse's log and metrics.
+    """
+
+    def start(seconds: float, call: "Callable[[], Deferred[None]]") -> DelayedCall:
+        return api.delayed_background_call(1000 * seconds, call, desc=desc)
+
+    return start
 
 
 def replace_servlets(register: Register) -> str:

@@ -7,6 +7,7 @@ masquerades as a user ("Identity assertion" in the application service API).
 
 from collections import OrderedDict
 from typing import Annotated, Literal
+from urllib.parse import quote
 
 import attrs
 import msgspec
@@ -27,6 +28,7 @@ from .errors import (
     UnavailableError,
 )
 from .homeserver import (
+    CLIENT_API,
     HomeserverClient,
     HomeserverOptions,
     Response,
@@ -51,6 +53,9 @@ for _outcome in ("answered", "refused", "failed", "cached"):
 _NOBODYS_TOKEN = "synapse_roomkeys_check"
 
 WHOAMI = "/v3/account/whoami"
+#: Path of the endpoint of Synapse's admin API ("Change whether a user is a server
+#: administrator").
+IS_ADMIN = "/_synapse/admin/v1/users/{user_id}/admin"
 #: Seconds between the first two tries while the homeserver is away; doubled each time.
 FIRST_DELAY = 0.1
 #: Seconds for which a check waits for the end of a pause: less than the timeout of
@@ -76,6 +81,13 @@ class _ErrorBody(msgspec.Struct):
     soft_logout: bool | None = None
 
 
+class _AdminBody(msgspec.Struct):
+    """Body of a 200 to `IS_ADMIN`."""
+
+    admin: bool
+
+
+_decode_admin = msgspec.json.Decoder(_AdminBody).decode
 _decode_whoami = msgspec.json.Decoder(_WhoamiBody).decode
 _decode_error = msgspec.json.Decoder(_ErrorBody).decode
 
@@ -160,7 +172,18 @@ class WhoamiAuth:
             LimitExceededError: the homeserver throttles.
             UnavailableError: the homeserver is away.
         """
-        claim = claim_of(request)
+        requester: Requester = yield self.identify(claim_of(request))
+        return requester
+
+    @inlineCallbacks
+    def identify(self, claim: Claim) -> Inline[Requester]:
+        """Fire with the user and device of a claim.
+
+        Raises:
+            TokenError: the homeserver refuses the token.
+            LimitExceededError: the homeserver throttles.
+            UnavailableError: the homeserver is away.
+        """
         key = claim.key()
         answer = self._remembered(key)
         if answer is None:
@@ -170,6 +193,36 @@ class WhoamiAuth:
         if isinstance(answer, Requester):
             return answer
         raise answer.error()
+
+    @inlineCallbacks
+    def is_admin(self, claim: Claim, user_id: str) -> Inline[bool]:
+        """Fire with whether a user is an administrator of the homeserver, which is a
+        Synapse.
+
+        Args:
+            claim: the user's own claim. A Synapse answers 403 to a user who is none.
+
+        Raises:
+            LimitExceededError: the homeserver throttles.
+            UnavailableError: the homeserver is away, or is no Synapse.
+        """
+        deadline = self._reactor.seconds() + self._options.retry_seconds
+        path = IS_ADMIN.format(user_id=quote(user_id, safe=""))
+        try:
+            sent = self._homeserver.get(path, claim.headers(), {}, deadline)
+            response: Response = yield self._clock.wait(sent)
+            if response.code == 403:
+                return False
+            if response.code != 200:
+                raise UnusableResponseError(_describe(response, path))
+            is_admin = _decode_admin(response.body).admin
+        except ThrottledError as error:
+            raise _Throttled(error.retry_after).error() from None
+        except Exception as error:
+            self.outages.note_refusal(AWAY, f"{error_text(error)} (to {IS_ADMIN})")
+            raise UnavailableError(OUTAGE_RETRY_AFTER) from None
+        self.outages.note_success()
+        return is_admin
 
     @inlineCallbacks
     def check(self) -> Inline[None]:
@@ -202,7 +255,7 @@ class WhoamiAuth:
             ThrottledError: the homeserver throttles.
             Exception: no connection.
         """
-        sent = self._homeserver.get("/versions", Headers(), {}, deadline)
+        sent = self._homeserver.get(CLIENT_API + "/versions", Headers(), {}, deadline)
         response: Response = yield self._clock.wait(sent)
         if response.code != 200:
             raise UnusableResponseError(_describe(response, "/versions"))
@@ -221,7 +274,7 @@ class WhoamiAuth:
             Exception: no connection.
         """
         claim = Claim(_NOBODYS_TOKEN, {}, None, None)
-        sent = self._homeserver.get(WHOAMI, claim.headers(), {}, deadline)
+        sent = self._homeserver.get(CLIENT_API + WHOAMI, claim.headers(), {}, deadline)
         response: Response = yield self._clock.wait(sent)
         answer = _read_answer(response, self._options)
         if not isinstance(answer, _Refusal):
@@ -284,7 +337,7 @@ class WhoamiAuth:
             asked = self._reactor.seconds()
             try:
                 sent = self._homeserver.get(
-                    WHOAMI, claim.headers(), claim.masks, deadline
+                    CLIENT_API + WHOAMI, claim.headers(), claim.masks, deadline
                 )
                 response: Response = yield self._clock.wait(sent)
                 answer = _read_answer(response, self._options)

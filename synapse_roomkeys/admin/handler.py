@@ -17,17 +17,11 @@ from ..identifiers import parse_version
 from ..inline import Inline
 from ..json_text import is_valid_json
 from ..pages import KeyPages
-from ..storage import (
-    EndToEndRoomKeyStore,
-    Overview,
-    Owner,
-    Task,
-    Tasks,
-    VersionFacts,
-)
+from ..storage import Owner, Task, VersionFacts
 from ..storage.overview import CURRENT, SUPERSEDED
 from ..storage.tasks import CANCELLED
 from ..types import Actor, RecordedChange, Restore
+from .backend import Backend
 from .runner import ERASE, PURGE, STATISTICS, TaskRunner
 from .survey import ORDERS
 
@@ -68,10 +62,8 @@ class AdminHandler:
 
     def __init__(
         self,
-        store: EndToEndRoomKeyStore,
-        overview: Overview,
+        backend: Backend,
         handler: E2eRoomKeysHandler,
-        tasks: Tasks,
         runner: TaskRunner,
         clock: Clock,
         *,
@@ -85,10 +77,10 @@ class AdminHandler:
             knows_accounts: Whether the database tells which accounts are active: it is
                 a Synapse's.
         """
-        self._store = store
-        self._overview = overview
+        self._store = backend.store
+        self._overview = backend.overview
+        self._tasks = backend.tasks
         self._handler = handler
-        self._tasks = tasks
         self._runner = runner
         self._knows_accounts = knows_accounts
         self._lists = UserQueues(clock, _WAITING_LISTS)

@@ -14,10 +14,11 @@ from ..background import InterruptedPassError, LeasedLoop, Start
 from ..clock import Clock
 from ..errors import RoomKeysError, UnavailableError
 from ..inline import Inline
-from ..storage import Erasure, Overview, Task, Tasks
+from ..storage import Task
 from ..storage.tasks import COMPLETE, FAILED
 from ..types import Actor
-from .removal import Choice, Removal, find_deleted, find_orphans, superseded_before
+from .backend import Backend
+from .removal import Choice, find_deleted, find_orphans, superseded_before
 from .survey import Survey
 
 logger = logging.getLogger(__name__)
@@ -67,24 +68,17 @@ class _Run:
 class TaskRunner(LeasedLoop):
     """The background process that runs tasks, one after the other."""
 
-    def __init__(
-        self,
-        tasks: Tasks,
-        overview: Overview,
-        erasure: Erasure,
-        removal: Removal,
-        clock: Clock,
-        start: Start,
-    ) -> None:
+    def __init__(self, backend: Backend, clock: Clock, start: Start) -> None:
         """
         Args:
             start: the host's way to start background work.
         """
-        super().__init__("tasks", tasks.leases, clock, start, metrics.task_failures)
-        self._tasks = tasks
-        self._overview = overview
-        self._erasure = erasure
-        self._removal = removal
+        leases = backend.tasks.leases
+        super().__init__("tasks", leases, clock, start, metrics.task_failures)
+        self._tasks = backend.tasks
+        self._overview = backend.overview
+        self._erasure = backend.erasure
+        self._removal = backend.removal
         self._actions: dict[str, Callable[[_Run], Deferred[dict[str, Any]]]] = {
             STATISTICS: self._survey,
             ERASE: self._erase,

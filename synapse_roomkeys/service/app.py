@@ -10,10 +10,13 @@ from typing import Any
 
 from twisted.application.service import MultiService
 from twisted.application.strports import service as listener_service
-from twisted.internet.defer import Deferred, inlineCallbacks
+from twisted.internet.defer import Deferred, gatherResults, inlineCallbacks
 from twisted.internet.error import CannotListenError
 
 from .. import metrics
+from ..admin.backend import Backend
+from ..admin.handler import AdminHandler
+from ..admin.runner import TaskRunner
 from ..clock import Clock
 from ..config import OptionError
 from ..describe import error_line
@@ -22,7 +25,13 @@ from ..handler import E2eRoomKeysHandler
 from ..homeserver import MAX_CONNECTIONS
 from ..inline import Inline
 from ..outages import Outages
-from ..rest import HomeServer, JsonResource, register_servlets
+from ..rest import (
+    AdminHost,
+    HomeServer,
+    JsonResource,
+    register_admin_servlets,
+    register_servlets,
+)
 from ..storage import (
     SQLITE,
     EndToEndRoomKeyStore,
@@ -42,6 +51,7 @@ from ..storage import (
 from ..sweeper import Sweeper
 from ..version import __version__
 from ..whoami import WhoamiAuth
+from .admin_auth import ServiceAdminAuth
 from .config import DatabaseConfig, ServiceConfig
 from .endpoints import Endpoint
 from .files import max_client_connections, raise_file_limit
@@ -53,9 +63,10 @@ logger = logging.getLogger(__name__)
 
 #: Seconds between two checks for transactions under way during a stop.
 _POLL_SECONDS = 0.05
-#: Number of regular connections to the ``metrics_listeners``, and of spare connections.
-#: A monitoring system opens a few connections.
-_METRICS_CONNECTIONS = 16
+#: Number of regular connections to the ``metrics_listeners`` and to the
+#: ``admin.listeners``, and of spare connections to each. A monitoring system and an
+#: operator's browser open a few connections.
+_FEW_CONNECTIONS = 16
 #: Number of spare connections of the listeners. Half of the number is above 50, the
 #: default backlog of a listener in Twisted.
 _SPARES = 128
@@ -97,7 +108,8 @@ class Service(MultiService):
     def __init__(self, config: ServiceConfig, reactor: Any) -> None:
         """
         Raises:
-            OptionError: the database's driver isn't installed.
+            OptionError: the database's driver isn't installed, or the operators' token
+                can't be read.
         """
         super().__init__()  # type: ignore[no-untyped-call]
         self.exit_code = 0
@@ -121,14 +133,17 @@ class Service(MultiService):
         connections = self._max_client_connections()
         stall_seconds = config.stalled_download_seconds
         limits = ConnectionLimits(connections, _SPARES, stall_seconds)
+        self._handler = self._make_handler()
         self._site = self._make_site(Root(ready, self._make_resource()), limits)
         metrics.max_connections.set(connections)
         metrics.connections.set_function(lambda: len(self._site.channels))
         root = Root(ready, JsonResource())
         root.putChild(b"metrics", MetricsResource(self._count_keys))
-        few = _METRICS_CONNECTIONS
+        few = _FEW_CONNECTIONS
         limits = ConnectionLimits(few, few, stall_seconds)
         self._metrics_site = self._make_site(root, limits)
+        self._runner, admin = self._make_admin()
+        self._admin_site = self._make_site(Root(ready, admin), limits)
         self._listeners = MultiService()
         self._listeners.setServiceParent(self)
         self._stopping = False
@@ -152,33 +167,55 @@ class Service(MultiService):
         self._reactor.run(installSignalHandlers=False)
         return self.exit_code
 
-    def _make_resource(self) -> JsonResource:
+    def _make_handler(self) -> E2eRoomKeysHandler:
         config = self._config
-        store = EndToEndRoomKeyStore(
+        self._store = EndToEndRoomKeyStore(
             self._retrying,
             self._engine,
             time.time,
             config.limits,
             config.retention,
         )
+        return E2eRoomKeysHandler(
+            self._store, self._clock, config.limits, self._sweeper
+        )
+
+    def _make_resource(self) -> JsonResource:
+        """Create the resource for clients."""
         hs = HomeServer(
             self._clock,
-            config.limits,
-            config.stalled_download_seconds,
+            self._config.limits,
+            self._config.stalled_download_seconds,
             self._auth,
-            E2eRoomKeysHandler(store, self._clock, config.limits, self._sweeper),
+            self._handler,
         )
         resource = JsonResource()
         register_servlets(hs, resource)
         return resource
 
+    def _make_admin(self) -> tuple[TaskRunner, JsonResource]:
+        """Create the resource for operators, and the background work of their tasks."""
+        backend = Backend(self._retrying, self._engine, self._store, time.time)
+        runner = TaskRunner(backend, self._clock, self._clock.call_later)
+        hs = AdminHost(
+            self._clock,
+            self._config.stalled_download_seconds,
+            ServiceAdminAuth(self._auth, self._config.admin),
+            AdminHandler(
+                backend, self._handler, runner, self._clock, knows_accounts=False
+            ),
+        )
+        resource = JsonResource()
+        register_admin_servlets(hs, resource)
+        return runner, resource
+
     def _max_client_connections(self) -> int:
         """The number of clients' connections that the limit of open files allows."""
-        monitoring = 2 * _METRICS_CONNECTIONS
+        few = 4 * _FEW_CONNECTIONS
         return max_client_connections(
             self._files,
             database_connections=self._database.size,
-            other_connections=MAX_CONNECTIONS + monitoring + _SPARES,
+            other_connections=MAX_CONNECTIONS + few + _SPARES,
         )
 
     def _make_site(self, root: Root, connections: ConnectionLimits) -> ServiceSite:
@@ -204,7 +241,9 @@ class Service(MultiService):
         seconds = self._config.shutdown_seconds
         end = self._reactor.seconds() + seconds
         self._sweeper.stop()
-        drained = self._site.drain()
+        self._runner.stop()
+        sites = self._site, self._admin_site
+        drained = gatherResults([site.drain() for site in sites])
         yield self._listeners.stopService()
         late = self._reactor.callLater(seconds, self._drop)
         yield drained
@@ -231,6 +270,9 @@ class Service(MultiService):
                 self._listen("metrics_listeners", endpoint, self._metrics_site, self)
             for endpoint in self._config.listeners:
                 self._listen("listeners", endpoint, self._site, self._listeners)
+            for endpoint in self._config.admin.listeners:
+                site = self._admin_site
+                self._listen("admin.listeners", endpoint, site, self._listeners)
         except StartError as error:
             logger.critical("Can't start: %s", error)
             self._end(1)
@@ -246,6 +288,8 @@ class Service(MultiService):
             self._config.homeserver.url,
         )
         self._sweeper.start()
+        if self._config.admin.listeners:
+            self._runner.start()
         yield self._homeserver.ask()
 
     @inlineCallbacks
@@ -305,11 +349,13 @@ class Service(MultiService):
 
     def _drop(self) -> None:
         """Drop the connections that are still open."""
-        left = len(self._site.channels)
+        sites = self._site, self._admin_site
+        left = sum(len(site.channels) for site in sites)
         logger.warning(
             "Dropping %d connections that are open after shutdown_seconds", left
         )
-        self._site.abort()
+        for site in sites:
+            site.abort()
 
     def _end(self, code: int) -> None:
         """End the process with an exit status."""

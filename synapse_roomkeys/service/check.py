@@ -22,6 +22,7 @@ from ..clock import Clock
 from ..inline import Inline
 from ..storage import SchemaError, brief, database_address, rehearse_start
 from ..whoami import WhoamiAuth, error_text
+from .admin_auth import ServiceAdminAuth
 from .app import end_process, make_database
 from .config import ServiceConfig
 from .endpoints import Endpoint
@@ -49,12 +50,14 @@ class Check:
     def __init__(self, config: ServiceConfig, reactor: Any) -> None:
         """
         Raises:
-            OptionError: the database's driver isn't installed.
+            OptionError: the database's driver isn't installed, or the operators' token
+                can't be read.
         """
         self._config = config
         self._reactor = reactor
         self._database, self._engine = make_database(config.database)
         self._auth = WhoamiAuth(reactor, Clock(reactor), config.homeserver)
+        ServiceAdminAuth(self._auth, config.admin)
         self._code = 0
 
     def run(self) -> int:
@@ -67,7 +70,8 @@ class Check:
     def _run(self) -> Inline[None]:
         config = self._config
         _print("configuration", "ok", "all options are known")
-        for endpoint in (*config.listeners, *config.metrics_listeners):
+        admin = config.admin.listeners
+        for endpoint in (*config.listeners, *config.metrics_listeners, *admin):
             yield self._report(f"listener {endpoint}", self._try_listener, endpoint)
         address = database_address(self._engine, config.database.args)
         yield self._report(f"database {address}", self._try_database)

@@ -20,7 +20,7 @@ from msgspec import Meta, convert
 from ..config import OptionError, check_option, make_section, options_of
 from ..homeserver import HomeserverOptions
 from ..storage import find_wrong_argument
-from ..types import Limits, PositiveInt, Retention
+from ..types import Boolean, Limits, PositiveInt, Retention
 from .endpoints import Endpoint
 from .forwarded import Network
 
@@ -86,6 +86,23 @@ class LogConfig:
 
 
 @attrs.frozen
+class AdminConfig:
+    """The section ``admin:``, the HTTP interface for operators.
+
+    Attributes:
+        listeners: endpoints of the interface, in Twisted's syntax; without any, the
+            service doesn't have the interface.
+        token_path: file with a token by which an operator is authenticated, or None.
+        synapse_admins: whether the administrators of the homeserver, which is a
+            Synapse, are operators.
+    """
+
+    listeners: Annotated[tuple[Endpoint, ...], _STRINGS] = ()
+    token_path: Annotated[str, Meta(description="the path of a file")] | None = None
+    synapse_admins: Boolean = False
+
+
+@attrs.frozen
 class ServiceConfig:
     """All options of the service.
 
@@ -103,6 +120,7 @@ class ServiceConfig:
             download is dropped.
         limits: sizes and numbers above which a request is refused.
         retention: what is kept of changed and deleted backups.
+        admin: the HTTP interface for operators.
     """
 
     homeserver: HomeserverOptions
@@ -118,6 +136,7 @@ class ServiceConfig:
     stalled_download_seconds: PositiveInt = 300
     limits: Limits = attrs.field(factory=Limits)
     retention: Retention = attrs.field(factory=Retention)
+    admin: AdminConfig = attrs.field(factory=AdminConfig)
 
 
 #: Types of the options by name, without those in ``database.args``.
@@ -156,6 +175,10 @@ def load_config(
     values[name] = values[name].rstrip("/")
     values["database"] = _database(values)
     config: ServiceConfig = make_section(ServiceConfig, values)
+    admin = config.admin
+    if admin.listeners and admin.token_path is None and not admin.synapse_admins:
+        msg = "need admin.token_path or admin.synapse_admins, which say who may"
+        raise OptionError("admin.listeners", msg)
     return config
 
 

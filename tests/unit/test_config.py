@@ -26,10 +26,12 @@ class ParseModuleConfigTests(SynchronousTestCase):
                 "keep_replaced": "all",
                 "replaced_keys_days": 6,
                 "deleted_versions_days": 7,
+                "admin_api": True,
             }
         )
         retention = Retention(0, "all", 6, 7)
-        self.assertEqual(config, ModuleConfig(1, True, Limits(2, 3, 4), retention))
+        limits = Limits(2, 3, 4)
+        self.assertEqual(config, ModuleConfig(1, True, limits, retention, True))
 
     def test_an_unknown_option_is_named(self) -> None:
         """An unknown option is an error that names the option and the similar known

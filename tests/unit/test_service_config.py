@@ -16,6 +16,7 @@ from synapse_roomkeys.config import OptionError
 from synapse_roomkeys.homeserver import HomeserverOptions
 from synapse_roomkeys.service.config import (
     OPTIONS,
+    AdminConfig,
     DatabaseConfig,
     LogConfig,
     ServiceConfig,
@@ -79,7 +80,8 @@ class ConfigTests(SynchronousTestCase):
             for key in name.split("."):
                 if key not in value:
                     self.assertIn(f"\n  # {key}: ", example())
-                    self.assertIsNone(getattr(DEFAULTS.limits, key))
+                    section = attrs.asdict(DEFAULTS)[name.partition(".")[0]]
+                    self.assertIsNone(section[key])
                     break
                 value = value[key]
 
@@ -96,6 +98,7 @@ class ConfigTests(SynchronousTestCase):
                 "shutdown_seconds": 4,
                 "stalled_download_seconds": 5,
                 "limits": {"max_body_bytes": 6},
+                "admin": {"listeners": ["tcp:7"], "token_path": "/token"},
             }
         )
         self.assertEqual(
@@ -113,6 +116,7 @@ class ConfigTests(SynchronousTestCase):
                 4,
                 5,
                 Limits(max_body_bytes=6),
+                admin=AdminConfig((Endpoint("tcp:7"),), "/token"),
             ),
         )
         self.assertEqual(
@@ -131,6 +135,9 @@ class ConfigTests(SynchronousTestCase):
             "log.format": ("json", "json"),
             "log.level": ("ERROR", "ERROR"),
             "retention.keep_replaced": ("off", "off"),
+            "admin.listeners": ("", ()),
+            "admin.token_path": ("/token", "/token"),
+            "admin.synapse_admins": ("true", True),
         }
         for name in OPTIONS:
             if name == "trusted_proxies":
@@ -145,6 +152,15 @@ class ConfigTests(SynchronousTestCase):
             self.assertEqual(found, value, name)
         config = self.load(TRUSTED_PROXIES="10.0.0.0/8,192.168.1.1")
         self.assertEqual(len(config.trusted_proxies), 2)
+
+    def test_operators_need_an_authentication(self) -> None:
+        """Listeners for operators are an error unless an option says who may use
+        them."""
+        listeners = {"listeners": ["tcp:7"]}
+        error = self.assertRaises(OptionError, self.load, {"admin": listeners})
+        self.assertEqual(error.option, "admin.listeners")
+        for option in ({"token_path": "/token"}, {"synapse_admins": True}):
+            self.load({"admin": {**listeners, **option}})
 
     def test_the_arguments_of_the_database_have_variables(self) -> None:
         """Each database argument can be set by a variable, in lower case; only the
