@@ -16,9 +16,17 @@ from twisted.web.http import Request
 from twisted.web.server import Site
 
 from synapse_roomkeys import E2eRoomKeysHandler, register_servlets
+from synapse_roomkeys.admin.backend import Backend
+from synapse_roomkeys.admin.handler import AdminHandler
+from synapse_roomkeys.admin.runner import TaskRunner
 from synapse_roomkeys.clock import Clock
-from synapse_roomkeys.errors import RoomKeysError
-from synapse_roomkeys.rest import HomeServer, JsonResource
+from synapse_roomkeys.errors import ForbiddenError, RoomKeysError
+from synapse_roomkeys.rest import (
+    AdminHost,
+    HomeServer,
+    JsonResource,
+    register_admin_servlets,
+)
 from synapse_roomkeys.storage import (
     SQLITE,
     EndToEndRoomKeyStore,
@@ -154,42 +162,14 @@ def own_site(hs: HomeServer) -> Site:
     return Site(resource)
 
 
-class MemoryHost:
-    """A server under test, which answers a request before `request` returns.
+class MemoryServer:
+    """A server that answers a request before `request` returns.
 
     Attributes:
-        reactor: the fake reactor, whose time moves only by ``advance``.
-        sweeps: the sweeper's transactions.
-        sweeper: the sweeper, whose passes a test starts with ``run``.
+        site: the server's site.
     """
 
-    def __init__(
-        self, limits: Limits | None = None, retention: Retention | None = None
-    ) -> None:
-        self.reactor = FakeReactor()
-        self.reactor.advance(time.time())
-        self.database = ImmediateDatabase()
-        clock = Clock(self.reactor)
-        limits = limits or Limits()
-        retention = retention or Retention()
-        seconds = self.reactor.seconds
-        self.store = EndToEndRoomKeyStore(
-            self.database, SQLITE, seconds, limits, retention
-        )
-        self.sweeps = Sweeps(self.database, SQLITE, seconds, retention)
-        self.sweeper = Sweeper(self.sweeps, clock, clock.call_later)
-        self.handler = E2eRoomKeysHandler(self.store, clock, limits, self.sweeper)
-        self.auth = StubAuth()
-        self.hs = HomeServer(clock, limits, 300, self.auth, self.handler)
-        self.site = own_site(self.hs)
-
-    def new_user(self) -> User:
-        """As `Host.new_user`."""
-        return self.auth.new_user()
-
-    def new_guest(self) -> User:
-        """As `Host.new_guest`."""
-        return self.auth.new_user(guest=True)
+    site: Site
 
     def request(
         self,
@@ -227,6 +207,103 @@ class MemoryHost:
         protocol.makeConnection(transport)
         protocol.dataReceived("\r\n".join([*lines, "", ""]).encode() + (body or b""))
         return transport
+
+
+class MemoryHost(MemoryServer):
+    """A server under test, for clients.
+
+    Attributes:
+        reactor: the fake reactor, whose time moves only by ``advance``.
+        sweeps: the sweeper's transactions.
+        sweeper: the sweeper, whose passes a test starts with ``run``.
+    """
+
+    def __init__(
+        self, limits: Limits | None = None, retention: Retention | None = None
+    ) -> None:
+        self.reactor = FakeReactor()
+        self.reactor.advance(time.time())
+        self.database = ImmediateDatabase()
+        clock = Clock(self.reactor)
+        limits = limits or Limits()
+        retention = retention or Retention()
+        seconds = self.reactor.seconds
+        self.store = EndToEndRoomKeyStore(
+            self.database, SQLITE, seconds, limits, retention
+        )
+        self.sweeps = Sweeps(self.database, SQLITE, seconds, retention)
+        self.sweeper = Sweeper(self.sweeps, clock, clock.call_later)
+        self.handler = E2eRoomKeysHandler(self.store, clock, limits, self.sweeper)
+        self.auth = StubAuth()
+        self.hs = HomeServer(clock, limits, 300, self.auth, self.handler)
+        self.site = own_site(self.hs)
+
+    def new_user(self) -> User:
+        """As `Host.new_user`."""
+        return self.auth.new_user()
+
+    def new_guest(self) -> User:
+        """As `Host.new_guest`."""
+        return self.auth.new_user(guest=True)
+
+
+class MemoryAdminHost(MemoryServer):
+    """A server under test, for operators.
+
+    Attributes:
+        clients: the same server for clients.
+        runner: runs the tasks.
+    """
+
+    def __init__(self) -> None:
+        retention = Retention(deleted_versions_days=1)
+        self.clients = host = MemoryHost(retention=retention)
+        self._operators = StubAdminAuth(host.auth)
+        self._reactor = host.reactor
+        clock = Clock(host.reactor)
+        backend = Backend(host.database, SQLITE, host.store, host.reactor.seconds)
+        self.runner = TaskRunner(backend, clock, clock.call_later)
+        self.runner.start()
+        handler = AdminHandler(
+            backend, host.handler, self.runner, clock, knows_accounts=False
+        )
+        resource = JsonResource()
+        admin = AdminHost(clock, 300, self._operators, handler)
+        register_admin_servlets(admin, resource)
+        self.site = Site(resource)
+
+    def new_operator(self) -> User:
+        """As `OperatorHost.new_operator`."""
+        return self._operators.new_operator()
+
+    def wait(self) -> Deferred[None]:
+        """As `OperatorHost.wait`."""
+        self._reactor.advance(0.1)
+        return succeed(None)
+
+
+class StubAdminAuth:
+    """Knows some users as operators."""
+
+    def __init__(self, auth: StubAuth) -> None:
+        self._auth = auth
+        self._operators: set[str] = set()
+
+    def new_operator(self) -> User:
+        """Return a new user, who is an operator."""
+        user = self._auth.new_user()
+        self._operators.add(user.user_id)
+        return user
+
+    def get_operator(self, request: Request) -> Deferred[str]:
+        """As `AdminAuth.get_operator`."""
+
+        def check(requester: Requester) -> str:
+            if requester.user_id not in self._operators:
+                raise ForbiddenError("No operator")
+            return requester.user_id
+
+        return self._auth.get_user_by_req(request).addCallback(check)
 
 
 def read_answer(data: bytes, method: str) -> Answer:

@@ -7,19 +7,33 @@ server in memory, over a socket or inside a homeserver.
 
 from __future__ import annotations
 
-from . import downloads, errors, isolation, paths, uploads, versions
-from .base import SCENARIOS, Answer, Client, Host, Scenario, User
+from . import downloads, errors, isolation, operators, paths, uploads, versions
+from .base import (
+    OPERATOR_SCENARIOS,
+    SCENARIOS,
+    Answer,
+    Client,
+    Host,
+    OperatorHost,
+    OperatorScenario,
+    Scenario,
+    User,
+)
 
 __all__ = [
+    "OPERATOR_SCENARIOS",
     "SCENARIOS",
     "Answer",
     "Client",
     "Host",
+    "OperatorHost",
+    "OperatorScenario",
     "Scenario",
     "User",
     "downloads",
     "errors",
     "isolation",
+    "operators",
     "paths",
     "uploads",
     "versions",

@@ -46,14 +46,8 @@ class Answer:
         return f"{self.status} {self.body[:400]!r}"
 
 
-class Host(Protocol):
-    """A server under test."""
-
-    def new_user(self) -> User:
-        """Create a user that no other caller gets."""
-
-    def new_guest(self) -> User:
-        """Create a guest that no other caller gets."""
+class Requests(Protocol):
+    """An address that answers requests."""
 
     def request(
         self,
@@ -72,8 +66,36 @@ class Host(Protocol):
         """
 
 
+class Host(Requests, Protocol):
+    """A server under test."""
+
+    def new_user(self) -> User:
+        """Create a user that no other caller gets."""
+
+    def new_guest(self) -> User:
+        """Create a guest that no other caller gets."""
+
+
+class OperatorHost(Requests, Protocol):
+    """The interface for operators of a server under test, which keeps deleted versions
+    for a day."""
+
+    @property
+    def clients(self) -> Host:
+        """The same server for clients."""
+
+    def new_operator(self) -> User:
+        """Create or return an operator."""
+
+    def wait(self) -> Deferred[None]:
+        """Fire with None after a moment in which the server's background work goes
+        on."""
+
+
 Scenario: TypeAlias = Callable[[Host], "Deferred[None]"]
 SCENARIOS: dict[str, Scenario] = {}
+OperatorScenario: TypeAlias = Callable[[OperatorHost], "Deferred[None]"]
+OPERATOR_SCENARIOS: dict[str, OperatorScenario] = {}
 
 
 def scenario(function: Callable[[Host], Steps]) -> Scenario:
@@ -86,6 +108,15 @@ def scenario(function: Callable[[Host], Steps]) -> Scenario:
     assert name not in SCENARIOS, f"two scenarios are called {name}"
     SCENARIOS[name] = inlineCallbacks(function)
     return SCENARIOS[name]
+
+
+def operator_scenario(function: Callable[[OperatorHost], Steps]) -> OperatorScenario:
+    """Add a generator function to `OPERATOR_SCENARIOS`, as `scenario` does to
+    `SCENARIOS`."""
+    name = function.__name__
+    assert name not in OPERATOR_SCENARIOS, f"two scenarios are called {name}"
+    OPERATOR_SCENARIOS[name] = inlineCallbacks(function)
+    return OPERATOR_SCENARIOS[name]
 
 
 # Paths, below a prefix
@@ -213,7 +244,7 @@ def tally(answer: Answer, row: str = "") -> tuple[int, int]:
 class Client:
     """The client of one user. Paths begin after the prefix."""
 
-    host: Host
+    host: Requests
     user: User
     prefix: str = PREFIX
 
