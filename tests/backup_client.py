@@ -50,6 +50,7 @@ class Api:
 
     url: str
     token: str = attrs.field(repr=False)
+    prefix: str = PREFIX
 
     def request(self, method: str, path: str, body: Any = None) -> Answer:
         """Send a request and return the answer.
@@ -58,7 +59,7 @@ class Api:
             AssertionError: The answer is a 5xx, or holds a traceback or the token.
         """
         headers = {"Authorization": f"Bearer {self.token}"}
-        url = self.url + PREFIX + path
+        url = self.url + self.prefix + path
         answer = blocking_http.send(method, url, headers, encoded(body))
         where = f"{method} {path[:200]}: {answer}"
         assert answer.status < 500, where
@@ -74,6 +75,10 @@ class Api:
         """Send a PUT request with a JSON body and return the answer."""
         return self.request("PUT", path, body)
 
+    def post(self, path: str, body: Any) -> Answer:
+        """Send a POST request with a JSON body and return the answer."""
+        return self.request("POST", path, body)
+
     def delete(self, path: str) -> Answer:
         """Send a DELETE request and return the answer."""
         return self.request("DELETE", path)
@@ -81,7 +86,7 @@ class Api:
     def create_version(self, auth_data: Any = AUTH_DATA) -> str:
         """Create a backup version and return its number."""
         body = {"algorithm": ALGORITHM, "auth_data": auth_data}
-        version: str = accepted(self.request("POST", "/version", body))["version"]
+        version: str = accepted(self.post("/version", body))["version"]
         return version
 
     def info(self, version: str | None = None) -> dict[str, Any]:

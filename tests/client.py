@@ -9,6 +9,7 @@ from typing import Any
 import treq
 from twisted.internet import reactor
 from twisted.internet.defer import Deferred, inlineCallbacks
+from twisted.internet.task import deferLater
 from twisted.web.client import Agent, FileBodyProducer, HTTPConnectionPool
 from twisted.web.http_headers import Headers
 from twisted.web.iweb import IResponse
@@ -92,3 +93,28 @@ class HttpHost(HttpClient):
         super().__init__(url)
         self.new_user = new_user
         self.new_guest = new_guest
+
+
+class HttpOperatorHost(HttpClient):
+    """The interface for operators of a server under test.
+
+    Attributes:
+        clients: the same server for clients.
+    """
+
+    def __init__(
+        self, url: str, clients: HttpHost, new_operator: Callable[[], User]
+    ) -> None:
+        super().__init__(url)
+        self.clients = clients
+        self.new_operator = new_operator
+
+    def wait(self) -> Deferred[None]:
+        """As `OperatorHost.wait`."""
+        return deferLater(reactor, 0.1)
+
+    @inlineCallbacks
+    def close(self) -> Generator[Deferred[Any], Any, None]:
+        """Close the idle connections of both pools."""
+        yield self.clients.close()
+        yield super().close()

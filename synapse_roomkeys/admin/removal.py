@@ -87,23 +87,29 @@ class Removal:
         return deleted
 
     @inlineCallbacks
+    def begin_erasure(self, user_id: str) -> Inline[Owner]:
+        """Mark all versions of a user as deleted, so that no client can change them any
+        more. Fire with the user and the versions."""
+        yield self._erasure.mark_deleted(user_id)
+        owner: Owner = yield self._overview.find_owner(user_id)
+        return owner
+
+    @inlineCallbacks
     def erase(
-        self, user_id: str, after_batch: AfterBatch, most: int | None = None
+        self, owner: Owner, after_batch: AfterBatch, most: int | None = None
     ) -> Inline[dict[str, int]]:
         """Delete a user's rows in all tables, except the last version number. Fire with
         the numbers of deleted rows by table.
 
         Args:
+            owner: the user, as returned by `begin_erasure`.
             most: as for `delete_keys`.
         """
-        yield self._erasure.mark_deleted(user_id)
-        # An upload that has come before the mark is seen here.
-        owner: Owner = yield self._overview.find_owner(user_id)
         keys = 0
         for version in owner.versions:
-            backup = BackupId(user_id, version.version)
+            backup = BackupId(owner.user_id, version.version)
             keys += yield self.delete_keys(backup, after_batch, most)
-        rows: dict[str, int] = yield self._erasure.delete_rows(user_id)
+        rows: dict[str, int] = yield self._erasure.delete_rows(owner.user_id)
         return {"e2e_room_keys": keys, **rows}
 
 

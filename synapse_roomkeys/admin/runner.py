@@ -14,7 +14,7 @@ from ..background import InterruptedPassError, LeasedLoop, Start
 from ..clock import Clock
 from ..errors import RoomKeysError, UnavailableError
 from ..inline import Inline
-from ..storage import Task
+from ..storage import Owner, Task
 from ..storage.tasks import COMPLETE, FAILED
 from ..types import Actor
 from .backend import Backend
@@ -167,17 +167,23 @@ class TaskRunner(LeasedLoop):
 
     @inlineCallbacks
     def _erase(self, run: _Run) -> Inline[dict[str, Any]]:
-        """Delete a user's rows in all tables, and return the receipt."""
+        """Delete a user's rows in all tables. Return the receipt, with the numbers of
+        rows at the beginning."""
         user_id: str = run.task.parameters["user"]
 
         def after_batch(deleted: int) -> "Deferred[None]":
             run.count("keys", deleted)
             return self._step(run, _PAUSE)
 
-        rows: dict[str, int] = yield self._removal.erase(user_id, after_batch)
-        # An interrupted run has deleted keys too.
-        rows["e2e_room_keys"] = run.progress["keys"]
-        return {"user": user_id, "rows": rows, "erased_ms": int(1000 * time.time())}
+        owner: Owner = yield self._removal.begin_erasure(user_id)
+        if "rows" not in run.progress:
+            # After an interruption, some of these rows are deleted already.
+            rows = yield self._overview.count_rows(user_id)
+            run.progress["rows"] = {"e2e_room_keys": owner.keys, **rows}
+            yield self._save(run)
+        yield self._removal.erase(owner, after_batch)
+        erased_ms = int(1000 * time.time())
+        return {"user": user_id, "rows": run.progress["rows"], "erased_ms": erased_ms}
 
     @inlineCallbacks
     def _purge(self, run: _Run) -> Inline[dict[str, Any]]:

@@ -180,15 +180,17 @@ def _erase(
     session: Session, output: Output, user_id: str, manner: Manner
 ) -> Inline[None]:
     """Delete a user's rows, or count them in a dry run, and print the receipt."""
-    owner: Owner = yield session.overview.find_owner(user_id)
+    owner: Owner
     rows: dict[str, int]
     if manner.is_dry_run:
+        owner = yield session.overview.find_owner(user_id)
         rows = {"e2e_room_keys": owner.keys}
         rows |= yield session.overview.count_rows(user_id)
         verb = "would be deleted"
     else:
+        owner = yield session.removal.begin_erasure(user_id)
         with paced(session, owner.keys, manner.rate) as after_batch:
-            rows = yield session.removal.erase(user_id, after_batch, manner.rate)
+            rows = yield session.removal.erase(owner, after_batch, manner.rate)
         verb = "deleted"
     numbers = ", ".join(f"{table} {rows[table]:,}" for table in sorted(rows))
     values = {"user": user_id, "rows": rows, "is_dry_run": manner.is_dry_run}

@@ -36,6 +36,7 @@ class Service(Server):
         settings: Mapping[str, Any] = _NOTHING,
         environment: Mapping[str, str] = _NOTHING,
         arguments: Sequence[str] = ("serve", "--config", "roomkeys.yaml"),
+        operator_token: str | None = None,
     ) -> None:
         """Choose the ports, which stay the same over restarts.
 
@@ -47,10 +48,14 @@ class Service(Server):
                 it.
             environment: environment variables in addition to the inherited ones.
             arguments: the command line arguments of the program.
+            operator_token: token of operators. With it, or with options ``admin`` of
+                the settings, the service listens for operators too.
         """
         self.directory = directory
         self.port = free_port()
         self.metrics_port = free_port()
+        self.operators_port = free_port()
+        self.operator_token = operator_token
         self.program: Sequence[str] = ("-m", "synapse_roomkeys.service")
         self.arguments = arguments
         self.environment = environment
@@ -61,12 +66,23 @@ class Service(Server):
             "metrics_listeners": [f"tcp:{self.metrics_port}:interface={HOST}"],
             **settings,
         }
+        admin = dict(settings.get("admin", {}))
+        if operator_token is not None:
+            admin["token_path"] = "operator_token"
+        if admin:
+            admin["listeners"] = [f"tcp:{self.operators_port}:interface={HOST}"]
+            self._settings["admin"] = admin
         self._process: Process | None = None
 
     @property
     def url(self) -> str:
         """The base URL of the client API."""
         return f"http://{HOST}:{self.port}"
+
+    @property
+    def operators_url(self) -> str:
+        """The base URL of the interface for operators."""
+        return f"http://{HOST}:{self.operators_port}"
 
     @property
     def metrics_url(self) -> str:
@@ -105,6 +121,8 @@ class Service(Server):
         # Valid JSON is valid YAML.
         config = self.directory / "roomkeys.yaml"
         config.write_text(json.dumps(self._settings), encoding="utf-8")
+        if self.operator_token is not None:
+            (self.directory / "operator_token").write_text(f"{self.operator_token}\n")
         return Process(
             [sys.executable, *self.program, *self.arguments],
             output=self.directory / "output.txt",
