@@ -253,6 +253,7 @@ class MemoryAdminHost(MemoryServer):
     Attributes:
         clients: the same server for clients.
         runner: runs the tasks.
+        tasks: the transactions of tasks.
     """
 
     def __init__(self) -> None:
@@ -262,6 +263,7 @@ class MemoryAdminHost(MemoryServer):
         self._reactor = host.reactor
         clock = Clock(host.reactor)
         backend = Backend(host.database, SQLITE, host.store, host.reactor.seconds)
+        self.tasks = backend.tasks
         self.runner = TaskRunner(backend, clock, clock.call_later)
         self.runner.start()
         handler = AdminHandler(

@@ -1,0 +1,120 @@
+"""The runner of operators' tasks on a database in memory: faults, and what is kept."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from twisted.internet.defer import Deferred, fail
+from twisted.trial.unittest import SynchronousTestCase
+
+from synapse_roomkeys import metrics
+from synapse_roomkeys.admin.runner import PURGE, STATISTICS
+from synapse_roomkeys.background import INTERVAL
+from synapse_roomkeys.errors import UnavailableError
+from synapse_roomkeys.storage import LEASE_SECONDS, Overview, Task
+from synapse_roomkeys.storage.tasks import CANCELLED
+
+from ..contract import Client
+from ..contract.base import key
+from ..memory import MemoryAdminHost
+
+_WEEK = 7 * 24 * 60 * 60
+
+
+class RunnerTests(SynchronousTestCase):
+    """A user with a key, and tasks that are added past the interface."""
+
+    def setUp(self) -> None:
+        self.host = MemoryAdminHost()
+        self.tasks = self.host.tasks
+        client = Client(self.host.clients, self.host.clients.new_user())
+        version = self.successResultOf(client.create_version())
+        self.successResultOf(client.upload(version, {"!room": {"s": key()}}))
+
+    def add(self, action: str, **parameters: Any) -> str:
+        """Add a task and wake the runner; return the task's id."""
+        task_id = self.successResultOf(self.tasks.add(action, "@admin:x", parameters))
+        self.host.runner.wake()
+        return task_id
+
+    def get(self, task_id: str) -> Task:
+        """Return a task."""
+        task = self.successResultOf(self.tasks.get(task_id))
+        assert task is not None
+        return task
+
+    def pump(self, seconds: int = 1) -> None:
+        """Let the background work go on for some seconds."""
+        self.host.clients.reactor.pump([0.1] * (10 * seconds))
+
+    def test_tasks_are_run_one_after_the_other(self) -> None:
+        """The oldest task is run first; each has its result."""
+        ids = [self.add(STATISTICS, top=number) for number in range(3)]
+        self.pump()
+        found = [self.get(task_id) for task_id in ids]
+        self.assertEqual({task.status for task in found}, {"complete"})
+        largest = [len((task.result or {})["largest"]) for task in found]
+        self.assertEqual(largest, [0, 1, 1])
+
+    def test_a_defect_fails_one_task(self) -> None:
+        """A task of an action that this version doesn't know fails, and is logged; the
+        next one is run."""
+        unknown = self.add("dance")
+        good = self.add(STATISTICS, top=1)
+        with self.assertLogs("synapse_roomkeys.admin.runner", "ERROR") as logs:
+            self.pump()
+        self.assertIn(unknown, logs.output[0])
+        task = self.get(unknown)
+        self.assertEqual(task.status, "failed")
+        self.assertIn("log", task.error or "")
+        self.assertEqual(self.get(good).status, "complete")
+
+    def test_an_outage_delays_a_task(self) -> None:
+        """While the database is away a task stays; a minute later it is run."""
+        failures = metrics.task_failures._value.get()
+        real = Overview.list_owners
+
+        def unavailable(overview: Overview, after: str) -> Deferred[Any]:
+            return fail(UnavailableError(10))
+
+        self.patch(Overview, "list_owners", unavailable)
+        task_id = self.add(STATISTICS, top=1)
+        self.pump()
+        self.assertEqual(self.get(task_id).status, "active")
+        self.assertEqual(metrics.task_failures._value.get(), failures + 1)
+        self.patch(Overview, "list_owners", real)
+        self.pump(int(INTERVAL) + 1)
+        self.assertEqual(self.get(task_id).status, "complete")
+
+    def test_a_process_that_lost_the_lease_stops(self) -> None:
+        """A task is left to the process that has taken over, and run if its lease
+        ends."""
+        leases = self.tasks.leases
+        self.successResultOf(leases.take("tasks", "other"))
+        task_id = self.add(STATISTICS, top=1)
+        self.pump()
+        self.assertEqual(self.get(task_id).status, "scheduled")
+        self.pump(int(LEASE_SECONDS) + 10)
+        self.assertEqual(self.get(task_id).status, "complete")
+
+    def test_a_cancelled_task_is_not_run(self) -> None:
+        """A task that was cancelled before its turn stays without a result."""
+        task_id = self.add(PURGE, what="orphaned")
+        self.successResultOf(self.tasks.finish(task_id, CANCELLED))
+        self.pump()
+        task = self.get(task_id)
+        self.assertEqual((task.status, task.result), ("cancelled", None))
+        done = self.tasks.finish(task_id, "complete", {})
+        self.assertFalse(self.successResultOf(done))
+
+    def test_finished_tasks_are_kept_for_four_weeks(self) -> None:
+        """Then a pass deletes them, but no task that isn't finished."""
+        task_id = self.add(STATISTICS, top=1)
+        self.pump()
+        reactor = self.host.clients.reactor
+        reactor.advance(4 * _WEEK - INTERVAL)
+        self.pump()
+        self.assertEqual(self.get(task_id).status, "complete")
+        reactor.advance(2 * INTERVAL)
+        self.pump()
+        self.assertIsNone(self.successResultOf(self.tasks.get(task_id)))
