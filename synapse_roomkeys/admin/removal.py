@@ -51,13 +51,21 @@ class Removal:
 
     @inlineCallbacks
     def delete_version(
-        self, version: VersionFacts, actor: Actor, after_batch: AfterBatch
+        self,
+        version: VersionFacts,
+        actor: Actor,
+        after_batch: AfterBatch,
+        most: int | None = None,
     ) -> Inline[None]:
         """Delete a version with its keys, whatever its state. Nobody can give it back
-        any more."""
+        any more.
+
+        Args:
+            most: as for `delete_keys`, if the version has no row.
+        """
         backup = BackupId(version.user_id, version.version)
         if version.state == ORPHANED:
-            yield self.delete_keys(backup, after_batch)
+            yield self.delete_keys(backup, after_batch, most)
             return
         # Deleting a deleted version again puts it into the sweeper's queue, if it isn't
         # there. Once the sweep has begun, nobody can give the version back.

@@ -55,11 +55,25 @@ def list_owners(start: str, columns: str, tables: Sequence[str] = _BACKUPS) -> s
     WHERE place > 0 AND user_id IS NOT NULL ORDER BY place"""
 
 
+def _list_distributed(tables: Sequence[str]) -> str:
+    """Return the query of a page of users in distributed tables, over which Citus runs
+    no recursive query. Each node reads all index entries of the page's users."""
+    lists = " UNION ".join(
+        f"""SELECT user_id FROM (SELECT DISTINCT user_id FROM {table}
+        WHERE user_id > :user_id ORDER BY user_id LIMIT :page) AS {table}_page"""
+        for table in tables
+    )
+    return f"{lists} ORDER BY user_id LIMIT :page"
+
+
 _START = "CAST(:user_id AS TEXT)"
 #: Returns a page of users with a version or a key, after a user.
 LIST_OWNERS = list_owners(_START, "user_id")
 #: Returns a page of users of whom anything is stored, after a user.
 LIST_USERS = list_owners(_START, "user_id", _ALL)
+#: As these, in distributed tables.
+LIST_DISTRIBUTED_OWNERS = _list_distributed(_BACKUPS)
+LIST_DISTRIBUTED_USERS = _list_distributed(_ALL)
 #: Returns the versions of users from a first to a last one, and the time of the
 #: deletion of a version that is queued for the sweeper, or NULL.
 FIND_VERSIONS = """
@@ -219,9 +233,12 @@ class Overview:
         """
 
         def read(txn: Transaction) -> list[str]:
-            statement = LIST_OWNERS if with_backup else LIST_USERS
+            if with_backup:
+                return self._read_owners(txn, after, USERS)
+            is_distributed = self._engine.is_distributed
+            statement = LIST_DISTRIBUTED_USERS if is_distributed else LIST_USERS
             txn.execute(statement, {"user_id": after, "page": USERS})
-            return [str(user_id) for (user_id,) in txn.fetchall()]
+            return [user_id for (user_id,) in txn.fetchall()]
 
         return self._database.run("roomkeys_list_users", read)
 
@@ -290,9 +307,19 @@ class Overview:
 
         return self._database.run("roomkeys_measure_tables", read)
 
+    def _read_owners(self, txn: Transaction, after: str, page: int) -> list[str]:
+        """Return a page of users with a version or a key, in order.
+
+        Args:
+            page: maximum number of users.
+        """
+        is_distributed = self._engine.is_distributed
+        statement = LIST_DISTRIBUTED_OWNERS if is_distributed else LIST_OWNERS
+        txn.execute(statement, {"user_id": after, "page": page})
+        return [user_id for (user_id,) in txn.fetchall()]
+
     def _list(self, txn: Transaction, after: str) -> list[Owner]:
-        txn.execute(LIST_OWNERS, {"user_id": after, "page": OWNERS})
-        users = [user_id for (user_id,) in txn.fetchall()]
+        users = self._read_owners(txn, after, OWNERS)
         if not users:
             return []
         found = self._read_versions(txn, users[0], users[-1])

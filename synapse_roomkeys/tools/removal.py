@@ -81,7 +81,7 @@ def purge_versions(
                     actor = Actor(None, manner.operator)
                     with paced(session, version.keys, manner.rate) as after_batch:
                         yield session.removal.delete_version(
-                            version, actor, after_batch
+                            version, actor, after_batch, manner.rate
                         )
         return True
 

@@ -37,7 +37,8 @@ from synapse_roomkeys.storage import (
 from synapse_roomkeys.storage.postgres_engine import PostgresEngine
 from synapse_roomkeys.types import Limits, Retention
 
-from ..contract import Answer, Client, Scenario
+from ..client import HttpOperatorHost
+from ..contract import Answer, Client, OperatorScenario, Scenario
 from ..contract.base import (
     PREFIX,
     Rooms,
@@ -49,8 +50,10 @@ from ..contract.base import (
     wrapped,
 )
 from ..servers.citus import Citus
+from ..servers.fake_homeserver import Homeserver
+from ..servers.service import Service
 from ..sites import Backend, OwnSite
-from . import test_contract, test_partitions, test_storage
+from . import test_contract, test_operators, test_partitions, test_storage
 from .test_partitions import Explained, ExplainedDatabase, all_statements, do_everything
 
 Databases = list[dict[str, Any]]
@@ -158,6 +161,34 @@ def test_contract_at_a_node(
 ) -> Any:
     """The service keeps the contract at the coordinator and at a worker."""
     return scenario(sites[node].host)
+
+
+@pytest.fixture(scope="module")
+def operators(
+    databases: Databases, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[HttpOperatorHost]:
+    """A process of the service at the coordinator, whose operators have a token."""
+    with Homeserver() as homeserver:
+        service = Service(
+            tmp_path_factory.mktemp("service"),
+            homeserver.url,
+            database=databases[0],
+            settings={"retention": test_operators.KEEPING},
+            operator_token="a_token_of_thirty_two_characters",
+        )
+        with service:
+            host = test_operators.operators_of(service, homeserver)
+            yield host
+            blockon(host.close())
+        assert "Traceback" not in service.log()
+
+
+@test_operators.each_scenario
+def test_operators_at_the_coordinator(
+    scenario: OperatorScenario, operators: HttpOperatorHost
+) -> Any:
+    """The service keeps the contract for operators."""
+    return scenario(operators)
 
 
 def test_a_worker_makes_no_tables_of_its_own(citus: Citus) -> None:

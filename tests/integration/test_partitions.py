@@ -353,6 +353,7 @@ def do_everything(store: EndToEndRoomKeyStore, sweeper: Sweeps, user: str) -> St
     with mock.patch.object(versions, "DELETED_VERSIONS", 0):
         yield store.create_version(user, "algorithm", "{}", ACTOR)
     yield store.get_user_record(user, 0)
+    yield store.get_newest_record(user, 0, 0, 10)
     yield store.get_version_record(user, newer)
     yield sweep(sweeper, user)
     yield store.forget_user(user)
