@@ -140,11 +140,13 @@ class AdminHandler:
         first: list[tuple[int, str]] = []
         total, after = 0, ""
         while is_wanted() and (found := (yield self._overview.list_owners(after))):
-            entries = [(value(owner), owner.user_id) for owner in found]
-            first = choose(page.end, [*first, *entries])
+            first += [(value(owner), owner.user_id) for owner in found]
+            if len(first) > 2 * page.end:
+                first = choose(page.end, first)
             total += len(found)
             after = found[-1].user_id
-        return [user_id for _, user_id in first[page.skipped :]], total
+        ordered = choose(page.end, first)
+        return [user_id for _, user_id in ordered[page.skipped :]], total
 
     @inlineCallbacks
     def get_user(self, user_id: str) -> Inline[Owner]:
