@@ -62,7 +62,7 @@ def sessions_of(change: RecordedChange) -> Sessions:
 
 
 def _parse_object(text: str | None) -> dict[str, Any]:
-    """Return the object of a JSON text; an empty one for any other text."""
+    """Return the object of a JSON text; an empty object for any other text."""
     try:
         value = json.loads(text or "{}")
     except (ValueError, RecursionError):

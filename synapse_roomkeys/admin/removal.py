@@ -1,5 +1,4 @@
-"""Deletions by an operator: versions that nobody uses, and whole users, in small
-transactions."""
+"""Deletions by an operator: unused versions and whole users, in small transactions."""
 
 from collections.abc import Callable, Iterable
 
@@ -28,9 +27,11 @@ AfterBatch = Callable[[int], "Deferred[None]"]
 
 
 class Removal:
-    """The deletions. Each may be interrupted and repeated: it goes on with what is
-    left. The Deferreds fail as the `Transactions` do, and with errors of the function
-    that is called after each batch."""
+    """The deletions. A repeated call continues an interrupted deletion.
+
+    The Deferreds fail as the `Transactions` do, and with the errors of the function
+    that is called after each batch.
+    """
 
     def __init__(
         self,
@@ -57,7 +58,7 @@ class Removal:
         after_batch: AfterBatch,
         most: int | None = None,
     ) -> Inline[None]:
-        """Delete a version with its keys, whatever its state. Nobody can give it back
+        """Delete a version of any state with its keys. The version can't be given back
         any more.
 
         Args:
@@ -67,8 +68,8 @@ class Removal:
         if version.state == ORPHANED:
             yield self.delete_keys(backup, after_batch, most)
             return
-        # Deleting a deleted version again puts it into the sweeper's queue, if it isn't
-        # there. Once the sweep has begun, nobody can give the version back.
+        # A second deletion puts a deleted version into the sweeper's queue. After the
+        # first batch of the sweep, the version can't be given back any more.
         yield self._store.delete_version(backup.user_id, backup.version, actor)
         place: Place | None = Place()
         while place is not None:
@@ -96,7 +97,7 @@ class Removal:
 
     @inlineCallbacks
     def begin_erasure(self, user_id: str) -> Inline[Owner]:
-        """Mark all versions of a user as deleted, so that no client can change them any
+        """Mark all versions of a user as deleted: clients can't change the versions any
         more. Fire with the user and the versions."""
         yield self._erasure.mark_deleted(user_id)
         owner: Owner = yield self._overview.find_owner(user_id)

@@ -1,5 +1,4 @@
-"""The tasks of operators while processes are stopped and killed, and who may begin
-them."""
+"""The tasks of operators: restarts, kills, several processes, and authentication."""
 
 from __future__ import annotations
 
@@ -25,7 +24,7 @@ from ..servers.fake_homeserver import Homeserver
 from ..servers.service import Service
 from ..tool import Tool
 
-#: Seconds that a task, or a part of it, may take.
+#: Timeout of a poll, in seconds.
 DEADLINE = 60.0
 #: Copies a user's only key to other sessions of its room.
 ADD_KEYS = """
@@ -36,7 +35,7 @@ ADD_KEYS = """
         forwarded_count, is_verified, session_data
     FROM e2e_room_keys, n WHERE user_id = ? AND session_id = 's'"""
 
-#: Stores a key of a user that belongs to no version.
+#: Stores a user's key without a version.
 LEFT_KEY = """
     INSERT INTO e2e_room_keys (user_id, version, room_id, session_id, session_data)
     VALUES (?, 1, '!room', 's', '{}')"""
@@ -152,8 +151,8 @@ def wait_for_end(operator: Api, path: str) -> dict[str, Any]:
 def test_a_task_survives_a_restart(
     deployment: Deployment, number: signal.Signals
 ) -> None:
-    """A task whose process is stopped or killed in its middle goes on after a restart,
-    and its receipt counts the keys of both runs."""
+    """A task continues after a stop or a kill of the process and a restart. The receipt
+    counts the keys of both runs."""
     user, other = (deployment.homeserver.new_user() for _ in range(2))
     service = deployment.new_service("service")
     with service:
@@ -177,7 +176,8 @@ def test_a_task_survives_a_restart(
 
 
 def test_a_task_is_cancelled(deployment: Deployment) -> None:
-    """A cancelled task ends soon; the next task and the clients go on."""
+    """A cancelled task stops within a second. The next task runs, and clients are
+    served."""
     user, other = (deployment.homeserver.new_user() for _ in range(2))
     with deployment.new_service("service") as service:
         deployment.back_up(service, user)
@@ -193,14 +193,14 @@ def test_a_task_is_cancelled(deployment: Deployment) -> None:
         assert left, "the task went on"
         same(accepted(operator.get(path))["status"], "cancelled")
         same(deployment.keys_of(other), deployment.keys)
-        # Whoever has changed their mind erases the rest.
+        # A second task deletes the remaining keys.
         task = wait_for_end(operator, erase(operator, user))
         same(task["result"]["rows"]["e2e_room_keys"], left)
 
 
 def test_two_processes_share_the_tasks(deployment: Deployment) -> None:
-    """A task that one process takes is done once. If the process is killed, the other
-    one, which was asked for a task of its own, goes on."""
+    """A single process runs tasks at a time. After a kill of this process, the other
+    process continues the task, and runs the next one."""
     user, other = (deployment.homeserver.new_user() for _ in range(2))
     first, second = (deployment.new_service(name) for name in ("first", "second"))
     with first, second:
@@ -220,8 +220,8 @@ def test_two_processes_share_the_tasks(deployment: Deployment) -> None:
 
 
 def test_each_address_answers_its_own_paths(deployment: Deployment) -> None:
-    """Neither the clients' address nor the one of metrics has paths for operators, and
-    the operators' address has none for clients."""
+    """The addresses for clients and for metrics have no paths for operators. The
+    address for operators has no paths for clients."""
     with deployment.new_service("service") as service:
         token = service.operator_token
         user = deployment.homeserver.new_user()
@@ -235,8 +235,8 @@ def test_each_address_answers_its_own_paths(deployment: Deployment) -> None:
 
 
 def test_administrators_of_the_homeserver(synapse: Synapse, tmp_path: Path) -> None:
-    """At a service beside a Synapse, its administrators are operators, and nobody else
-    is; without the Synapse, nobody is."""
+    """The administrators of a Synapse are operators of the service beside it. Other
+    users and guests aren't."""
     service = Service(tmp_path, synapse.url, settings=SYNAPSE_ADMINS)
     admin = synapse.register(f"admin{secrets.token_hex(3)}", admin=True)
     user = synapse.register(f"user{secrets.token_hex(3)}")
@@ -257,7 +257,7 @@ def test_administrators_of_the_homeserver(synapse: Synapse, tmp_path: Path) -> N
 def test_a_homeserver_that_is_no_synapse(
     homeserver: Homeserver, tmp_path: Path
 ) -> None:
-    """A homeserver without Synapse's admin API makes nobody an operator."""
+    """Without Synapse's admin API at the homeserver, no user is an operator."""
     service = Service(tmp_path, homeserver.url, settings=SYNAPSE_ADMINS)
     token = homeserver.new_user().access_token
     with service:
@@ -268,16 +268,15 @@ def test_a_homeserver_that_is_no_synapse(
 
 
 def test_the_interface_is_off_by_default(synapse: Synapse) -> None:
-    """A Synapse with the module doesn't have the interface unless its configuration
-    says so."""
+    """A Synapse with the module has no interface for operators by default."""
     admin = synapse.register(f"admin{secrets.token_hex(3)}", admin=True)
     api = Api(synapse.url, admin.access_token, ADMIN_PREFIX)
     refused(api.get("/users"), 404, "M_UNRECOGNIZED")
 
 
 def test_a_worker_serves_operators(postgres: PostgresServer, tmp_path: Path) -> None:
-    """A worker of a Synapse answers operators too. A deactivated user, of whom another
-    program has left a key, is erased without a further word."""
+    """A worker of a Synapse answers operators. A deactivated user is erased without
+    ``even_if_active``."""
     module = {"admin_api": True}
     database = postgres.create_database()
     with (

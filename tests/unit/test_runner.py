@@ -1,4 +1,4 @@
-"""The runner of operators' tasks on a database in memory: faults, and what is kept."""
+"""The runner of operators' tasks on a database in memory: faults, leases, expiry."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class RunnerTests(SynchronousTestCase):
         self.host.clients.reactor.pump([0.1] * (10 * seconds))
 
     def test_tasks_are_run_one_after_the_other(self) -> None:
-        """The oldest task is run first; each has its result."""
+        """The oldest task runs first. Each task gets its own result."""
         ids = [self.add(STATISTICS, top=number) for number in range(3)]
         self.pump()
         found = [self.get(task_id) for task_id in ids]
@@ -57,8 +57,8 @@ class RunnerTests(SynchronousTestCase):
         self.assertEqual(largest, [0, 1, 1])
 
     def test_a_defect_fails_one_task(self) -> None:
-        """A task of an action that this version doesn't know fails, and is logged; the
-        next one is run."""
+        """A task with an unknown action fails with an error in the log. The next task
+        runs."""
         unknown = self.add("dance")
         good = self.add(STATISTICS, top=1)
         with self.assertLogs("synapse_roomkeys.admin.runner", "ERROR") as logs:
@@ -70,7 +70,7 @@ class RunnerTests(SynchronousTestCase):
         self.assertEqual(self.get(good).status, "complete")
 
     def test_an_outage_delays_a_task(self) -> None:
-        """While the database is away a task stays; a minute later it is run."""
+        """A task stays active during a database outage, and runs a minute later."""
         failures = metrics.task_failures._value.get()
         real = Overview.list_owners
 
@@ -87,8 +87,8 @@ class RunnerTests(SynchronousTestCase):
         self.assertEqual(self.get(task_id).status, "complete")
 
     def test_a_process_that_lost_the_lease_stops(self) -> None:
-        """A task is left to the process that has taken over, and run if its lease
-        ends."""
+        """A process without the lease runs no task. After the end of the other
+        process's lease, the process runs the task."""
         leases = self.tasks.leases
         self.successResultOf(leases.take("tasks", "other"))
         task_id = self.add(STATISTICS, top=1)
@@ -98,7 +98,7 @@ class RunnerTests(SynchronousTestCase):
         self.assertEqual(self.get(task_id).status, "complete")
 
     def test_a_cancelled_task_is_not_run(self) -> None:
-        """A task that was cancelled before its turn stays without a result."""
+        """A task that was cancelled before its start gets no result."""
         task_id = self.add(PURGE, what="orphaned")
         self.successResultOf(self.tasks.finish(task_id, CANCELLED))
         self.pump()
@@ -108,7 +108,7 @@ class RunnerTests(SynchronousTestCase):
         self.assertFalse(self.successResultOf(done))
 
     def test_finished_tasks_are_kept_for_four_weeks(self) -> None:
-        """Then a pass deletes them, but no task that isn't finished."""
+        """A pass deletes a task four weeks after its end, and not earlier."""
         task_id = self.add(STATISTICS, top=1)
         self.pump()
         reactor = self.host.clients.reactor
