@@ -214,7 +214,7 @@ class WhoamiAuth:
             if response.code == 403:
                 return False
             if response.code != 200:
-                raise UnusableResponseError(_describe(response, path))
+                raise UnusableResponseError(describe_response(response, path))
             is_admin = _decode_admin(response.body).admin
         except ThrottledError as error:
             raise _Throttled(error.retry_after).error() from None
@@ -255,10 +255,11 @@ class WhoamiAuth:
             ThrottledError: the homeserver throttles.
             Exception: no connection.
         """
-        sent = self._homeserver.get(CLIENT_API + "/versions", Headers(), {}, deadline)
+        path = CLIENT_API + "/versions"
+        sent = self._homeserver.get(path, Headers(), {}, deadline)
         response: Response = yield self._clock.wait(sent)
         if response.code != 200:
-            raise UnusableResponseError(_describe(response, "/versions"))
+            raise UnusableResponseError(describe_response(response, path))
 
     @inlineCallbacks
     def check_whoami(self, deadline: float) -> Inline[None]:
@@ -388,7 +389,7 @@ def _read_answer(
                 return _read_refusal(response.code, error)
     except (msgspec.MsgspecError, UnicodeDecodeError):
         pass
-    raise UnusableResponseError(_describe(response, WHOAMI))
+    raise UnusableResponseError(describe_response(response, CLIENT_API + WHOAMI))
 
 
 def _read_user(user: _WhoamiBody, options: HomeserverOptions) -> Requester | _Refusal:
@@ -418,9 +419,13 @@ def _is_lasting(answer: Requester | _Refusal, claim: Claim) -> bool:
     return (answer.code, answer.errcode) == (401, "M_UNKNOWN_TOKEN") and not claim.masks
 
 
-def _describe(response: Response, path: str) -> str:
-    """Describe an unusable response. If the address of the homeserver looks wrong, name
-    the option to change."""
+def describe_response(response: Response, path: str) -> str:
+    """Describe an unusable response in one line. If the address of the homeserver looks
+    wrong, name the option to change.
+
+    Args:
+        path: path of the request below the homeserver's address.
+    """
     code = response.code
     kind = response.header("Content-Type").partition(";")[0] or "no Content-Type"
     target = response.header("Location").partition("?")[0]
@@ -434,10 +439,12 @@ def _describe(response: Response, path: str) -> str:
     except (msgspec.MsgspecError, UnicodeDecodeError):
         return f"status {code} ({kind}), no answer of a Matrix homeserver"
     if code == 404:
-        return f"status 404 ({kind}): homeserver.url has no client-server API"
+        is_client = path.startswith(CLIENT_API)
+        api = "client-server API" if is_client else "admin API of a Synapse"
+        return f"status 404 ({kind}): homeserver.url has no {api}"
     return f"status {code} ({kind})"
 
 
 def _base_of(target: str, path: str) -> str:
     """The value of ``homeserver.url`` for the target of a redirect."""
-    return target.removesuffix("/").removesuffix("/_matrix/client" + path)
+    return target.removesuffix("/").removesuffix(path)

@@ -169,10 +169,7 @@ def load_config(
     if homeserver is not None:
         types = {"--homeserver": OPTIONS[name]}
         values[name] = check_option("--homeserver", homeserver, types)
-    if name not in values:
-        msg = f"must be set, or {PREFIX}HOMESERVER_URL, or --homeserver"
-        raise OptionError(name, msg)
-    values[name] = values[name].rstrip("/")
+    values["homeserver"] = _homeserver(values, "or --homeserver")
     values["database"] = _database(values)
     config: ServiceConfig = make_section(ServiceConfig, values)
     admin = config.admin
@@ -200,6 +197,17 @@ def load_database(paths: Sequence[Path], environ: Mapping[str, str]) -> Database
             f" {PREFIX}DATABASE_NAME and {PREFIX}DATABASE_ARGS_...",
         )
     return _database(values)
+
+
+def load_homeserver(
+    paths: Sequence[Path], environ: Mapping[str, str]
+) -> HomeserverOptions:
+    """Read the options of the homeserver alone, for a command that asks the homeserver.
+
+    Raises:
+        OptionError: as `load_config`.
+    """
+    return _homeserver(_read(paths, environ), "or name it in a file with --config")
 
 
 def read_yaml(path: Path) -> Any:
@@ -234,6 +242,23 @@ def _read(paths: Sequence[Path], environ: Mapping[str, str]) -> dict[str, Any]:
         if variable.startswith(PREFIX):
             values |= _variable(variable, text, environ)
     return {name: v for name, v in values.items() if name not in _SYNAPSES}
+
+
+def _homeserver(values: Mapping[str, Any], other: str) -> HomeserverOptions:
+    """
+    Args:
+        other: another way to set the address, for the error.
+
+    Raises:
+        OptionError: the address of the homeserver isn't set.
+    """
+    name = "homeserver.url"
+    if name not in values:
+        msg = f"must be set, or {PREFIX}HOMESERVER_URL, {other}"
+        raise OptionError(name, msg)
+    values = {**values, name: values[name].rstrip("/")}
+    options: HomeserverOptions = make_section(HomeserverOptions, values, "homeserver.")
+    return options
 
 
 def _database(values: Mapping[str, Any]) -> DatabaseConfig:

@@ -1,7 +1,7 @@
 """The commands ``purge``, ``erase`` and ``sweep``: deletions, in small transactions."""
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,6 +15,10 @@ from ..types import Actor
 from .output import Output, plural, progress, require_yes, time_text
 from .owners import each_page, no_backup
 from .session import DONE, USAGE, Session, ToolError
+
+#: Fires with those of some users that are deactivated, or that the homeserver doesn't
+#: have.
+FindGone = Callable[[Sequence[str]], "Deferred[frozenset[str]]"]
 
 
 @attrs.frozen
@@ -199,40 +203,57 @@ def _erase(
 
 
 @inlineCallbacks
+def sweep_named(
+    session: Session, output: Output, user_ids: Iterable[str], manner: Manner
+) -> Inline[int]:
+    """Erase the users of a list."""
+    _require_yes(manner)
+    erased = 0
+    for user_id in user_ids:
+        if (yield _has_rows(session, user_id)):
+            yield _erase(session, output, user_id, manner)
+            erased += 1
+    _say_erased(output, erased, manner)
+    return DONE
+
+
+@inlineCallbacks
 def sweep_deactivated(
-    session: Session, output: Output, gone: Iterable[str] | None, manner: Manner
+    session: Session, output: Output, find_gone: FindGone, manner: Manner
 ) -> Inline[int]:
     """Erase the users that the homeserver no longer has.
 
     Args:
-        gone: these users; None to ask a Synapse's database.
+        find_gone: asks the homeserver, or its database. If it fails, no user of the
+            page is erased.
+    """
+    _require_yes(manner)
+    erased = 0
+    after = ""
+    with progress("users") as bar:
+        while page := (yield session.overview.list_users(after)):
+            gone = yield find_gone(page)
+            for user_id in sorted(gone):
+                yield _erase(session, output, user_id, manner)
+            erased += len(gone)
+            bar.update(len(page))
+            after = page[-1]
+    _say_erased(output, erased, manner)
+    return DONE
+
+
+def _require_yes(manner: Manner) -> None:
+    """
+    Raises:
+        ToolError: ``--yes`` is missing.
     """
     if not manner.is_dry_run:
         require_yes(manner.has_yes, "all keys of the deactivated users will be lost")
-    erased = 0
 
-    @inlineCallbacks
-    def erase_all(user_ids: Iterable[str]) -> Inline[None]:
-        nonlocal erased
-        for user_id in user_ids:
-            erased += 1
-            yield _erase(session, output, user_id, manner)
 
-    if gone is not None:
-        for user_id in gone:
-            if (yield _has_rows(session, user_id)):
-                yield erase_all([user_id])
-    else:
-        after = ""
-        with progress("users") as bar:
-            while page := (yield session.overview.list_users(after)):
-                found = yield session.overview.find_gone(page)
-                yield erase_all(sorted(found))
-                bar.update(len(page))
-                after = page[-1]
+def _say_erased(output: Output, erased: int, manner: Manner) -> None:
     verb = "would be erased" if manner.is_dry_run else "erased"
     output.say(f"{plural(erased, 'user')} {verb}")
-    return DONE
 
 
 @inlineCallbacks

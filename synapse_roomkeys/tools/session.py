@@ -101,6 +101,7 @@ class Session:
     Attributes:
         address: the database for the operator, without a password.
         is_synapse: Whether the database is a Synapse's.
+        reactor: makes connections to a homeserver.
         clock: the time, and pauses.
         store: the backups of users.
         dry_store: the same, whose writes are rolled back once their result is known.
@@ -130,6 +131,7 @@ class Session:
         self.pool, self._engine = make_database(config)
         self.address = database_address(self._engine, config.args)
         self.is_synapse = is_synapse
+        self.reactor = reactor
         self.clock = Clock(reactor)
         self.database = RetryingDatabase(
             self.pool, self._engine, self.clock, Outages(f"Database {self.address}")
@@ -192,17 +194,25 @@ def run(session: Session, command: Command, reactor: Any) -> int:
         Exception: the command has a defect.
     """
     results: list[Any] = []
+    is_interrupted = False
 
     def end(result: Any) -> None:
-        if isinstance(result, Failure) and result.check(CancelledError):
+        # A cancelled request over HTTP fails with an error of its connection.
+        if isinstance(result, Failure) and is_interrupted:
             _leave("interrupted: run the same command again to go on", INTERRUPTED)
         results.append(result)
         reactor.stop()
 
     def begin() -> None:
         work = _work(session, command)
+
+        def interrupt() -> None:
+            nonlocal is_interrupted
+            is_interrupted = True
+            work.cancel()
+
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: reactor.callFromThread(work.cancel))
+            signal.signal(number, lambda *_: reactor.callFromThread(interrupt))
         work.addBoth(end)
 
     reactor.callWhenRunning(begin)

@@ -2,14 +2,19 @@
 ``export``, ``import``, ``purge``, ``erase`` and ``sweep``."""
 
 import argparse
+import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from twisted.internet.defer import Deferred
+from twisted.internet.defer import Deferred, inlineCallbacks
 
 from ..admin.removal import Choice, find_deleted, find_orphans, superseded_before
+from ..inline import Inline
+from ..service.config import load_homeserver
 from ..types import Restore
 from . import exports, history, imports, removal
+from .accounts import Accounts, read_token
 from .arguments import (
     add_command,
     add_operator,
@@ -198,13 +203,21 @@ def _add_removals(commands: Any) -> None:
     subject.add_argument(
         "--deactivated",
         action="store_true",
-        help="users who are deactivated or absent in the Synapse's database",
+        help="users who are deactivated or absent: in the Synapse's database, or, for"
+        " the service, at the homeserver, which must be a Synapse",
     )
     subject.add_argument(
         "--users",
         type=Path,
         metavar="FILE",
         help="the users to erase, a line each",
+    )
+    sweep.add_argument(
+        "--admin-token-file",
+        type=Path,
+        metavar="FILE",
+        help="file with the access token of an administrator of the homeserver; for"
+        " --deactivated at the service, which asks homeserver.url for each user",
     )
     for parser in (purge, erase, sweep):
         add_operator(parser)
@@ -239,24 +252,49 @@ def _purge(
     return removal.purge_versions(session, output, wanted, manner)
 
 
+@inlineCallbacks
 def _sweep(
     session: Session, output: Output, options: argparse.Namespace
-) -> "Deferred[int]":
+) -> Inline[int]:
     """
     Raises:
-        ToolError: the users who are gone aren't known.
+        OptionError: no homeserver is configured.
+        ToolError: the options don't go together, a file can't be used, or the
+            homeserver gives no answer.
     """
-    gone = None
+    manner = _manner(options)
+    token_path: Path | None = options.admin_token_file
+    if token_path is not None and (session.is_synapse or not options.deactivated):
+        raise ToolError("--admin-token-file needs --config and --deactivated", USAGE)
     if options.users is not None:
-        try:
-            lines = options.users.read_text(encoding="utf-8").splitlines()
-        except (OSError, ValueError) as error:
-            raise ToolError(f"{options.users}: {error}", USAGE) from None
-        gone = dict.fromkeys(line.strip() for line in lines if line.strip())
-    elif not session.is_synapse:
-        raise ToolError(
-            "the service's database doesn't tell who is deactivated: give --users with"
-            " a file, a user a line",
-            USAGE,
-        )
-    return removal.sweep_deactivated(session, output, gone, _manner(options))
+        names = _read_names(options.users)
+        code: int = yield removal.sweep_named(session, output, names, manner)
+        return code
+    find_gone = session.overview.find_gone
+    if not session.is_synapse:
+        if token_path is None:
+            raise ToolError(
+                "the service's database doesn't tell who is deactivated: give"
+                " --admin-token-file, or --users with a file, a user a line",
+                USAGE,
+            )
+        homeserver = load_homeserver(options.config, os.environ)
+        token = read_token(token_path)
+        accounts = Accounts(session.reactor, session.clock, homeserver, token)
+        yield accounts.check()
+        find_gone = accounts.find_gone
+    code = yield removal.sweep_deactivated(session, output, find_gone, manner)
+    return code
+
+
+def _read_names(path: Path) -> Iterable[str]:
+    """Return the users in a file, each once.
+
+    Raises:
+        ToolError: the file can't be read.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise ToolError(f"{path}: {error}", USAGE) from None
+    return dict.fromkeys(line.strip() for line in lines if line.strip())

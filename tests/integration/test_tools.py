@@ -6,12 +6,14 @@ import fcntl
 import os
 import pty
 import signal
+import socket
+import sqlite3
 import struct
 import subprocess
 import termios
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -19,11 +21,15 @@ from typing import Any
 import attrs
 import pytest
 
+from synapse_roomkeys.storage import SQLITE, upgrade_tables
+
 from ..backup_client import Api
 from ..contract import User
 from ..contract.base import Rooms, accepted, key, keys_path, refused, version_path
-from ..servers import Synapse
+from ..servers import Synapse, accounts
+from ..servers.config import REGISTRATION_SECRET
 from ..servers.fake_homeserver import Homeserver
+from ..servers.processes import free_port
 from ..servers.service import Service, _environment
 from ..tool import Tool
 
@@ -508,3 +514,83 @@ def test_a_database_that_is_away_or_wrong(tmp_path: Path) -> None:
     (tmp_path / "roomkeys.db").touch()
     done = tool.run("stats")
     assert done.code == 2 and "there is no table e2e_room_keys" in done.err
+
+
+def test_a_sweep_asks_the_homeserver(stock: Place, tmp_path: Path) -> None:
+    """For the service, a Synapse tells an administrator who is deactivated or absent.
+    Without its answer nobody is erased, and the exit status has the cause."""
+    url = stock.url
+    admin = accounts.register(
+        url, REGISTRATION_SECRET, f"a{next(_numbers)}", admin=True
+    )
+    active, gone, absent = (stock.new_user() for _ in range(3))
+    tool = Tool(tmp_path, ("--config", "roomkeys.yaml"), tmp_path / "roomkeys.db")
+    token = tmp_path / "token"
+    sweep = ("sweep", "--deactivated", "--admin-token-file", str(token))
+    with Service(tmp_path, url) as service:
+        for user in (active, gone, absent):
+            back_up(Api(service.url, user.access_token), 5)
+    accounts.deactivate(url, admin, gone)
+    unknown = absent.user_id.replace("@", "@no/")
+    for table in ("e2e_room_keys", "e2e_room_keys_versions", "roomkeys_changes"):
+        rename = f"UPDATE {table} SET user_id = ? WHERE user_id = ?"
+        tool.sql(rename, unknown, absent.user_id)
+    config = (tmp_path / "roomkeys.yaml").read_text()
+    unserved = config.replace(url, f"{url}/_matrix")
+    closed = config.replace(url, f"http://127.0.0.1:{free_port()}")
+    for content, secret, code, text in (
+        (config, "unknown", 2, "status 401 (M_UNKNOWN_TOKEN)"),
+        (config, active.access_token, 2, "status 403 (M_FORBIDDEN)"),
+        (unserved, admin.access_token, 3, "status 404 (M_UNRECOGNIZED)"),
+        (closed, admin.access_token, 3, "ConnectionRefusedError"),
+    ):
+        (tmp_path / "roomkeys.yaml").write_text(content)
+        token.write_text(secret)
+        done = tool.run(*sweep, "--yes")
+        assert (done.code, done.out) == (code, ""), done
+        [line] = done.err.splitlines()
+        assert text in line and secret not in line, done
+    (tmp_path / "roomkeys.yaml").write_text(config)
+    assert tool.run(*sweep).code == 2
+    would = tool.run(*sweep, "--dry-run", "--json").rows()
+    receipts = tool.run(*sweep, "--yes", "--json").rows()
+    assert [one["user"] for one in receipts] == sorted([gone.user_id, unknown])
+    assert [one["rows"] for one in receipts] == [one["rows"] for one in would]
+    left = tool.sql("SELECT DISTINCT user_id FROM e2e_room_keys")
+    assert left == [(active.user_id,)]
+
+
+def test_an_interrupted_request_to_the_homeserver(tmp_path: Path) -> None:
+    """Ctrl-C while the homeserver is silent ends a sweep at once with 130."""
+    connection = sqlite3.connect(tmp_path / "roomkeys.db")
+    with closing(connection), closing(connection.cursor()) as cursor:
+        upgrade_tables(cursor, SQLITE, True)
+        connection.commit()
+    (tmp_path / "token").write_text("token")
+    tool = Tool(tmp_path, ("--config", "roomkeys.yaml"), tmp_path / "roomkeys.db")
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        database = f"{{name: sqlite3, args: {{database: {tmp_path}/roomkeys.db}}}}"
+        (tmp_path / "roomkeys.yaml").write_text(
+            f"homeserver: {{url: '{url}'}}\ndatabase: {database}"
+        )
+        process = subprocess.Popen(
+            tool.arguments(
+                "sweep", "--deactivated", "--admin-token-file", "token", "--yes"
+            ),
+            cwd=tmp_path,
+            env=_environment(),
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        silent.settimeout(20)
+        connected, _ = silent.accept()
+        with connected:
+            # The request has come.
+            assert connected.recv(10)
+            process.send_signal(signal.SIGINT)
+            _, err = process.communicate(timeout=8)
+    assert process.returncode == 130, err
+    assert err.splitlines() == [
+        "synapse-roomkeys: interrupted: run the same command again to go on"
+    ]

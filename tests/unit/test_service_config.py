@@ -23,6 +23,7 @@ from synapse_roomkeys.service.config import (
     example,
     load_config,
     load_database,
+    load_homeserver,
 )
 from synapse_roomkeys.service.endpoints import Endpoint
 from synapse_roomkeys.types import Limits
@@ -393,6 +394,18 @@ class ConfigTests(SynchronousTestCase):
     def test_an_empty_file_changes_no_default(self) -> None:
         """A file that is empty or holds only comments changes no default."""
         self.assertEqual(load_config([self.file("# no\n")], {}, URL), DEFAULTS)
+
+    def test_the_homeserver_section_is_loaded_alone(self) -> None:
+        """`load_homeserver` requires no other section, but an address."""
+        path = self.file("homeserver: {url: 'http://a.example/', timeout_seconds: 3}")
+        found = load_homeserver([path], {})
+        self.assertEqual(
+            found, HomeserverOptions("http://a.example", timeout_seconds=3)
+        )
+        found = load_homeserver([path], {"ROOMKEYS_HOMESERVER_URL": "http://b.example"})
+        self.assertEqual(found.url, "http://b.example")
+        error = self.assertRaises(OptionError, load_homeserver, [], {})
+        self.assertEqual(error.option, "homeserver.url")
 
     def test_the_database_section_is_loaded_alone(self) -> None:
         """`load_database` requires no homeserver, but requires a name, because the
