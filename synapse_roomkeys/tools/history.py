@@ -18,7 +18,10 @@ _ACTS = {
     "update_version": "changed auth_data",
     "delete_version": "deleted the version",
     "restore_version": "gave the deleted version back",
+    "export": "exported the version",
 }
+#: Acts that concern all keys of a version, or may do so, and name no session.
+_NAMELESS = ("delete_keys", "delete_version", "restore_version", "export")
 
 
 @attrs.frozen
@@ -36,13 +39,11 @@ class AuditFilter:
     session_id: str | None
 
     def matches(self, sessions: Sessions, change: RecordedChange) -> bool:
-        """Whether a change is to be printed.
-
-        A deletion of keys names no session, so it may concern each of them.
-        """
+        """Whether a change is to be printed: if it concerns the session, or may do
+        so."""
         if self.room_id is None and self.session_id is None:
             return True
-        if change.act in ("delete_keys", "delete_version", "restore_version"):
+        if change.act in _NAMELESS:
             return True
         return any(
             self.session_id is None or self.session_id in ids
@@ -66,7 +67,7 @@ def audit(
     for change in changes:
         sessions = sessions_of(change)
         if wanted.matches(sessions, change):
-            output.write(describe_change(change), _change_text(change))
+            output.write(describe_change(change), change_text(change))
             printed += 1
             replaced += any("replaced" in kinds for kinds in sessions.values())
     if not printed:
@@ -77,7 +78,7 @@ def audit(
     return DONE
 
 
-def _change_text(change: RecordedChange) -> str:
+def change_text(change: RecordedChange) -> str:
     """Describe a recorded change for people."""
     who = f"device {change.device_id}" if change.device_id else "an unknown device"
     if change.operator is not None:

@@ -14,6 +14,7 @@ from synapse_roomkeys.admin.removal import (
 )
 from synapse_roomkeys.service.cli import main
 from synapse_roomkeys.storage import Owner, VersionFacts
+from synapse_roomkeys.tools.history import AuditFilter, change_text
 from synapse_roomkeys.tools.output import (
     Output,
     parse_duration,
@@ -22,6 +23,7 @@ from synapse_roomkeys.tools.output import (
     size_text,
     time_text,
 )
+from synapse_roomkeys.types import RecordedChange
 
 NOW = 1_800_000_000.0
 DAY_MS = 86_400_000
@@ -171,3 +173,29 @@ class ArgumentTests(SynchronousTestCase):
             self.patch(sys, "stderr", io.StringIO())
             ended = self.assertRaises(SystemExit, main, arguments)
             self.assertEqual(ended.code, 2, arguments)
+
+
+class AuditTests(SynchronousTestCase):
+    """Recorded changes in words."""
+
+    def test_an_export(self) -> None:
+        """An export is named with its operator, also if a session is asked for."""
+        change = RecordedChange(
+            changed_ms=0,
+            version=7,
+            etag=2,
+            act="export",
+            device_id=None,
+            operator="@admin:test.example",
+            stored=0,
+            replaced=0,
+            unchanged=0,
+            deleted=0,
+            sessions=None,
+        )
+        self.assertEqual(
+            change_text(change),
+            "1970-01-01 00:00:00  version 7, etag 2: operator @admin:test.example"
+            " exported the version",
+        )
+        self.assertTrue(AuditFilter(0, "!room", "session").matches({}, change))
