@@ -94,7 +94,7 @@ def test_backup_and_restore_on_sqlite(homeserver: Homeserver, tmp_path: Path) ->
         run(commands("Back up the database", "SQLite"), tmp_path, environment)
         newer = write_after_backup(api, version)
         service.stop()
-        run(commands("Restore it", "SQLite"), tmp_path, environment)
+        run(commands("Restore the database", "SQLite"), tmp_path, environment)
         service.start()
         check_restored(api, version, newer)
 
@@ -118,7 +118,7 @@ def test_backup_and_restore_on_postgres(
         )
         newer = write_after_backup(api, version)
     run(
-        replace_names(commands("Restore it", "PostgreSQL"), database),
+        replace_names(commands("Restore the database", "PostgreSQL"), database),
         tmp_path,
         environment,
     )
