@@ -23,8 +23,8 @@ which --synapse names, whether or not a server runs.
 """
 _CODES = """
 exit codes: 0 done, 1 findings, or not all done, 2 wrong usage or configuration, 3 the
-database, or the homeserver that sweep asks, can't be reached, 130 interrupted by Ctrl-C:
-run the command again to go on
+database, or the homeserver that sweep asks, can't be reached, 130 interrupted by
+Ctrl-C: run the command again to go on
 """
 #: Work of a command: takes the session and the output.
 Work = Callable[[Session, Output, argparse.Namespace], "Deferred[int]"]
