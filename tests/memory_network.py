@@ -1,4 +1,4 @@
-"""A network in memory whose connections all lead to one site."""
+"""A network in memory with a single site."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from zope.interface import implementer
 
 @implementer(IHostnameResolver)
 class Resolver:
-    """A resolver that returns one address for every name, immediately."""
+    """A resolver with the same address for every name."""
 
     def resolveHostName(
         self,
@@ -38,14 +38,14 @@ class Resolver:
 
 @implementer(IReactorPluggableNameResolver)
 class MemoryNetwork(MemoryReactorClock):
-    """A reactor whose connections all lead to one site.
+    """A reactor whose connections all lead to the same site.
 
     Attributes:
         refusing: whether connections are refused.
     """
 
     def __init__(self, resource: Resource) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         # `MemoryReactorClock` of older versions of Twisted has no resolver.
         self.nameResolver: Any = Resolver()
         self.site = Site(resource, reactor=self)
@@ -53,7 +53,7 @@ class MemoryNetwork(MemoryReactorClock):
         self._pumps: list[Any] = []
 
     def callFromThread(self, callable: Any, *args: Any, **kwargs: Any) -> None:
-        """Call a function immediately; the tests have one thread."""
+        """Call a function immediately; the tests have no other thread."""
         callable(*args, **kwargs)
 
     def connectTCP(
@@ -64,8 +64,9 @@ class MemoryNetwork(MemoryReactorClock):
         timeout: Any = 30,
         bindAddress: Any = None,
     ) -> Any:
-        """Connect to the site, whatever the host and the port."""
-        connector = super().connectTCP(host, port, factory, timeout, bindAddress)
+        """Connect to the site, with any host and port."""
+        connect: Any = super().connectTCP
+        connector = connect(host, port, factory, timeout, bindAddress)
         if self.refusing:
             factory.clientConnectionFailed(connector, ConnectionRefusedError())
             return connector
@@ -82,7 +83,7 @@ class MemoryNetwork(MemoryReactorClock):
     def turn(self, seconds: float = 0) -> None:
         """Let time pass and deliver all bytes.
 
-        The time stops at each delayed call that is due, so that calls run in order.
+        The time stops at each due call: delayed calls run in order.
         """
         end = self.seconds() + seconds
         self._flow()

@@ -1,6 +1,6 @@
-"""The accounts of a homeserver that is a Synapse, for the command ``sweep``.
+"""The accounts of a Synapse, for the command ``sweep``.
 
-A user is erased if the account is gone, so only Synapse's own answer counts. An answer
+Users without an active account are erased: only Synapse's own answer counts. An answer
 of a proxy, of another homeserver, or of a failing Synapse ends the command.
 """
 
@@ -54,9 +54,9 @@ _decode_error = msgspec.json.Decoder(_ErrorBody).decode
 
 
 class Accounts:
-    """The accounts of a Synapse, by its admin API.
+    """The accounts of a Synapse, by the admin API.
 
-    One request is sent at a time: the Synapse serves its users meanwhile.
+    Requests are sent in turn, because the Synapse serves clients meanwhile.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class Accounts:
         """
         Args:
             reactor: makes the connections.
-            options: those of the Synapse.
+            options: address of the Synapse, and timeouts.
             token: access token of an administrator.
         """
         self._homeserver = HomeserverClient(reactor, clock, options)
@@ -79,10 +79,10 @@ class Accounts:
 
     @inlineCallbacks
     def check(self) -> Inline[None]:
-        """Ask for the list of accounts, which only a Synapse answers with one.
+        """Ask for the list of accounts: only a Synapse has the list.
 
-        A server without this API may answer 404 ``M_NOT_FOUND`` for each account, as
-        a Synapse does for an unknown one.
+        A server without this API may answer 404 ``M_NOT_FOUND`` for each account. The
+        answer of a Synapse for an unknown account is the same.
 
         Raises:
             ToolError: the homeserver refuses the token, is away, or is no Synapse.
@@ -93,12 +93,11 @@ class Accounts:
 
     @inlineCallbacks
     def find_gone(self, user_ids: Sequence[str]) -> Inline[frozenset[str]]:
-        """Fire with those of some users that are deactivated, or that the homeserver
-        doesn't have.
+        """Fire with the deactivated and the unknown users among some users.
 
         Raises:
-            ToolError: the homeserver refuses the token, is away, or gives an answer
-                that doesn't tell.
+            ToolError: the homeserver refuses the token, is away, or gives an unusable
+                answer.
         """
         gone = set()
         for user_id in user_ids:
@@ -150,10 +149,11 @@ def lists_accounts(response: Response) -> bool:
 
 
 def is_gone(user_id: str, response: Response) -> bool:
-    """Whether an account is deactivated or absent, by the response to its path.
+    """Whether an account is deactivated or unknown, by the response for the account.
 
     Raises:
-        UnusableResponseError: the response doesn't tell.
+        UnusableResponseError: the response is another than these of a Synapse: 200
+            with the account, or 404 ``M_NOT_FOUND``.
     """
     try:
         if response.code == 200:
@@ -171,10 +171,10 @@ def is_gone(user_id: str, response: Response) -> bool:
 
 
 def read_token(path: Path) -> str:
-    """Return the access token in a file, without the line break at its end.
+    """Return the access token in a file, without a line break at the end.
 
     Raises:
-        ToolError: the file can't be read, or has something else. The text leaves the
+        ToolError: the file can't be read, or has other text. The error leaves the
             content of the file out.
     """
     try:

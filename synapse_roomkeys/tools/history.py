@@ -20,7 +20,7 @@ _ACTS = {
     "restore_version": "gave the deleted version back",
     "export": "exported the version",
 }
-#: Acts that concern all keys of a version, or may do so, and name no session.
+#: Acts without the ids of sessions: any key of the version may be concerned.
 _NAMELESS = ("delete_keys", "delete_version", "restore_version", "export")
 
 
@@ -39,8 +39,7 @@ class AuditFilter:
     session_id: str | None
 
     def matches(self, sessions: Sessions, change: RecordedChange) -> bool:
-        """Whether a change is to be printed: if it concerns the session, or may do
-        so."""
+        """Whether a change concerns the room and the session, or may concern both."""
         if self.room_id is None and self.session_id is None:
             return True
         if change.act in _NAMELESS:
@@ -110,8 +109,8 @@ def _key_act(change: RecordedChange) -> str:
 def _print_keys(
     session: Session, output: Output, owner: Owner, wanted: AuditFilter
 ) -> Inline[None]:
-    """Print from which message on the stored key of a session decrypts, for each
-    version that clients can read."""
+    """Print the index of the first message that the stored key of a session decrypts,
+    for each version with access for clients."""
     for version in owner.versions:
         if not _is_live(version):
             continue
@@ -137,12 +136,12 @@ def _print_keys(
 
 @attrs.frozen
 class Undo:
-    """What to give back, and to whom.
+    """A request to give a version or keys back.
 
     Attributes:
         operator: the name for the record.
         restore: keys to give back; None to give a deleted version back.
-        is_dry_run: Whether nothing is written.
+        is_dry_run: Whether the change is only described.
     """
 
     user_id: str

@@ -16,8 +16,7 @@ from .output import Output, plural, progress, require_yes, time_text
 from .owners import each_page, no_backup
 from .session import DONE, USAGE, Session, ToolError
 
-#: Fires with those of some users that are deactivated, or that the homeserver doesn't
-#: have.
+#: Fires with the users without an active account at the homeserver, among some users.
 FindGone = Callable[[Sequence[str]], "Deferred[frozenset[str]]"]
 
 
@@ -27,7 +26,7 @@ class Manner:
 
     Attributes:
         operator: the name for the record.
-        is_dry_run: Whether nothing is deleted.
+        is_dry_run: Whether the deletion is only described.
         has_yes: Whether the operator has agreed to the deletion.
         rate: maximum number of keys that are deleted in a second; None for no limit.
     """
@@ -183,7 +182,7 @@ def _refuse_active(session: Session, user_id: str) -> Inline[None]:
 def _erase(
     session: Session, output: Output, user_id: str, manner: Manner
 ) -> Inline[None]:
-    """Delete a user's rows, or count them in a dry run, and print the receipt."""
+    """Delete a user's rows, or count the rows in a dry run, and print the receipt."""
     owner: Owner
     rows: dict[str, int]
     if manner.is_dry_run:
@@ -221,11 +220,11 @@ def sweep_named(
 def sweep_deactivated(
     session: Session, output: Output, find_gone: FindGone, manner: Manner
 ) -> Inline[int]:
-    """Erase the users that the homeserver no longer has.
+    """Erase the users without an active account at the homeserver.
 
     Args:
-        find_gone: asks the homeserver, or its database. If it fails, no user of the
-            page is erased.
+        find_gone: asks the homeserver, or a Synapse's database. After a failure, no
+            user of the page is erased.
     """
     _require_yes(manner)
     erased = 0

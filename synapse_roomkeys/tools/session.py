@@ -47,7 +47,7 @@ INTERRUPTED = 130
 
 
 class ToolError(Exception):
-    """The command can't do its work. The text tells the operator what to do.
+    """The command can't do the work. The text has the operator's next step.
 
     Attributes:
         code: exit status of the process.
@@ -67,7 +67,7 @@ class _RollbackError(Exception):
 
 
 class _DryRun:
-    """Transactions that write nothing: each is rolled back at its end."""
+    """Transactions without a commit: a rollback ends each transaction."""
 
     def __init__(self, database: Transactions) -> None:
         self.run = database.run
@@ -179,15 +179,15 @@ class Session:
         raise error
 
 
-#: A command: does its work in a session, and fires with an exit status.
+#: A command: does the work in a session, and fires with an exit status.
 Command = Callable[[Session], "Deferred[int]"]
 
 
 def run(session: Session, command: Command, reactor: Any) -> int:
     """Run a command in the reactor; return its exit status.
 
-    SIGINT and SIGTERM cancel the command: it removes its temporary files, and the
-    process ends at once. The database rolls the running transaction back.
+    SIGINT and SIGTERM cancel the command: temporary files are removed, and the
+    process ends immediately. The database rolls the running transaction back.
 
     Raises:
         ToolError: the command can't do its work.
@@ -197,7 +197,7 @@ def run(session: Session, command: Command, reactor: Any) -> int:
     is_interrupted = False
 
     def end(result: Any) -> None:
-        # A cancelled request over HTTP fails with an error of its connection.
+        # A cancelled request over HTTP fails with an error of the connection.
         if isinstance(result, Failure) and is_interrupted:
             _leave("interrupted: run the same command again to go on", INTERRUPTED)
         results.append(result)

@@ -1,5 +1,5 @@
-"""The command line of the commands that change backups, or copy them: ``restore``,
-``export``, ``import``, ``purge``, ``erase`` and ``sweep``."""
+"""The command line of the commands for changes and copies: ``restore``, ``export``,
+``import``, ``purge``, ``erase`` and ``sweep``."""
 
 import argparse
 import os
@@ -29,14 +29,14 @@ from .session import USAGE, Session, ToolError
 
 
 def add_write_commands(commands: Any) -> None:
-    """Add the commands that change or copy backups to the subparsers of the program."""
+    """Add the commands for changes and copies to the subparsers of the program."""
     _add_undo(commands)
     _add_transfers(commands)
     _add_removals(commands)
 
 
 def _add_undo(commands: Any) -> None:
-    """Add the command that gives backups back."""
+    """Add the command ``restore``."""
     restore = add_command(
         commands,
         "restore",
@@ -84,7 +84,7 @@ def _restore(
 
 
 def _add_transfers(commands: Any) -> None:
-    """Add the commands that hand a user's backups over."""
+    """Add the commands ``export`` and ``import``."""
     export = add_command(
         commands,
         "export",
@@ -146,7 +146,7 @@ def _add_transfers(commands: Any) -> None:
 
 
 def _add_removals(commands: Any) -> None:
-    """Add the commands that delete."""
+    """Add the commands ``purge``, ``erase`` and ``sweep``."""
     purge = add_command(
         commands,
         "purge",

@@ -115,7 +115,7 @@ def back_up(api: Api, keys: int, **fields: Any) -> str:
 
 
 def test_stats_are_the_sums_of_the_tables(place: Place) -> None:
-    """Users, versions, keys and bytes are those of the rows, and the largest backup is
+    """Users, versions, keys and bytes agree with the rows, and the largest backup is
     named first."""
     user = place.new_user()
     back_up(place.api(user), 40)
@@ -236,7 +236,7 @@ def test_a_deleted_version_is_given_back(place: Place) -> None:
 
 
 def test_replaced_keys_are_given_back(place: Place) -> None:
-    """Keys that a worse client displaced come back, as they were before a time."""
+    """Replaced keys come back in their state before a time."""
     user = place.new_user()
     api = place.api(user)
     version = back_up(api, 4)
@@ -303,7 +303,7 @@ def test_a_purge_deletes_what_clients_deleted(place: Place) -> None:
 
 
 def test_a_purge_shortens_the_record(place: Place) -> None:
-    """Recorded changes older than some days go, newer ones stay."""
+    """Recorded changes older than some days go, newer changes stay."""
     user = place.new_user()
     back_up(place.api(user), 3)
     place.tool.sql(
@@ -341,8 +341,8 @@ def personal_rows(place: Place, user: User) -> dict[str, int]:
 
 
 def test_an_erasure_leaves_no_row(place: Place) -> None:
-    """An active user is refused unless told; the receipt has the number of rows of each
-    table; other users stay; the next version has a new number."""
+    """An active user is refused without the option; the receipt has the number of rows
+    of each table; other users stay; the next version has a new number."""
     user, other = place.new_user(), place.new_user()
     api = place.api(user)
     for _ in range(2):
@@ -368,8 +368,8 @@ def test_an_erasure_leaves_no_row(place: Place) -> None:
 
 
 def test_an_erasure_finds_what_is_left(place: Place) -> None:
-    """A user of whom only the record is left, because the homeserver deleted the
-    versions and keys, is erased."""
+    """A user with a record alone is erased: the homeserver may have deleted the
+    versions and keys."""
     user = place.new_user()
     back_up(place.api(user), 2)
     for table in ("e2e_room_keys", "e2e_room_keys_versions"):
@@ -381,7 +381,7 @@ def test_an_erasure_finds_what_is_left(place: Place) -> None:
 
 
 def test_a_sweep_erases_users_who_are_gone(place: Place) -> None:
-    """A Synapse's database tells who is deactivated; a file tells it of any database.
+    """Deactivated users in a Synapse's database, or the users of a file, are erased.
     Other users stay."""
     user, other = place.new_user(), place.new_user()
     for one in (user, other):
@@ -405,7 +405,7 @@ def test_a_sweep_erases_users_who_are_gone(place: Place) -> None:
 
 
 def test_wrong_names_are_one_clear_line(place: Place) -> None:
-    """A wrong user, version, option or file is one line that says what to do."""
+    """A wrong user, version, option or file is a single line with the next step."""
     user = place.new_user()
     back_up(place.api(user), 1)
     for arguments, code, text in (
@@ -466,7 +466,7 @@ def stock(
 
 def test_a_database_without_the_plugin(stock: Place) -> None:
     """Every command works on a Synapse that never loaded the plugin, and creates no
-    table in it."""
+    table there."""
     user = stock.new_user()
     api = stock.api(user)
     version = back_up(api, 20)
@@ -496,7 +496,7 @@ def test_a_database_without_the_plugin(stock: Place) -> None:
 
 def test_a_database_that_is_away_or_wrong(tmp_path: Path) -> None:
     """A server that doesn't answer is exit status 3, a missing file or a file without
-    the tables is 2, each with one line."""
+    the tables is 2, each with a single line."""
     config = tmp_path / "roomkeys.yaml"
     tool = Tool(tmp_path, ("--config", "roomkeys.yaml"), tmp_path / "roomkeys.db")
     away = "{name: psycopg2, args: {host: 127.0.0.1, port: 1, password: hidden}}"
@@ -516,8 +516,8 @@ def test_a_database_that_is_away_or_wrong(tmp_path: Path) -> None:
 
 
 def test_a_sweep_asks_the_homeserver(stock: Place, tmp_path: Path) -> None:
-    """For the service, a Synapse tells an administrator who is deactivated or absent.
-    Without its answer nobody is erased, and the exit status has the cause."""
+    """For the service, deactivated and unknown users of a Synapse are erased. Without
+    the Synapse's answer, no user is erased."""
     url = stock.url
     admin = accounts.register(
         url, REGISTRATION_SECRET, f"a{next(_numbers)}", admin=True
@@ -529,7 +529,7 @@ def test_a_sweep_asks_the_homeserver(stock: Place, tmp_path: Path) -> None:
     with Service(tmp_path, url) as service:
         for user in (active, gone, absent):
             back_up(Api(service.url, user.access_token), 5)
-    accounts.deactivate(url, admin, gone)
+    accounts.deactivate(url, admin, gone.user_id)
     unknown = absent.user_id.replace("@", "@no/")
     for table in ("e2e_room_keys", "e2e_room_keys_versions", "roomkeys_changes"):
         rename = f"UPDATE {table} SET user_id = ? WHERE user_id = ?"

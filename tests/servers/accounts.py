@@ -112,12 +112,12 @@ def logout(url: str, user: User) -> None:
     _post(f"{url}{_CLIENT}/logout", {}, user.access_token)
 
 
-def deactivate(url: str, admin: User, user: User) -> None:
+def deactivate(url: str, admin: User, user_id: str) -> None:
     """Deactivate an account for good.
 
     Args:
         admin: a server administrator, whose token authorises the request.
-        user: the account to deactivate.
+        user_id: the account to deactivate.
     """
-    target = urllib.parse.quote(user.user_id, safe="")
+    target = urllib.parse.quote(user_id, safe="")
     _post(f"{url}{_ADMIN}/deactivate/{target}", {}, admin.access_token)

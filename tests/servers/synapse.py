@@ -224,7 +224,7 @@ class Synapse(_Server):
         """Deactivate an account for good."""
         if self._admin is None:
             self._admin = self.register(f"admin-{secrets.token_hex(4)}", admin=True)
-        accounts.deactivate(self.url, self._admin, user)
+        accounts.deactivate(self.url, self._admin, user.user_id)
 
     def shared_config(self) -> dict[str, Any]:
         """Build the settings common to the main process and the workers."""

@@ -1,4 +1,4 @@
-"""The accounts of a Synapse, as the command ``sweep`` asks for them."""
+"""The accounts of a Synapse, for the command ``sweep``."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ from ..faulty_homeserver import (
 from ..memory_network import MemoryNetwork
 
 TOKEN = "syt_an_administrators_token"
-#: Path and account of each user: one who is active, and one who is deactivated.
-ACTIVE = {"name": "@a/b:test.example", "deactivated": False, "admin": False}
-GONE = {"name": "@gone:test.example", "deactivated": True}
+ACTIVE = "@a/b:test.example"
+GONE = "@gone:test.example"
 UNKNOWN = "@unknown:test.example"
+#: The account of each known user, by path.
 ACCOUNTS = {
-    f"{USERS}/%40a%2Fb%3Atest.example": ACTIVE,
-    f"{USERS}/%40gone%3Atest.example": GONE,
+    f"{USERS}/%40a%2Fb%3Atest.example": {"name": ACTIVE, "deactivated": False},
+    f"{USERS}/%40gone%3Atest.example": {"name": GONE, "deactivated": True},
 }
 
 
@@ -44,7 +44,7 @@ def answer_as_synapse(request: Request) -> int | bytes:
     """Answer as a Synapse's admin API."""
     path = request.path.decode()
     if path == USERS:
-        return answering(200, {"users": [ACTIVE], "total": 2})(request)
+        return answering(200, {"users": [*ACCOUNTS.values()], "total": 2})(request)
     if path in ACCOUNTS:
         return answering(200, ACCOUNTS[path])(request)
     return answering(404, {"errcode": "M_NOT_FOUND", "error": "User not found"})(
@@ -61,7 +61,7 @@ class DecisionTests(SynchronousTestCase):
     """Tests of `is_gone`."""
 
     def test_synapses_answers(self) -> None:
-        """An account is gone if it is deactivated, or if Synapse knows no such user."""
+        """A deactivated account, or an unknown user, is gone."""
         name = b'"name": "@a:b.c"'
         for code, body, expected in (
             (200, b'{%b, "deactivated": false}' % name, False),
@@ -73,7 +73,7 @@ class DecisionTests(SynchronousTestCase):
             self.assertIs(is_gone("@a:b.c", response(code, body)), expected, body)
 
     def test_other_answers(self) -> None:
-        """No other answer says that an account is gone, or that it is active."""
+        """An answer of another form is unusable: the account may be active."""
         gone = b'{"name": "@a:b.c", "deactivated": true}'
         for code, body in (
             (404, b'{"errcode": "M_UNRECOGNIZED"}'),
@@ -117,7 +117,7 @@ class AccountsTests(SynchronousTestCase):
         return done
 
     def refuse(self, done: Deferred[Any]) -> ToolError:
-        """Return the error by which a request ends."""
+        """Return the error of a request."""
         failure = self.failureResultOf(self.wait(done), ToolError)
         error = failure.value
         assert isinstance(error, ToolError)
@@ -128,16 +128,16 @@ class AccountsTests(SynchronousTestCase):
 
     def test_users_are_asked_for(self) -> None:
         """Each user is asked for by the whole name, with the token."""
-        names = [ACTIVE["name"], GONE["name"], UNKNOWN]
+        names = [ACTIVE, GONE, UNKNOWN]
         self.assertIsNone(self.successResultOf(self.wait(self.accounts.check())))
         found = self.wait(self.accounts.find_gone(names))
-        self.assertEqual(self.successResultOf(found), {GONE["name"], UNKNOWN})
+        self.assertEqual(self.successResultOf(found), {GONE, UNKNOWN})
         paths = [USERS, *ACCOUNTS, f"{USERS}/%40unknown%3Atest.example"]
         self.assertEqual([asked.path for asked in self.homeserver.asked], paths)
         self.assertEqual({asked.token for asked in self.homeserver.asked}, {TOKEN})
 
     def test_a_token_is_refused(self) -> None:
-        """A refused token is a wrong usage, and the text says which token to give."""
+        """A refused token is a wrong usage, and the text describes the right token."""
         for code, errcode in ((401, "M_UNKNOWN_TOKEN"), (403, "M_FORBIDDEN")):
             self.homeserver.fault = answering(code, {"errcode": errcode})
             for done in (self.accounts.check(), self.accounts.find_gone([UNKNOWN])):
@@ -146,7 +146,7 @@ class AccountsTests(SynchronousTestCase):
                 self.assertIn(f"status {code} ({errcode}): give the", str(error))
 
     def test_faults(self) -> None:
-        """No fault of a homeserver or a proxy passes for an account that is gone."""
+        """Each fault of a homeserver or a proxy ends the command."""
         for name, fault in {**FAULTS, "no answer": stall, "no more": hang_up}.items():
             self.homeserver.fault = fault
             for done in (self.accounts.check(), self.accounts.find_gone([UNKNOWN])):
@@ -155,15 +155,14 @@ class AccountsTests(SynchronousTestCase):
                 self.assertEqual(error.code, USAGE if refused else AWAY, name)
 
     def test_a_refused_connection(self) -> None:
-        """A homeserver that doesn't run ends the command."""
+        """A stopped homeserver ends the command."""
         self.network.refusing = True
         error = self.refuse(self.accounts.check())
         self.assertEqual(error.code, AWAY)
         self.assertIn("ConnectionRefusedError", str(error))
 
     def test_a_server_without_the_admin_api(self) -> None:
-        """A server that answers M_NOT_FOUND to each path, or has no account, isn't
-        asked for users."""
+        """A list of accounts is required before the first user."""
         for code, body in (
             (404, {"errcode": "M_NOT_FOUND"}),
             (200, {"users": [], "total": 0}),
@@ -183,11 +182,11 @@ class AccountsTests(SynchronousTestCase):
             return answer_as_synapse(request)
 
         self.homeserver.fault = fail_for_the_second
-        error = self.refuse(self.accounts.find_gone([UNKNOWN, GONE["name"], UNKNOWN]))
+        error = self.refuse(self.accounts.find_gone([UNKNOWN, GONE, UNKNOWN]))
         self.assertEqual(len(self.homeserver.asked), 2)
         self.assertIn(
             "status 404 (M_UNRECOGNIZED): homeserver.url has no admin API of a Synapse"
-            f" (for {GONE['name']})",
+            f" (for {GONE})",
             str(error),
         )
 
@@ -199,10 +198,10 @@ class AccountsTests(SynchronousTestCase):
         self.assertIn("set homeserver.url to https://b.example:", str(error))
 
     def test_a_rate_limit_is_waited_for(self) -> None:
-        """A request that is throttled is sent again."""
+        """A throttled request is sent again."""
         bucket = TokenBucket(self.network.seconds, 1, answer_as_synapse)
         self.homeserver.fault = bucket
-        found = self.wait(self.accounts.find_gone([ACTIVE["name"], UNKNOWN]))
+        found = self.wait(self.accounts.find_gone([ACTIVE, UNKNOWN]))
         self.assertEqual(self.successResultOf(found), {UNKNOWN})
         self.assertEqual(bucket.refused, 1)
 
@@ -211,7 +210,7 @@ class TokenTests(SynchronousTestCase):
     """Tests of `read_token`."""
 
     def test_the_file_has_a_token_alone(self) -> None:
-        """A line break is left out; anything else is refused, and isn't quoted."""
+        """A line break is left out; other text is refused, and isn't quoted."""
         path = Path(self.mktemp())
         path.write_text(f"{TOKEN}\n")
         self.assertEqual(read_token(path), TOKEN)
