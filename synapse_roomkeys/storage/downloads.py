@@ -10,7 +10,7 @@ from ..identifiers import quote_for_log
 from ..json_text import is_valid_json
 from ..types import BackupId, KeyPage, Position, RoomKey
 from . import rows, statements
-from .engine import Engine
+from .engine import Engine, NotJsonError, not_json_errors
 from .rows import key_pages, keys_after, metadata
 from .transactions import Transaction
 from .values import PageQuery, names
@@ -91,16 +91,21 @@ class Download:
 
 
 def read_key(
-    txn: Transaction, backup: BackupId, room_id: str, session_id: str
+    txn: Transaction, engine: Engine, backup: BackupId, room_id: str, session_id: str
 ) -> RoomKey | None:
-    """Return a key; None if it isn't stored or isn't JSON.
+    """Return a key; None if it isn't stored, or if its data aren't JSON or UTF-8.
 
     Raises:
         NotFoundError: there is no such version.
     """
     ids = {"room_id": room_id, "session_id": session_id}
-    txn.execute(statements.GET_KEY, {**names(backup), **ids})
-    row = txn.fetchone()
+    try:
+        with not_json_errors(engine):
+            txn.execute(statements.GET_KEY, {**names(backup), **ids})
+            row = txn.fetchone()
+    except NotJsonError:
+        report_broken_row(backup, room_id, session_id)
+        return None
     if row is None:
         raise unknown_version()
     *fields, session_data = row

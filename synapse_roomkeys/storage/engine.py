@@ -80,7 +80,8 @@ class Engine(Protocol):
         """Return the cause of a driver's error, for metrics and logs."""
 
     def is_not_json(self, error: Exception) -> bool:
-        """Return whether an error says that ``session_data`` isn't JSON."""
+        """Return whether an error says that ``session_data`` isn't JSON, or isn't
+        UTF-8."""
 
     def find_cluster(self, txn: Transaction) -> Cluster | None:
         """Return the database's Citus cluster, or None, and set `is_distributed`. Each

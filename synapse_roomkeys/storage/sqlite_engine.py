@@ -1,10 +1,13 @@
 """SQLite: the class that sends the statements and judges the driver's errors."""
 
 import json
+import logging
 import sqlite3
 from collections.abc import Sequence
 from typing import Any
 
+from ..identifiers import is_utf8
+from ..json_text import are_valid_json, is_valid_json
 from ..outages import Cause
 from ..types import BackupId, RoomKey
 from . import sqlite_statements as sql
@@ -25,6 +28,13 @@ from .values import (
     names,
 )
 
+logger = logging.getLogger(__name__)
+
+#: First words of the driver's error about text that isn't UTF-8. The error quotes the
+#: text.
+_NOT_UTF8 = "Could not decode to UTF-8"
+#: SQLite's error about a session id that is a BLOB.
+_BLOB_ID = "JSON cannot hold BLOB values"
 #: How many pages a download reads in one transaction. A process has one connection to
 #: an SQLite file, for all its users: three pages take some 5 ms.
 PAGES_AT_ONCE = 3
@@ -70,7 +80,7 @@ class SqliteEngine:
 
     def is_not_json(self, error: Exception) -> bool:
         """As `Engine.is_not_json`."""
-        return str(error) == "malformed JSON"
+        return str(error).startswith(_NOT_UTF8)
 
     def find_cluster(self, txn: Transaction) -> Cluster | None:
         """Return None."""
@@ -120,11 +130,12 @@ class SqliteEngine:
             "newest": window.newest,
             "ids": json.dumps([(key.room_id, key.session_id) for key in keys]),
         }
-        if with_data:
-            txn.execute(sql.FIND_SESSIONS_WITH_DATA, parameters)
-        else:
-            txn.execute(sql.FIND_SESSIONS, parameters)
-        return txn.fetchall()
+        txn.execute(sql.FIND_SESSIONS, parameters)
+        read = _as_text if with_data else _is_whole
+        rows = txn.fetchall()
+        if rows[:1] and rows[0][-1] is None:
+            return [(*rows[0], None)]
+        return [(*row[:-1], read(row[-1]), len(row[-1])) for row in rows]
 
     def insert_if_all_new(
         self, txn: Transaction, insert: KeyInsert, window: CountWindow
@@ -184,13 +195,67 @@ class SqliteEngine:
         return DeletedKeys(txn.rowcount, txn.rowcount < sql.DELETED_AT_ONCE)
 
     def read_page(self, txn: Transaction, query: PageQuery) -> list[tuple[Any, ...]]:
-        """As `Engine.read_page`."""
-        txn.execute(query.select(sql.DOWNLOADS), query.parameters)
-        return txn.fetchall()
+        """As `Engine.read_page`. A key whose id isn't UTF-8 has no data, and a key
+        whose id is a BLOB is left out."""
+        try:
+            txn.execute(query.select(sql.DOWNLOADS), query.parameters)
+            rows = txn.fetchall()
+            if not rows or not isinstance(rows[-1][0], bytes):
+                return rows
+        except sqlite3.OperationalError as error:
+            if not str(error).startswith((_NOT_UTF8, _BLOB_ID)):
+                raise
+        except UnicodeEncodeError:
+            # The last page ended with an id that isn't UTF-8.
+            pass
+        return self._read_damaged_page(txn, query)
+
+    def _read_damaged_page(
+        self, txn: Transaction, query: PageQuery
+    ) -> list[tuple[Any, ...]]:
+        """Read a page with a row that another program has written: a text isn't UTF-8,
+        or an id is a BLOB."""
+        logger.error(
+            "A backup has text that isn't UTF-8, or an id that is a BLOB. Downloads"
+            " leave such keys out, and the command verify names them:"
+            " user=%s version=%s",
+            query.backup.user_id,
+            query.backup.version,
+        )
+        parameters = query.parameters
+        for name in {"room_id", "session_id"} & parameters.keys():
+            parameters[name] = parameters[name].encode(errors="surrogateescape")
+        txn.execute(query.select(sql.DAMAGED_DOWNLOADS), parameters)
+        return [
+            row if row[0] is None else _read_damaged_row(*row) for row in txn.fetchall()
+        ]
 
     def next_page(self, txn: Transaction, count: int) -> list[tuple[Any, ...]]:
         """Raise: there is no cursor. `read_page` goes on after the last key."""
         raise NotImplementedError
+
+
+def _as_text(data: bytes) -> str:
+    """Return the session_data of a stored key as a text; "", which isn't JSON, if the
+    data aren't UTF-8."""
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return ""
+
+
+def _is_whole(data: bytes) -> bool:
+    """Return whether the session_data of a stored key can be sent to clients."""
+    text = _as_text(data)
+    return text != "null" and (are_valid_json((text,)) or is_valid_json(text))
+
+
+def _read_damaged_row(room_id: bytes, head: bytes, data: bytes) -> tuple[str, str, str]:
+    """Return a row of a download. Bytes that aren't UTF-8 become lone surrogates in the
+    ids, so that the next page can begin after the key, and the data become "", which
+    isn't JSON: the download leaves the key out."""
+    room, text = (ids.decode(errors="surrogateescape") for ids in (room_id, head))
+    return room, text, _as_text(data) if is_utf8(room + text) else ""
 
 
 def _pack_keys(keys: Sequence[RoomKey]) -> str:

@@ -25,19 +25,12 @@ INSERT_VERSION = """
     ON CONFLICT (user_id, version) DO NOTHING"""
 
 
-def _find_sessions(found: str) -> str:
-    """Return the query of a version and of some sessions.
-
-    The parameter ``ids`` is a JSON array of pairs of room and session id. A row has the
-    etag, the current version, the cached count, the position of a session among the
-    ids, its three fields, a column of the caller's, and the bytes of its session_data.
-    There is one row of NULLs after the count if no session is stored, and no row if
-    there is no such version.
-
-    Args:
-        found: the column that stands for the session_data.
-    """
-    return f"""
+#: Returns a version and some sessions. The parameter ``ids`` is a JSON array of pairs
+#: of room and session id. A row has the etag, the current version, the cached count,
+#: the position of a session among the ids, its three fields, and its session_data as a
+#: BLOB, because the text may not be UTF-8. There is one row of NULLs after the count if
+#: no session is stored, and no row if there is no such version.
+FIND_SESSIONS = """
     WITH b AS MATERIALIZED (
         SELECT COALESCE(v.etag, 0), (
             SELECT version FROM e2e_room_keys_versions
@@ -51,22 +44,12 @@ def _find_sessions(found: str) -> str:
         WHERE v.user_id = :user_id AND v.version = :version AND v.deleted = 0)
     SELECT b.*, k.* FROM b LEFT JOIN (
         SELECT u.key, k.first_message_index, k.forwarded_count, k.is_verified,
-            {found}, LENGTH(CAST(session_data AS BLOB))
+            CAST(k.session_data AS BLOB)
         FROM json_each(:ids) AS u CROSS JOIN e2e_room_keys AS k
         ON k.user_id = :user_id AND k.version = :version
         AND k.room_id = json_extract(u.value, '$[0]')
         AND k.session_id = json_extract(u.value, '$[1]')
     ) AS k ON TRUE"""
-
-
-#: Returns whether the session_data of a session is other than JSON null. It fails with
-#: "malformed JSON" (from ``json``) if it isn't JSON.
-FIND_SESSIONS = _find_sessions(
-    """CASE WHEN json_valid(k.session_data) THEN k.session_data
-        ELSE json(k.session_data) END <> 'null'"""
-)
-#: Returns the session_data of a session, JSON or not.
-FIND_SESSIONS_WITH_DATA = _find_sessions("k.session_data")
 
 #: Moves the etag to the new one, a compare-and-set: it writes no row unless the version
 #: has the expected etag and is the current one.
@@ -154,7 +137,18 @@ _INTEGER = """CASE WHEN typeof({0}) = 'integer' AND {0} BETWEEN 0 AND
         9007199254740991 THEN {0} ELSE 0 END"""
 
 
-def _download(condition: str) -> str:
+#: The text of a key up to the data, as a member of a JSON object.
+_HEAD = f"""json_quote(k.session_id)
+        || ':{{"first_message_index":' || {_INTEGER.format("k.first_message_index")}
+        || ',"forwarded_count":' || {_INTEGER.format("k.forwarded_count")}
+        || ',"is_verified":' || CASE WHEN k.is_verified THEN 'true' ELSE 'false' END
+        || ',"session_data":'"""
+_COLUMNS = f"k.room_id, {_HEAD}, CAST(k.session_data AS TEXT)"
+_BLOBS = f"""CAST(k.room_id AS BLOB), CAST({_HEAD} AS BLOB),
+        CAST(k.session_data AS BLOB)"""
+
+
+def _download(columns: str, condition: str) -> str:
     """Return the query of a page of a download: see `DownloadStatements`.
 
     SQLite builds the text of a key up to the data, which leaves Python's interpreter to
@@ -162,14 +156,8 @@ def _download(condition: str) -> str:
     a longer text, and Python checks whether they are JSON. A stored value that isn't an
     integer from 0 to 2^53 - 1 reads as 0: readers of JSON disagree on larger numbers.
     """
-    index = _INTEGER.format("k.first_message_index")
-    forwarded = _INTEGER.format("k.forwarded_count")
     return f"""
-    SELECT k.room_id, json_quote(k.session_id)
-        || ':{{"first_message_index":' || {index}
-        || ',"forwarded_count":' || {forwarded}
-        || ',"is_verified":' || CASE WHEN k.is_verified THEN 'true' ELSE 'false' END
-        || ',"session_data":', CAST(k.session_data AS TEXT)
+    SELECT {columns}
     FROM (SELECT 1 FROM e2e_room_keys_versions
         WHERE user_id = :user_id AND version = :version AND deleted = 0) AS v
     LEFT JOIN (
@@ -182,12 +170,36 @@ def _download(condition: str) -> str:
     ) AS k ON TRUE"""
 
 
-#: Downloads of session_data, JSON or not.
-DOWNLOADS = DownloadStatements(
-    backup=_download(""),
-    backup_after=_download("AND (room_id, session_id) > (:room_id, :session_id)"),
-    room=_download("AND room_id = :room_id"),
-    room_after=_download("AND room_id = :room_id AND session_id > :session_id"),
+def _downloads(columns: str, room: str, session: str, also: str) -> DownloadStatements:
+    """Return the queries of downloads.
+
+    Args:
+        columns: the columns of a key.
+        room: expression of the parameter ``room_id``.
+        session: expression of the parameter ``session_id``.
+        also: another condition of all queries.
+    """
+    after = f"AND (room_id, session_id) > ({room}, {session})"
+    in_room = f"AND room_id = {room}"
+    return DownloadStatements(
+        backup=_download(columns, also),
+        backup_after=_download(columns, f"{after} {also}"),
+        room=_download(columns, f"{in_room} {also}"),
+        room_after=_download(columns, f"{in_room} AND session_id > {session} {also}"),
+    )
+
+
+#: Downloads of session_data, JSON or not. They fail if a text isn't UTF-8, or if a
+#: session id is a BLOB. A room id that is a BLOB sorts after all others.
+DOWNLOADS = _downloads(_COLUMNS, ":room_id", ":session_id", "")
+#: Downloads of a page with such a row: the columns and the parameters with ids are
+#: BLOBs of the text's bytes, and the keys whose room or session id is a BLOB are left
+#: out.
+DAMAGED_DOWNLOADS = _downloads(
+    _BLOBS,
+    "CAST(:room_id AS TEXT)",
+    "CAST(:session_id AS TEXT)",
+    "AND typeof(room_id) = 'text' AND typeof(session_id) = 'text'",
 )
 
 TABLE_STATEMENTS = TableStatements(

@@ -100,7 +100,7 @@ class EndToEndRoomKeyStore:
         """
         backup = BackupId(user_id, version)
         return self._database.run(
-            "roomkeys_get_key", read_key, backup, room_id, session_id
+            "roomkeys_get_key", read_key, self._engine, backup, room_id, session_id
         )
 
     def get_pages(

@@ -30,8 +30,9 @@ _MAX_SAFE = 2**53 - 1
 #: PostgreSQL: 2,704 bytes without the version and headers. PostgreSQL compresses long
 #: ids, so longer ids may fit.
 _MAX_INDEXED = 2660
-#: The effect of a value that the driver or the encoder of JSON refuses.
-_UNSENT = ", so the server can't send the backup"
+#: The effects of text that isn't UTF-8, and of a BLOB: in a version, and in a key.
+_UNSENT = "so the server can't send the backup"
+_LEFT_OUT = "so the server leaves the key out of downloads"
 
 
 class Port(Enum):
@@ -65,7 +66,7 @@ def find_key_problems(key: StoredRow) -> Iterator[Problem]:
     """Yield the faults of a key's columns, without the user id and the version."""
     ids = {"room id": key.room_id, "session id": key.session_id}
     for name, value in ids.items():
-        yield from _find_text_problems(name, value)
+        yield from _find_text_problems(name, value, _LEFT_OUT)
         yield from _find_length_problems(name, value)
     if sum(map(len, (key.user_id, key.room_id, key.session_id))) > _MAX_INDEXED:
         text = "the ids may be too long for PostgreSQL's index"
@@ -87,7 +88,7 @@ def find_key_problems(key: StoredRow) -> Iterator[Problem]:
 
 def find_user_problems(user_id: Value) -> Iterator[Problem]:
     """Yield the faults of a user id."""
-    yield from _find_text_problems("user id", user_id)
+    yield from _find_text_problems("user id", user_id, _UNSENT)
 
 
 def find_version_problems(version: StoredVersion) -> Iterator[Problem]:
@@ -102,8 +103,8 @@ def find_version_problems(version: StoredVersion) -> Iterator[Problem]:
         yield Problem("negative_etag", text)
     else:
         yield from find_number_problems("etag", version.etag)
-    yield from _find_text_problems("algorithm", version.algorithm)
-    auth_data = list(_find_text_problems("auth_data", version.auth_data))
+    yield from _find_text_problems("algorithm", version.algorithm, _UNSENT)
+    auth_data = list(_find_text_problems("auth_data", version.auth_data, _UNSENT))
     yield from auth_data
     if version.deleted == 0 and all(found.is_usable for found in auth_data):
         yield from _find_auth_problems(version)
@@ -157,16 +158,20 @@ def _describe(value: Value) -> str:
     return "text" if isinstance(value, bytes) else str(value)
 
 
-def _find_text_problems(name: str, value: bytes) -> Iterator[Problem]:
-    """Yield the faults of a text's type, encoding and characters."""
+def _find_text_problems(name: str, value: bytes, effect: str) -> Iterator[Problem]:
+    """Yield the faults of a text's type, encoding and characters.
+
+    Args:
+        effect: words about text that isn't UTF-8, and about a BLOB.
+    """
     if isinstance(value, Blob):
         # The server reads a BLOB of session_data as text. PostgreSQL writes a BLOB as
         # hexadecimal text.
         is_usable = name == "session_data"
-        text = f"{name} is a BLOB" + ("" if is_usable else _UNSENT)
+        text = f"{name} is a BLOB" + ("" if is_usable else f", {effect}")
         yield Problem("wrong_type", text, is_usable, Port.CHANGES)
     elif not is_utf8(value):
-        text = f"{name} isn't UTF-8{_UNSENT}"
+        text = f"{name} isn't UTF-8, {effect}"
         yield Problem("not_utf8", text, False, Port.STOPS)
     elif b"\0" in value:
         yield Problem("nul", f"{name} holds a NUL", port=Port.DROPS)
@@ -184,7 +189,7 @@ def _find_length_problems(name: str, value: bytes) -> Iterator[Problem]:
 
 def _find_data_problems(data: bytes) -> Iterator[Problem]:
     """Yield the faults of a key's data."""
-    yield from _find_text_problems("session_data", data)
+    yield from _find_text_problems("session_data", data, _LEFT_OUT)
     if not is_utf8(data):
         return
     text = data.decode()

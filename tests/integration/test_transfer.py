@@ -17,7 +17,7 @@ import pytest
 from synapse_roomkeys.admin.transfer_file import LinesEncoder
 
 from ..backup_client import Api, back_up, restored
-from ..contract.base import Rooms, accepted, key, keys_path
+from ..contract.base import Rooms, accepted, key, keys_path, wrapped
 from ..servers import PostgresServer, Synapse, User
 from ..servers.service import Service, _environment
 from ..tool import DEADLINE, Done, Tool
@@ -280,6 +280,33 @@ def test_a_damaged_key_is_left_out(places: dict[str, Place]) -> None:
         assert "a key of version" in done.err and "string/+=" in done.err
     last = json.loads(done.out.splitlines()[-1])
     assert (last["versions"], last["keys"]) == (2, 27)
+
+
+def test_a_key_that_is_not_utf8_is_left_out(places: dict[str, Place]) -> None:
+    """In an SQLite file, a key with data or a room id that isn't UTF-8 is reported and
+    left out. The server sends the others, as the export has them."""
+    place = places["service"]
+    user = place.new_user()
+    api = place.api(user)
+    version = api.create_version()
+    rooms: Rooms = {"!a": {"good": key(), "data": key()}, "!b": {"id": key()}}
+    api.upload(version, rooms)
+    for change, session in (
+        ("session_data = CAST(x'22ff22' AS TEXT)", "data"),
+        ("room_id = CAST(x'ff' AS TEXT)", "id"),
+    ):
+        place.tool.sql(
+            f"UPDATE e2e_room_keys SET {change} WHERE user_id = ? AND session_id = ?",
+            *(user.user_id, session),
+        )
+    done = place.tool.run("export", user.user_id, "--plain")
+    assert done.code == 1 and "2 keys left out" in done.err
+    assert r'room "\udcff", session "id"' in done.err
+    left = {"!a": {"good": key()}}
+    assert json.loads(done.out) == wrapped(left)
+    assert api.download(version) == left
+    assert api.upload(version, {"!a": {"data": key(9)}}) == (2, 3)
+    assert api.download(version)["!a"]["data"] == key(9)
 
 
 def add_many(place: Place, user: User, number: int) -> None:

@@ -123,7 +123,7 @@ SQLITE_FAULTS = {
         key(1),
         (
             "not_utf8",
-            "session_data isn't UTF-8, so the server can't send the backup",
+            "session_data isn't UTF-8, so the server leaves the key out of downloads",
             False,
             False,
         ),
@@ -133,7 +133,7 @@ SQLITE_FAULTS = {
         key(1),
         (
             "not_utf8",
-            "room id isn't UTF-8, so the server can't send the backup",
+            "room id isn't UTF-8, so the server leaves the key out of downloads",
             False,
             False,
         ),

@@ -312,6 +312,49 @@ class OldRowTests(Operations):
         self.assertEqual(len(logged.output), len(broken))
         self.assertEqual(len(sessions), 3 * PAGE_KEYS - len(broken))
 
+    def test_text_that_is_not_utf8_is_left_out(self) -> None:
+        """A download leaves out and logs a key with text that isn't UTF-8 or with an id
+        that is a BLOB, even as the last key of a page. Others are downloaded, counted
+        and uploaded."""
+        first = {f"{n:03}": key() for n in range(FIRST_KEYS - 1)}
+        rooms: Rooms = {"!a": first, "!b": {"good": key(), "data": key()}}
+        self.upload(rooms)
+        self.upload({room: {"last": key()} for room in ("!c", "\N{SNOWMAN}")})
+        for ids in (
+            "'!a', CAST(x'ff' AS TEXT)",
+            "'!b', x'41'",
+            "CAST(x'ff' AS TEXT), 's'",
+            "x'41', 's'",
+        ):
+            self.run_sql(
+                "INSERT INTO e2e_room_keys SELECT user_id, "
+                f"{ids}, version, 0, 0, 1, session_data FROM e2e_room_keys"
+                " WHERE session_id = 'good'"
+            )
+        broken = "UPDATE e2e_room_keys SET session_data = CAST(x'22ff22' AS TEXT)"
+        self.run_sql(f"{broken} WHERE session_id = 'data'")
+        del rooms["!b"]["data"]
+        rooms |= {"!c": {"last": key()}, "\N{SNOWMAN}": {"last": key()}}
+        with self.assertLogs("synapse_roomkeys", "ERROR") as logged:
+            self.assertEqual(self.download(), rooms)
+        left_out = [line for line in logged.output if "Left out a key" in line]
+        self.assertEqual(len(left_out), 3)
+        for room_id in ("!a", "!b"):
+            with self.assertLogs("synapse_roomkeys", "ERROR"):
+                path = keys_path(self.version, room_id)
+                answer = self.successResultOf(self.client.get(path))
+            self.assertEqual(answer.json["sessions"], rooms[room_id])
+        with self.assertLogs("synapse_roomkeys", "ERROR"):
+            path = keys_path(self.version, "!b", "data")
+            answer = self.successResultOf(self.client.get(path))
+        self.assertEqual(answer.json["error"], "No room_keys found")
+        self.run_sql("DELETE FROM roomkeys_counts")
+        self.assertEqual(self.info()["count"], FIRST_KEYS + 7)
+        self.upload({"!b": {"data": key(9, 9, False)}})
+        rooms["!b"]["data"] = key(9, 9, False)
+        with self.assertLogs("synapse_roomkeys", "ERROR"):
+            self.assertEqual(self.download(), rooms)
+
     def test_a_version_that_is_not_json(self) -> None:
         """``auth_data`` that isn't JSON is a 500 with a line that names the version: at
         a 404 clients turn the backup off. It can be written anew, and deleted."""
