@@ -404,6 +404,49 @@ def test_a_sweep_erases_users_who_are_gone(place: Place) -> None:
     assert personal_rows(place, other)["e2e_room_keys"] == 5
 
 
+def leave_the_record(place: Place, left: str) -> User:
+    """Create a user with a backup, and delete all rows but those of one table."""
+    user = place.new_user()
+    api = place.api(user)
+    version = back_up(api, 4)
+    api.upload(version, {"!one": {"s1": key(9, verified=True)}})
+    accepted(api.delete(version_path(version)))
+    for table in PERSONAL:
+        if table != left:
+            place.tool.sql(f"DELETE FROM {table} WHERE user_id = ?", user.user_id)
+    return user
+
+
+def test_a_sweep_erases_a_record_that_is_left(place: Place) -> None:
+    """A user who is gone is erased if one of the plugin's tables alone has a row. A
+    file of users leaves other users alone."""
+    users = {
+        table: leave_the_record(place, table)
+        for table in ("roomkeys_changes", "roomkeys_replaced", "roomkeys_deleted")
+    }
+    other = leave_the_record(place, "roomkeys_changes")
+    gone = {user.user_id for user in users.values()}
+    path = place.tool.directory / "left.txt"
+    path.write_text("".join(f"{user_id}\n" for user_id in gone))
+    by_file = ("sweep", "--users", str(path), "--json")
+    rows = place.tool.run(*by_file, "--dry-run").rows()
+    assert {row["user"] for row in rows} == gone
+    for table, user in users.items():
+        [found] = [row["rows"] for row in rows if row["user"] == user.user_id]
+        assert [name for name, number in found.items() if number] == [table]
+    receipts = place.tool.run(*by_file, "--yes").rows()
+    assert [row["rows"] for row in receipts] == [row["rows"] for row in rows]
+    for user in users.values():
+        assert not any(personal_rows(place, user).values())
+    assert personal_rows(place, other)["roomkeys_changes"]
+    if place.is_synapse:
+        deactivate = "UPDATE users SET deactivated = 1 WHERE name = ?"
+        place.tool.sql(deactivate, other.user_id)
+        done = place.tool.run("sweep", "--deactivated", "--yes", "--json")
+        assert [row["user"] for row in done.rows()] == [other.user_id]
+        assert not any(personal_rows(place, other).values())
+
+
 def test_wrong_names_are_one_clear_line(place: Place) -> None:
     """A wrong user, version, option or file is a single line with the next step."""
     user = place.new_user()
