@@ -85,7 +85,7 @@ class Download:
         )
 
     def _push(self, page: KeyPage) -> bool:
-        """Push one page, move the place behind it, and return whether to go on."""
+        """Push one page, note the page's last key, and return whether to continue."""
         self._after, self._is_wanted = page.last, self._on_page(page)
         return self._is_wanted
 
@@ -118,7 +118,7 @@ def read_key(
 
 
 def report_broken_row(backup: BackupId, room_id: str, session_id: str) -> None:
-    """Log and count a stored key that no client could read."""
+    """Log and count a stored key without readable data."""
     metrics.broken_rows.inc()
     logger.error(
         "Left out a key: its session_data isn't JSON:"

@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 #: First words of the driver's error about text that isn't UTF-8. The error quotes the
 #: text.
 _NOT_UTF8 = "Could not decode to UTF-8"
-#: SQLite's error about a session id that is a BLOB.
+#: SQLite's error about a BLOB as session id.
 _BLOB_ID = "JSON cannot hold BLOB values"
 #: How many pages a download reads in one transaction. A process has one connection to
 #: an SQLite file, for all its users: three pages take some 5 ms.
@@ -47,10 +47,10 @@ SWEPT_AT_ONCE = 50
 
 
 class SqliteEngine:
-    """SQLite, as `Engine` describes it.
+    """The methods of `Engine` for SQLite.
 
-    A transaction that writes holds the write lock of the whole file, which serves as
-    each method's lock.
+    A writing transaction holds the write lock of the whole file, in place of the lock
+    of a version.
     """
 
     name = "sqlite"
@@ -69,7 +69,7 @@ class SqliteEngine:
     has_cursor = False
 
     def prepare(self, txn: Transaction) -> Transaction:
-        """Return the transaction, which takes named parameters itself."""
+        """Return the transaction unchanged: SQLite accepts named parameters."""
         return txn
 
     def judge(self, error: Exception) -> Fault:
@@ -208,7 +208,7 @@ class SqliteEngine:
             if not str(error).startswith((_NOT_UTF8, _BLOB_ID)):
                 raise
         except UnicodeEncodeError:
-            # The last page ended with an id that isn't UTF-8.
+            # The id of the last page's last key isn't UTF-8.
             pass
         return self._read_damaged_page(txn, query)
 
