@@ -13,10 +13,10 @@ import yaml
 from jsonschema_rs import Draft202012Validator
 from twisted.internet.defer import Deferred, inlineCallbacks
 
-from .contract import Answer, Host, User
+from .contract import Answer, Host, OperatorHost, User
+from .contract.base import Requests
 
 PATH = Path(__file__).parents[1] / "docs" / "openapi.yaml"
-_PREFIX = re.compile("/_matrix/client/(?:r0|v3|unstable)/room_keys")
 
 
 class Description:
@@ -31,7 +31,7 @@ class Description:
         self.seen: set[tuple[str, int, str | None]] = set()
         self._validators: dict[str, Draft202012Validator] = {}
         self._paths = {
-            re.compile(re.sub(r"\{\w+\}", "[^/]+", path)): item
+            re.compile(self._prefix(item) + re.sub(r"\{\w+\}", "[^/]+", path)): item
             for path, item in self.document["paths"].items()
         }
 
@@ -54,7 +54,8 @@ class Description:
         self._check_answer(method, operation, self._follow(described), answer, where)
         taken = self._follow(operation.get("requestBody", {})).get("content")
         if taken is not None and answer.status == 200:
-            self._validate(taken["application/json"]["schema"], json.loads(body), where)
+            sent = json.loads(body or b"{}")
+            self._validate(taken["application/json"]["schema"], sent, where)
 
     def described(self) -> set[tuple[str, int]]:
         """Return the operation id and the status of each described answer."""
@@ -81,8 +82,13 @@ class Description:
         if "content" not in described:
             assert not answer.body, where
         elif method != "HEAD":
-            schema = described["content"][answer.headers["content-type"]]["schema"]
-            self._validate(schema, answer.json, where)
+            kind = answer.headers["content-type"]
+            schema = described["content"][kind]["schema"]
+            # In a stream of lines, each line is a JSON value of the schema.
+            is_stream = kind == "application/x-ndjson"
+            texts = answer.body.splitlines() if is_stream else [answer.body]
+            for text in texts:
+                self._validate(schema, json.loads(text), where)
             errcode = answer.json.get("errcode") if answer.status >= 400 else None
         name = operation.get("operationId")
         if name is not None and method != "HEAD":
@@ -90,10 +96,17 @@ class Description:
 
     def _find(self, path: str) -> dict[str, Any] | None:
         """Return the path item that describes a path, or None."""
-        prefix = _PREFIX.match(path)
-        rest = path[prefix.end() :] if prefix else ""
-        found = (i for pattern, i in self._paths.items() if pattern.fullmatch(rest))
+        found = (i for pattern, i in self._paths.items() if pattern.fullmatch(path))
         return next(found, None)
+
+    def _prefix(self, item: Mapping[str, Any]) -> str:
+        """Return a regular expression of the prefixes of a path item: its own server's
+        or, without one, that of the document, with each value of a variable."""
+        [server] = item.get("servers", self.document["servers"])
+        prefix: str = server["url"]
+        for name, variable in server.get("variables", {}).items():
+            prefix = prefix.replace(f"{{{name}}}", f"(?:{'|'.join(variable['enum'])})")
+        return prefix
 
     def _follow(self, value: Any) -> Any:
         """Return a part of the document, with a `$ref` replaced by its target."""
@@ -114,20 +127,12 @@ class Description:
         assert error is None, f"{error}: {where}"
 
 
-class DescribedHost:
-    """A host that checks each answer of another host against the description."""
+class _DescribedRequests:
+    """An address whose answers are checked against the description."""
 
-    def __init__(self, host: Host, description: Description) -> None:
-        self._host = host
+    def __init__(self, requests: Requests, description: Description) -> None:
+        self._requests = requests
         self._description = description
-
-    def new_user(self) -> User:
-        """Create a user, as `Host.new_user` does."""
-        return self._host.new_user()
-
-    def new_guest(self) -> User:
-        """Create a guest, as `Host.new_guest` does."""
-        return self._host.new_guest()
 
     @inlineCallbacks
     def request(
@@ -140,8 +145,46 @@ class DescribedHost:
         headers: Mapping[str, str] | None = None,
     ) -> Generator[Deferred[Any], Any, Answer]:
         """Send a request, check the answer and fire with the answer."""
-        answer: Answer = yield self._host.request(
+        answer: Answer = yield self._requests.request(
             method, path, token=token, body=body, headers=headers
         )
         self._description.check(method, path, body or b"", answer)
         return answer
+
+
+class DescribedHost(_DescribedRequests):
+    """A host that checks each answer of another host against the description."""
+
+    def __init__(self, host: Host, description: Description) -> None:
+        super().__init__(host, description)
+        self._host = host
+
+    def new_user(self) -> User:
+        """Create a user, as `Host.new_user` does."""
+        return self._host.new_user()
+
+    def new_guest(self) -> User:
+        """Create a guest, as `Host.new_guest` does."""
+        return self._host.new_guest()
+
+
+class DescribedOperatorHost(_DescribedRequests):
+    """The interface for operators of a host, with each answer checked against the
+    description.
+
+    Attributes:
+        clients: the same server for clients, with checks too.
+    """
+
+    def __init__(self, host: OperatorHost, description: Description) -> None:
+        super().__init__(host, description)
+        self.clients = DescribedHost(host.clients, description)
+        self._host = host
+
+    def new_operator(self) -> User:
+        """Create an operator, as `OperatorHost.new_operator` does."""
+        return self._host.new_operator()
+
+    def wait(self) -> Deferred[None]:
+        """Wait, as `OperatorHost.wait` does."""
+        return self._host.wait()

@@ -8,10 +8,11 @@ from typing import Any
 
 from twisted.trial.unittest import SynchronousTestCase
 
-from ..contract import SCENARIOS, Answer
+from ..contract import OPERATOR_SCENARIOS, SCENARIOS, Answer
 from ..contract.base import PREFIX
-from ..memory import MemoryHost
-from ..openapi import DescribedHost, Description
+from ..contract.operators import ADMIN_PREFIX
+from ..memory import MemoryAdminHost, MemoryHost
+from ..openapi import DescribedHost, DescribedOperatorHost, Description
 
 #: Statuses that occur in no scenario: 413 for a body over the limit at an endpoint that
 #: needs no body, 429 for a user who floods the server, and 503 for a database outage.
@@ -34,6 +35,9 @@ class DescriptionTests(SynchronousTestCase):
         for scenario in SCENARIOS.values():
             host = DescribedHost(MemoryHost(), description)
             self.successResultOf(scenario(host))
+        for operator_scenario in OPERATOR_SCENARIOS.values():
+            operators = DescribedOperatorHost(MemoryAdminHost(), description)
+            self.successResultOf(operator_scenario(operators))
         host = DescribedHost(MemoryHost(), description)
         token = host.new_user().access_token
         for method in ("GET", "DELETE"):
@@ -70,6 +74,44 @@ class DescriptionTests(SynchronousTestCase):
             row = f"{method} {path} {answer}"
             with self.assertRaises((AssertionError, KeyError), msg=row):
                 description.check(method, PREFIX + path, b"{}", answer)
+
+    def test_wrong_answers_to_operators_are_refused(self) -> None:
+        """An answer of the interface for operators whose members don't belong together,
+        or that belongs to the API of clients, fails the check."""
+        description = Description()
+        task = {
+            "task_id": "0123456789abcdef",
+            "action": "purge",
+            "operator": "@admin:x",
+            "parameters": {"what": "record", "before_ms": 9},
+            "status": "complete",
+            "created_ms": 1,
+            "changed_ms": 2,
+            "progress": {"after": "@user:x"},
+            "result": {"changes": 1},
+            "error": None,
+        }
+        path = ADMIN_PREFIX + "/tasks/0"
+        good = Answer(200, JSON, json.dumps(task).encode())
+        description.check("GET", path, b"", good)
+        for wrong in (
+            {**task, "result": None},
+            {**task, "status": "active"},
+            {**task, "action": "erase"},
+            {**task, "progress": {"rows": {}}},
+            {**task, "parameters": {"what": "record"}},
+            {**task, "task_id": "0"},
+            {**task, "more": 1},
+        ):
+            answer = Answer(200, JSON, json.dumps(wrong).encode())
+            with self.assertRaises(AssertionError, msg=str(wrong)):
+                description.check("GET", path, b"", answer)
+        answer = Answer(200, {"content-type": "application/x-ndjson"}, b'{"type":"x"}')
+        with self.assertRaises(AssertionError):
+            description.check("GET", ADMIN_PREFIX + "/users/u/export", b"", answer)
+        for other in (PREFIX + "/tasks/0", ADMIN_PREFIX + "/version"):
+            with self.assertRaises(AssertionError, msg=other):
+                description.check("GET", other, b"", good)
 
     def test_accepted_requests_must_be_described(self) -> None:
         """The body of an accepted request that the document does not allow fails the

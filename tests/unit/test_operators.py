@@ -1,18 +1,14 @@
-"""The interface for operators on a server in memory."""
-
-from __future__ import annotations
+"""The scenarios of the interface for operators on a `Site` in memory."""
 
 from twisted.trial.unittest import SynchronousTestCase
 
 from ..contract import OPERATOR_SCENARIOS
 from ..memory import MemoryAdminHost
+from .scenarios import add_scenarios
 
 
 class OperatorTests(SynchronousTestCase):
-    """The contract's scenarios for operators."""
+    """One test for each scenario, on a new server."""
 
-    def test_scenarios(self) -> None:
-        """Each scenario holds."""
-        for name, scenario in OPERATOR_SCENARIOS.items():
-            with self.subTest(name):
-                self.successResultOf(scenario(MemoryAdminHost()))
+
+add_scenarios(OperatorTests, OPERATOR_SCENARIOS, MemoryAdminHost)
