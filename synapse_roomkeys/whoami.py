@@ -203,6 +203,8 @@ class WhoamiAuth:
             claim: the user's own claim. A Synapse answers 403 to a user who is none.
 
         Raises:
+            TokenError: the homeserver refuses the token. `identify` may still remember
+                a token that is revoked.
             LimitExceededError: the homeserver throttles.
             UnavailableError: the homeserver is away, or is no Synapse.
         """
@@ -211,18 +213,16 @@ class WhoamiAuth:
         try:
             sent = self._homeserver.get(path, claim.headers(), {}, deadline)
             response: Response = yield self._clock.wait(sent)
-            if response.code == 403:
-                return False
-            if response.code != 200:
-                raise UnusableResponseError(describe_response(response, path))
-            is_admin = _decode_admin(response.body).admin
+            answer = _read_admin(response, path)
         except ThrottledError as error:
             raise _Throttled(error.retry_after).error() from None
         except Exception as error:
             self.outages.note_refusal(AWAY, f"{error_text(error)} (to {IS_ADMIN})")
             raise UnavailableError(OUTAGE_RETRY_AFTER) from None
         self.outages.note_success()
-        return is_admin
+        if isinstance(answer, _Refusal):
+            raise answer.error()
+        return answer
 
     @inlineCallbacks
     def check(self) -> Inline[None]:
@@ -390,6 +390,25 @@ def _read_answer(
     except (msgspec.MsgspecError, UnicodeDecodeError):
         pass
     raise UnusableResponseError(describe_response(response, CLIENT_API + WHOAMI))
+
+
+def _read_admin(response: Response, path: str) -> bool | _Refusal:
+    """Read whether the user is an administrator, or the refusal of the token, from a
+    response to `IS_ADMIN`.
+
+    Raises:
+        UnusableResponseError: the response has neither.
+    """
+    try:
+        if response.code == 200:
+            return _decode_admin(response.body).admin
+        if response.code in (401, 403):
+            error = _decode_error(response.body)
+            is_refused = response.code == 401
+            return _read_refusal(response.code, error) if is_refused else False
+    except (msgspec.MsgspecError, UnicodeDecodeError):
+        pass
+    raise UnusableResponseError(describe_response(response, path))
 
 
 def _read_user(user: _WhoamiBody, options: HomeserverOptions) -> Requester | _Refusal:

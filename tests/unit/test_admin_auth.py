@@ -1,0 +1,122 @@
+"""Tests of the authentication of operators at the service, with a homeserver over
+connections in memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from twisted.internet.defer import Deferred
+from twisted.trial.unittest import SynchronousTestCase
+from twisted.web.http import Request
+
+from synapse_roomkeys.clock import Clock
+from synapse_roomkeys.errors import ForbiddenError, TokenError, UnavailableError
+from synapse_roomkeys.homeserver import HomeserverOptions
+from synapse_roomkeys.service.admin_auth import TOKEN_OPERATOR, ServiceAdminAuth
+from synapse_roomkeys.service.config import AdminConfig
+from synapse_roomkeys.whoami import WhoamiAuth
+
+from ..faulty_homeserver import (
+    FAULTS,
+    WHOAMI,
+    Fault,
+    FaultyHomeserver,
+    answering,
+    client_request,
+)
+from ..memory_network import MemoryNetwork
+
+TOKEN = "syt_YW5fYWRtaW4_0123456789abcdef"
+ADMIN = "@admin:test.example"
+IS_ADMIN = "/_synapse/admin/v1/users/%40admin%3Atest.example/admin"
+FILE_TOKEN = "0123456789abcdef" * 4
+
+
+class ServiceAdminAuthTests(SynchronousTestCase):
+    """A homeserver with one user, whose answer about administrators each test sets."""
+
+    def setUp(self) -> None:
+        self.homeserver = FaultyHomeserver()
+        self.homeserver.fault = self.answer
+        self.is_admin: Fault = answering(200, {"admin": True})
+        self.network = MemoryNetwork(self.homeserver)
+        options = HomeserverOptions("http://hs.test.example/")
+        self.whoami = WhoamiAuth(self.network, Clock(self.network), options)
+
+    def answer(self, request: Request) -> int | bytes:
+        """Answer as a homeserver does."""
+        if request.path.decode() == WHOAMI:
+            return answering(200, {"user_id": ADMIN})(request)
+        return self.is_admin(request)
+
+    def begin(
+        self, token: str = TOKEN, *, synapse_admins: bool = True, **query: Any
+    ) -> Deferred[str]:
+        """Authenticate a request and deliver all bytes; return the Deferred."""
+        path = Path(self.mktemp())
+        path.write_text(f"{FILE_TOKEN}\n")
+        config = AdminConfig((), str(path), synapse_admins)
+        auth = ServiceAdminAuth(self.whoami, config)
+        done = auth.get_operator(client_request(token, **query))
+        self.network.turn()
+        return done
+
+    def paths(self) -> list[str]:
+        """The paths of the received requests, in order."""
+        return [asked.path for asked in self.homeserver.asked]
+
+    def test_the_token_of_the_file_is_not_sent_on(self) -> None:
+        """The operator with the token is known without the homeserver."""
+        self.assertEqual(self.successResultOf(self.begin(FILE_TOKEN)), TOKEN_OPERATOR)
+        self.assertEqual(self.paths(), [])
+
+    def test_other_tokens_need_synapse_admins(self) -> None:
+        """Without the option no token but that of the file is known, not even a part of
+        it, and none is sent on."""
+        for token in (TOKEN, FILE_TOKEN[:-1], FILE_TOKEN + "0", FILE_TOKEN.upper()):
+            done = self.begin(token, synapse_admins=False)
+            error = self.failureResultOf(done, TokenError).value
+            self.assertEqual((error.code, error.errcode), (401, "M_UNKNOWN_TOKEN"))
+        self.assertEqual(self.paths(), [])
+
+    def test_each_request_asks_whether_the_user_is_an_administrator(self) -> None:
+        """A right that was withdrawn ends at once, although the user is remembered. A
+        query can't name another user."""
+        done = self.begin(user_id="@other:test.example")
+        self.assertEqual(self.successResultOf(done), ADMIN)
+        for refusal in (
+            answering(403, {"errcode": "M_FORBIDDEN", "error": "no admin"}),
+            answering(200, {"admin": False}),
+        ):
+            self.is_admin = refusal
+            self.failureResultOf(self.begin(), ForbiddenError)
+        self.assertEqual(self.paths(), [WHOAMI, *[IS_ADMIN] * 3])
+        self.assertEqual({tuple(asked.query) for asked in self.homeserver.asked}, {()})
+
+    def test_a_revoked_token_is_401(self) -> None:
+        """A token that the homeserver has revoked since it was remembered is refused.
+        The refusal is no outage of the homeserver."""
+        self.successResultOf(self.begin())
+        body = {"errcode": "M_UNKNOWN_TOKEN", "error": "revoked", "soft_logout": True}
+        self.is_admin = answering(401, body)
+        with self.assertNoLogs("synapse_roomkeys"):
+            done = self.begin()
+        error = self.failureResultOf(done, TokenError).value
+        self.assertEqual((error.code, error.errcode), (401, "M_UNKNOWN_TOKEN"))
+        self.assertTrue(error.error_dict()["soft_logout"])
+
+    def test_a_faulty_answer_is_503(self) -> None:
+        """Any answer that isn't Synapse's is an outage, also the 403 of a proxy that
+        hides the admin API."""
+        for name, fault in FAULTS.items():
+            self.setUp()
+            self.successResultOf(self.begin())
+            self.is_admin = fault
+            with self.assertLogs("synapse_roomkeys.outages") as logs:
+                done = self.begin()
+                self.network.turn(60)
+            self.failureResultOf(done, UnavailableError)
+            self.assertIn("/admin)", logs.output[0], name)
+            if name == "404":
+                self.assertIn("homeserver.url has no admin API", logs.output[0])
