@@ -16,10 +16,10 @@ _MAX_VERSION = 2**63 - 1
 
 
 def check_id(kind: str, value: str) -> None:
-    """Refuse a room or session id that is invalid or can't be stored.
+    """Refuse an id that is invalid or can't be stored.
 
     Args:
-        kind: "Room" or "Session", for the message.
+        kind: the beginning of the message, such as "Room" or "Session".
 
     Raises:
         BadJsonError: the id holds a NUL or a lone surrogate.

@@ -117,17 +117,20 @@ class AdminHandler:
     ) -> Inline[tuple[list[str], int]]:
         """Fire with the ids of a page in the order of names, and the number of all."""
         is_forward = page.direction == "f"
-        ids: deque[str] = deque(maxlen=None if is_forward else page.end)
+        ids: deque[str] = deque(maxlen=page.most if is_forward else page.end)
         total, after = 0, ""
         while is_wanted() and (
             found := (yield self._overview.list_users(after, with_backup=True))
         ):
-            wanted = page.end - len(ids) if is_forward else len(found)
-            ids.extend(found[:wanted])
+            if is_forward:
+                start, end = (max(n - total, 0) for n in (page.skipped, page.end))
+                ids.extend(found[start:end])
+            else:
+                ids.extend(found)
             total += len(found)
             after = found[-1]
-        ordered = list(ids) if is_forward else list(reversed(ids))
-        return ordered[page.skipped :], total
+        chosen = list(ids) if is_forward else [*reversed(ids)][page.skipped :]
+        return chosen, total
 
     @inlineCallbacks
     def _choose_by_value(

@@ -15,7 +15,7 @@ from twisted.internet.defer import Deferred, inlineCallbacks
 from twisted.web.http import Request
 
 from ..admin.facts import describe_change, describe_owner, describe_version
-from ..admin.handler import AdminHandler, UsersPage
+from ..admin.handler import AdminHandler
 from ..admin.runner import RECORD, SUPERSEDED
 from ..admin.transfer_file import LinesEncoder
 from ..clock import Clock
@@ -38,6 +38,7 @@ from .admin_requests import (
     parse_choice,
     parse_page,
     parse_time,
+    parse_users_page,
 )
 from .resource import (
     Answer,
@@ -119,22 +120,13 @@ class AdminUsersServlet(AdminServlet):
     def on_GET(self, request: Request) -> Answering:
         """Answer with a page of users. All users are read for it."""
         yield self.authenticate(request)
-        order = parse_choice(request, "order_by", _ORDERS)
-        page = UsersPage(
-            order.replace("_", "-"),
-            "b" if parse_choice(request, "dir", ("f", "b")) == "b" else "f",
-            *parse_page(request),
-        )
+        page = parse_users_page(request)
         owners: list[Owner]
         owners, total = yield self.handler.list_users(
             page, lambda: not request._disconnected
         )
         users = [describe_owner(owner) for owner in owners]
         return 200, _list_dict("users", users, total, page.end)
-
-
-#: The values of ``order_by``.
-_ORDERS = ("name", "keys", "bytes", "last_upload")
 
 
 class AdminUserServlet(AdminServlet):
@@ -166,7 +158,7 @@ class AdminRecordServlet(AdminServlet):
         since_ms = parse_time(request, "since_ms")
         found, total = yield self.handler.get_record(user_id, since_ms, skipped, most)
         changes = [describe_change(change) for change in found]
-        return 200, _list_dict("changes", changes, total, skipped + most)
+        return 200, _list_dict("changes", changes, total, skipped + len(changes))
 
 
 class AdminExportServlet(AdminServlet):
@@ -338,7 +330,7 @@ class AdminTasksServlet(AdminServlet):
         status = parse_choice(request, "status", ("", *STATUSES))
         found, total = yield self.handler.list_tasks(status or None, skipped, most)
         tasks = [_task_dict(task) for task in found]
-        return 200, _list_dict("tasks", tasks, total, skipped + most)
+        return 200, _list_dict("tasks", tasks, total, skipped + len(tasks))
 
 
 class AdminTaskServlet(AdminServlet):
@@ -377,12 +369,12 @@ def _task_dict(task: Task) -> dict[str, Any]:
 def _list_dict(
     name: str, items: list[dict[str, Any]], total: int, end: int
 ) -> dict[str, Any]:
-    """Return a page of a list.
+    """Return a page of a list. A page without items is the last one.
 
     Args:
         end: number of items to the end of the page.
     """
-    following = {"next_token": str(end)} if end < total else {}
+    following = {"next_token": str(end)} if items and end < total else {}
     return {name: items, "total": total, **following}
 
 

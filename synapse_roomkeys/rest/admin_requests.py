@@ -6,6 +6,7 @@ from typing import Annotated, Literal, TypeVar
 import msgspec
 from twisted.web.http import Request
 
+from ..admin.handler import UsersPage
 from ..errors import BadJsonError, InvalidParamError, NotJsonError, TooLargeError
 from .resource import find_parameter, read_body
 
@@ -16,13 +17,14 @@ _MAX_BODY_BYTES = 1 << 16
 #: Largest number of items of a list's page, and its default, which is Synapse's.
 _MAX_LIMIT = 1000
 _LIMIT = 100
-#: Largest number of items before a list's page. The list's beginning is sorted in
-#: memory.
-_MAX_FROM = 10_000
-#: Milliseconds since 1970; the largest integer that JavaScript holds exactly.
-_MAX_TIME = 2**53 - 1
+#: Largest number of users before a page of a list whose beginning is sorted in memory.
+_MAX_SORTED = 10_000
+#: The largest integer that JavaScript holds exactly.
+_MAX_INTEGER = 2**53 - 1
+#: The values of ``order_by``.
+_ORDERS = ("name", "keys", "bytes", "last_upload")
 
-_Time = Annotated[int, msgspec.Meta(ge=0, le=_MAX_TIME)]
+_Time = Annotated[int, msgspec.Meta(ge=0, le=_MAX_INTEGER)]
 
 
 class EraseBody(msgspec.Struct):
@@ -109,10 +111,28 @@ def parse_page(request: Request) -> tuple[int, int]:
     page's maximum number of items.
 
     Raises:
-        InvalidParamError: ``from`` or ``limit`` is no number, or is too large.
+        InvalidParamError: ``from`` or ``limit`` is no number that it can be.
     """
-    skipped = parse_number(request, "from", 0, _MAX_FROM)
-    return skipped, parse_number(request, "limit", _LIMIT, _MAX_LIMIT)
+    skipped = parse_number(request, "from", 0, range(_MAX_INTEGER + 1))
+    return skipped, parse_number(request, "limit", _LIMIT, range(1, _MAX_LIMIT + 1))
+
+
+def parse_users_page(request: Request) -> UsersPage:
+    """Return the page of users that a request asks for.
+
+    Raises:
+        InvalidParamError: a parameter has a wrong value, or too many users are before
+            the page in an order in which they are sorted in memory.
+    """
+    order = parse_choice(request, "order_by", _ORDERS).replace("_", "-")
+    is_forward = parse_choice(request, "dir", ("f", "b")) == "f"
+    skipped, most = parse_page(request)
+    is_read_in_order = order == "name" and is_forward
+    if skipped > _MAX_SORTED and not is_read_in_order:
+        raise InvalidParamError(
+            f"from must be at most {_MAX_SORTED}, or order_by must be name and dir f"
+        )
+    return UsersPage(order, "f" if is_forward else "b", skipped, most)
 
 
 def parse_time(request: Request, name: str) -> int:
@@ -121,21 +141,23 @@ def parse_time(request: Request, name: str) -> int:
     Raises:
         InvalidParamError: the parameter is no number.
     """
-    return parse_number(request, name, 0, _MAX_TIME)
+    return parse_number(request, name, 0, range(_MAX_INTEGER + 1))
 
 
-def parse_number(request: Request, name: str, default: int, most: int) -> int:
-    """Return a number from 0 on from the query.
+def parse_number(request: Request, name: str, default: int, allowed: range) -> int:
+    """Return a number from the query.
 
     Raises:
-        InvalidParamError: the parameter is no number, or is over `most`.
+        InvalidParamError: the parameter is no number, or not an allowed one.
     """
     text = find_parameter(request, name)
     if text is None:
         return default
-    is_number = text.isascii() and text.isdecimal() and len(text) <= len(str(most))
-    if not is_number or int(text) > most:
-        raise InvalidParamError(f"{name} must be a number from 0 to {most}")
+    # Python refuses to convert a text of over 4,300 digits.
+    is_number = text.isascii() and text.isdecimal() and len(text) < 20
+    if not is_number or int(text) not in allowed:
+        least, most = allowed[0], allowed[-1]
+        raise InvalidParamError(f"{name} must be a number from {least} to {most}")
     return int(text)
 
 

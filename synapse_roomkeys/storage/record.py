@@ -4,7 +4,7 @@ choice of replaced keys that are kept."""
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from itertools import groupby
+from itertools import accumulate, groupby
 from operator import attrgetter
 from typing import Any, Protocol
 
@@ -33,6 +33,13 @@ RESTORE_VERSION = "restore_version"
 RESTORE_KEYS = "restore_keys"
 #: An operator has read the keys: nothing has changed.
 EXPORT = "export"
+
+
+#: Maximum number of sessions that the changes of a page name, unless the page has one
+#: change. A page of 100 uploads by real clients, of 100 sessions each, is whole. One
+#: upload of 10 MiB, the default limit of a body, may name 30,000 sessions with ids of
+#: 255 bytes, so 100 such changes would take 0.8 GB of memory.
+PAGE_SESSIONS = 10_000
 
 
 @attrs.frozen
@@ -89,6 +96,9 @@ def read_newest(
     """Return a page of the recorded changes of a user's backups since a Unix time in
     milliseconds, the newest first, and the number of all of them.
 
+    The changes of a page together name `PAGE_SESSIONS` sessions at most, or the page
+    has one change.
+
     Args:
         skipped: number of changes before the page.
         most: maximum number of changes of the page.
@@ -97,6 +107,9 @@ def read_newest(
     txn.execute(statements.COUNT_CHANGES_OF_USER, parameters)
     ((total,),) = txn.fetchall()
     page = {**parameters, "skipped": skipped, "most": most}
+    txn.execute(statements.SIZES_OF_NEWEST_CHANGES, page)
+    ends = accumulate(int(size) for (size,) in txn.fetchall())
+    page["most"] = max(sum(end <= PAGE_SESSIONS for end in ends), 1)
     txn.execute(statements.NEWEST_CHANGES_OF_USER, page)
     return [RecordedChange(*row) for row in txn.fetchall()], int(total)
 

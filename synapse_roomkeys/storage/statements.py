@@ -306,6 +306,11 @@ CHANGES_OF_USER = """
         unchanged, deleted, sessions
     FROM roomkeys_changes WHERE user_id = :user_id AND changed_ms >= :since_ms
     ORDER BY changed_ms, version, etag"""
+#: Returns the numbers of sessions that a page of these rows name, the newest first.
+SIZES_OF_NEWEST_CHANGES = """
+    SELECT stored + replaced
+    FROM roomkeys_changes WHERE user_id = :user_id AND changed_ms >= :since_ms
+    ORDER BY changed_ms DESC, version DESC, etag DESC LIMIT :most OFFSET :skipped"""
 #: Returns a page of these rows, the newest first.
 NEWEST_CHANGES_OF_USER = """
     SELECT version, etag, changed_ms, act, device_id, operator, stored, replaced,

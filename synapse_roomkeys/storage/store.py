@@ -232,7 +232,8 @@ class EndToEndRoomKeyStore:
         self, user_id: str, since_ms: int, skipped: int, most: int
     ) -> "Deferred[tuple[list[RecordedChange], int]]":
         """Fire with a page of the recorded changes of a user's backups since a Unix
-        time in milliseconds, the newest first, and the number of all of them.
+        time in milliseconds, the newest first, and the number of all of them. See
+        `record.read_newest` for a page's size.
 
         Args:
             skipped: number of changes before the page.

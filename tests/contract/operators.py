@@ -204,6 +204,10 @@ def users_are_listed_in_pages(host: OperatorHost) -> Steps:
                 same(page["total"], len(users), path)
                 token = page.get("next_token")
             same(paged, users, query)
+    # Only other orders are sorted in memory.
+    end = yield operator.get(f"/users?from={2**53 - 1}")
+    same([end["users"], end["total"]], [[], len(users)])
+    assert "next_token" not in end, end
 
 
 @operator_scenario
@@ -413,10 +417,14 @@ def wrong_requests_are_refused(host: OperatorHost) -> Steps:
     restore = user_path(client, "/restore")
     bad_json, not_json, invalid = "M_BAD_JSON", "M_NOT_JSON", "M_INVALID_PARAM"
     rows: list[tuple[str, str, Any, int, str]] = [
+        ("GET", "/users?limit=0", None, 400, invalid),
         ("GET", "/users?limit=1001", None, 400, invalid),
         ("GET", "/users?limit=-1", None, 400, invalid),
         ("GET", "/users?from=x", None, 400, invalid),
-        ("GET", "/users?from=10001", None, 400, invalid),
+        ("GET", f"/users?from={2**53}", None, 400, invalid),
+        ("GET", f"/users?from={'9' * 5000}", None, 400, invalid),
+        ("GET", "/users?from=10001&dir=b", None, 400, invalid),
+        ("GET", "/users?from=10001&order_by=keys", None, 400, invalid),
         ("GET", "/users?order_by=etag", None, 400, invalid),
         ("GET", "/users?dir=up", None, 400, invalid),
         ("GET", "/users/%00", None, 400, bad_json),

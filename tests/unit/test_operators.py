@@ -2,7 +2,11 @@
 
 from twisted.trial.unittest import SynchronousTestCase
 
-from ..contract import OPERATOR_SCENARIOS
+from synapse_roomkeys.storage import record
+
+from ..contract import OPERATOR_SCENARIOS, Client
+from ..contract.base import key
+from ..contract.operators import new_operator, user_path
 from ..memory import MemoryAdminHost
 from .scenarios import add_scenarios
 
@@ -12,3 +16,27 @@ class OperatorTests(SynchronousTestCase):
 
 
 add_scenarios(OperatorTests, OPERATOR_SCENARIOS, MemoryAdminHost)
+
+
+class RecordTests(SynchronousTestCase):
+    """Tests of the pages of the record."""
+
+    def test_a_page_of_many_sessions_is_shorter(self) -> None:
+        """The changes of a page name a bounded number of sessions, or the page has one
+        change. Its ``next_token`` leads to the rest."""
+        self.patch(record, "PAGE_SESSIONS", 3)
+        host = MemoryAdminHost()
+        client = Client(host.clients, host.clients.new_user())
+        version = self.successResultOf(client.create_version())
+        for sizes in (5, 1, 2):
+            rooms = {f"!{sizes}": {f"s{n}": key(sizes) for n in range(sizes)}}
+            self.successResultOf(client.upload(version, rooms))
+        operator = new_operator(host)
+        pages = []
+        token: str | None = "0"
+        while token is not None:
+            path = user_path(client, f"/record?from={token}")
+            page = self.successResultOf(operator.get(path))
+            pages.append([change["stored"] for change in page["changes"]])
+            token = page.get("next_token")
+        self.assertEqual(pages, [[2, 1], [5], [0]])
