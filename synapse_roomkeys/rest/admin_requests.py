@@ -21,6 +21,9 @@ _LIMIT = 100
 _MAX_SORTED = 10_000
 #: The largest integer that JavaScript holds exactly.
 _MAX_INTEGER = 2**53 - 1
+#: Maximum characters of a decoder's message in an error. A message may quote a value of
+#: the body; without a quote it has about 70 characters.
+_MAX_MESSAGE = 200
 #: The values of ``order_by``.
 _ORDERS = ("name", "keys", "bytes", "last_upload")
 
@@ -101,9 +104,14 @@ def parse_body(request: Request, decode: Callable[[bytes], T]) -> T:
     try:
         return decode(body)
     except (msgspec.ValidationError, RecursionError) as error:
-        raise BadJsonError(f"The body can't be used: {error}") from None
+        raise BadJsonError(f"The body can't be used: {_message(error)}") from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise NotJsonError(f"The body is not JSON: {error}") from None
+        raise NotJsonError(f"The body is not JSON: {_message(error)}") from None
+
+
+def _message(error: Exception) -> str:
+    """Return a decoder's message as one line of ASCII, cut at `_MAX_MESSAGE`."""
+    return ascii(str(error))[1:-1][:_MAX_MESSAGE]
 
 
 def parse_page(request: Request) -> tuple[int, int]:

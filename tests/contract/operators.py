@@ -443,6 +443,7 @@ def wrong_requests_are_refused(host: OperatorHost) -> Steps:
         ("POST", "/purge", b"[" * 5000, 400, bad_json),
         ("POST", "/purge", [], 400, bad_json),
         ("POST", "/purge", {"what": "all"}, 400, bad_json),
+        ("POST", "/purge", {"what": "a\nb" + 9000 * "c"}, 400, bad_json),
         ("POST", "/purge", {"what": "superseded"}, 400, bad_json),
         ("POST", "/purge", {"what": "record"}, 400, bad_json),
         ("POST", "/purge", {"what": "deleted", "before_ms": 1}, 400, bad_json),
@@ -465,7 +466,10 @@ def wrong_requests_are_refused(host: OperatorHost) -> Steps:
         rows.append(("POST", restore, body, 400, errcode))
     for method, path, body, status, errcode in rows:
         answer = yield operator.api.request(method, path, body)
-        refused(answer, status, errcode, row=f"{method} {path} {body!r:.80}")
+        row = f"{method} {path} {body!r:.80}"
+        # A log may have the text: it must be one line.
+        text = refused(answer, status, errcode, row=row)["error"]
+        assert text.isprintable() and len(text) < 1000, f"{row}: {text!r}"
     same((yield client.download(version)), ROOMS)
 
 
