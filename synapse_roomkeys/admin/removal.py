@@ -54,20 +54,26 @@ class Removal:
     def delete_version(
         self,
         version: VersionFacts,
+        wanted: Choice,
         actor: Actor,
         after_batch: AfterBatch,
         most: int | None = None,
-    ) -> Inline[None]:
-        """Delete a version of any state with its keys. The version can't be given back
-        any more.
+    ) -> Inline[bool]:
+        """Delete a chosen version with its keys. The version can't be given back any
+        more. Fire with False, without a change, if the version isn't chosen any more:
+        it became the current one, or was given back, since the user was read.
 
         Args:
+            wanted: the function that has chosen the version.
             most: as for `delete_keys`, if the version has no row.
         """
+        owner: Owner = yield self._overview.find_owner(version.user_id)
+        if version.version not in [found.version for found in wanted(owner)]:
+            return False
         backup = BackupId(version.user_id, version.version)
         if version.state == ORPHANED:
             yield self.delete_keys(backup, after_batch, most)
-            return
+            return True
         # A second deletion puts a deleted version into the sweeper's queue. After the
         # first batch of the sweep, the version can't be given back any more.
         yield self._store.delete_version(backup.user_id, backup.version, actor)
@@ -75,6 +81,7 @@ class Removal:
         while place is not None:
             place = yield self._sweeps.delete_batch(backup, place)
             yield after_batch(self._batch_size)
+        return True
 
     @inlineCallbacks
     def delete_keys(

@@ -202,9 +202,13 @@ class TaskRunner(LeasedLoop):
 
         while page := (yield self._overview.list_owners(run.progress.get("after", ""))):
             for version in (v for owner in page for v in wanted(owner)):
-                yield self._removal.delete_version(version, actor, after_batch)
-                run.count("versions", 1)
-                run.count("keys", version.keys)
+                if (
+                    yield self._removal.delete_version(
+                        version, wanted, actor, after_batch
+                    )
+                ):
+                    run.count("versions", 1)
+                    run.count("keys", version.keys)
             run.progress["after"] = page[-1].user_id
             yield self._step(run, 0)
         return {name: run.progress.get(name, 0) for name in ("versions", "keys")}

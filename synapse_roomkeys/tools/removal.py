@@ -73,19 +73,23 @@ def purge_versions(
     versions = keys = 0
 
     @inlineCallbacks
+    def delete(version: VersionFacts) -> Inline[bool]:
+        actor = Actor(None, manner.operator)
+        with paced(session, version.keys, manner.rate) as after_batch:
+            is_deleted: bool = yield session.removal.delete_version(
+                version, wanted, actor, after_batch, manner.rate
+            )
+        return is_deleted
+
+    @inlineCallbacks
     def purge_page(page: list[Owner]) -> Inline[bool]:
         nonlocal versions, keys
         for owner in page:
             for version in wanted(owner):
-                versions += 1
-                keys += version.keys
-                output.write(_purged_values(version), _purged_text(version))
-                if not manner.is_dry_run:
-                    actor = Actor(None, manner.operator)
-                    with paced(session, version.keys, manner.rate) as after_batch:
-                        yield session.removal.delete_version(
-                            version, actor, after_batch, manner.rate
-                        )
+                if manner.is_dry_run or (yield delete(version)):
+                    versions += 1
+                    keys += version.keys
+                    output.write(_purged_values(version), _purged_text(version))
         return True
 
     yield each_page(session, "", purge_page)
