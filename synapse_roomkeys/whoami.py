@@ -53,9 +53,10 @@ for _outcome in ("answered", "refused", "failed", "cached"):
 _NOBODYS_TOKEN = "synapse_roomkeys_check"
 
 WHOAMI = "/v3/account/whoami"
-#: Path of the endpoint of Synapse's admin API ("Change whether a user is a server
-#: administrator").
-IS_ADMIN = "/_synapse/admin/v1/users/{user_id}/admin"
+#: Path of an endpoint of Synapse's admin API ("Query User Account"), which answers only
+#: administrators. Unlike "Get whether a user is a server administrator or not", Synapse
+#: has the endpoint also in workers, and with the Matrix Authentication Service.
+ACCOUNT = "/_synapse/admin/v2/users/{user_id}"
 #: Seconds between the first two tries while the homeserver is away; doubled each time.
 FIRST_DELAY = 0.1
 #: Seconds for which a check waits for the end of a pause: less than the timeout of
@@ -81,13 +82,14 @@ class _ErrorBody(msgspec.Struct):
     soft_logout: bool | None = None
 
 
-class _AdminBody(msgspec.Struct):
-    """Body of a 200 to `IS_ADMIN`."""
+class _AccountBody(msgspec.Struct):
+    """Body of a 200 to `ACCOUNT`. Its member ``admin`` isn't read: with the Matrix
+    Authentication Service, the token tells whether its user is an administrator."""
 
-    admin: bool
+    name: str
 
 
-_decode_admin = msgspec.json.Decoder(_AdminBody).decode
+_decode_account = msgspec.json.Decoder(_AccountBody).decode
 _decode_whoami = msgspec.json.Decoder(_WhoamiBody).decode
 _decode_error = msgspec.json.Decoder(_ErrorBody).decode
 
@@ -209,15 +211,15 @@ class WhoamiAuth:
             UnavailableError: the homeserver is away, or is no Synapse.
         """
         deadline = self._reactor.seconds() + self._options.retry_seconds
-        path = IS_ADMIN.format(user_id=quote(user_id, safe=""))
+        path = ACCOUNT.format(user_id=quote(user_id, safe=""))
         try:
             sent = self._homeserver.get(path, claim.headers(), {}, deadline)
             response: Response = yield self._clock.wait(sent)
-            answer = _read_admin(response, path)
+            answer = _read_admin(response, user_id)
         except ThrottledError as error:
             raise _Throttled(error.retry_after).error() from None
         except Exception as error:
-            self.outages.note_refusal(AWAY, f"{error_text(error)} (to {IS_ADMIN})")
+            self.outages.note_refusal(AWAY, f"{error_text(error)} (to {ACCOUNT})")
             raise UnavailableError(OUTAGE_RETRY_AFTER) from None
         self.outages.note_success()
         if isinstance(answer, _Refusal):
@@ -392,22 +394,23 @@ def _read_answer(
     raise UnusableResponseError(describe_response(response, CLIENT_API + WHOAMI))
 
 
-def _read_admin(response: Response, path: str) -> bool | _Refusal:
-    """Read whether the user is an administrator, or the refusal of the token, from a
-    response to `IS_ADMIN`.
+def _read_admin(response: Response, user_id: str) -> bool | _Refusal:
+    """Read whether a user is an administrator, or the refusal of the user's token, from
+    a response to `ACCOUNT`.
 
     Raises:
         UnusableResponseError: the response has neither.
     """
     try:
-        if response.code == 200:
-            return _decode_admin(response.body).admin
+        if response.code == 200 and _decode_account(response.body).name == user_id:
+            return True
         if response.code in (401, 403):
             error = _decode_error(response.body)
             is_refused = response.code == 401
             return _read_refusal(response.code, error) if is_refused else False
     except (msgspec.MsgspecError, UnicodeDecodeError):
         pass
+    path = ACCOUNT.format(user_id=quote(user_id, safe=""))
     raise UnusableResponseError(describe_response(response, path))
 
 

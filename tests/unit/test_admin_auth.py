@@ -29,7 +29,7 @@ from ..memory_network import MemoryNetwork
 
 TOKEN = "syt_YW5fYWRtaW4_0123456789abcdef"
 ADMIN = "@admin:test.example"
-IS_ADMIN = "/_synapse/admin/v1/users/%40admin%3Atest.example/admin"
+ACCOUNT = "/_synapse/admin/v2/users/%40admin%3Atest.example"
 FILE_TOKEN = "0123456789abcdef" * 4
 
 
@@ -39,7 +39,8 @@ class ServiceAdminAuthTests(SynchronousTestCase):
     def setUp(self) -> None:
         self.homeserver = FaultyHomeserver()
         self.homeserver.fault = self.answer
-        self.is_admin: Fault = answering(200, {"admin": True})
+        # With the Matrix Authentication Service, ``admin`` is false for all users.
+        self.account: Fault = answering(200, {"name": ADMIN, "admin": False})
         self.network = MemoryNetwork(self.homeserver)
         options = HomeserverOptions("http://hs.test.example/")
         self.whoami = WhoamiAuth(self.network, Clock(self.network), options)
@@ -48,7 +49,7 @@ class ServiceAdminAuthTests(SynchronousTestCase):
         """Answer as a homeserver does."""
         if request.path.decode() == WHOAMI:
             return answering(200, {"user_id": ADMIN})(request)
-        return self.is_admin(request)
+        return self.account(request)
 
     def begin(
         self, token: str = TOKEN, *, synapse_admins: bool = True, **query: Any
@@ -85,13 +86,9 @@ class ServiceAdminAuthTests(SynchronousTestCase):
         query can't name another user."""
         done = self.begin(user_id="@other:test.example")
         self.assertEqual(self.successResultOf(done), ADMIN)
-        for refusal in (
-            answering(403, {"errcode": "M_FORBIDDEN", "error": "no admin"}),
-            answering(200, {"admin": False}),
-        ):
-            self.is_admin = refusal
-            self.failureResultOf(self.begin(), ForbiddenError)
-        self.assertEqual(self.paths(), [WHOAMI, *[IS_ADMIN] * 3])
+        self.account = answering(403, {"errcode": "M_FORBIDDEN", "error": "no admin"})
+        self.failureResultOf(self.begin(), ForbiddenError)
+        self.assertEqual(self.paths(), [WHOAMI, ACCOUNT, ACCOUNT])
         self.assertEqual({tuple(asked.query) for asked in self.homeserver.asked}, {()})
 
     def test_a_revoked_token_is_401(self) -> None:
@@ -99,7 +96,7 @@ class ServiceAdminAuthTests(SynchronousTestCase):
         The refusal is no outage of the homeserver."""
         self.successResultOf(self.begin())
         body = {"errcode": "M_UNKNOWN_TOKEN", "error": "revoked", "soft_logout": True}
-        self.is_admin = answering(401, body)
+        self.account = answering(401, body)
         with self.assertNoLogs("synapse_roomkeys"):
             done = self.begin()
         error = self.failureResultOf(done, TokenError).value
@@ -109,14 +106,15 @@ class ServiceAdminAuthTests(SynchronousTestCase):
     def test_a_faulty_answer_is_503(self) -> None:
         """Any answer that isn't Synapse's is an outage, also the 403 of a proxy that
         hides the admin API."""
-        for name, fault in FAULTS.items():
+        other = answering(200, {"name": "@other:test.example", "admin": True})
+        for name, fault in {**FAULTS, "another user": other}.items():
             self.setUp()
             self.successResultOf(self.begin())
-            self.is_admin = fault
+            self.account = fault
             with self.assertLogs("synapse_roomkeys.outages") as logs:
                 done = self.begin()
                 self.network.turn(60)
             self.failureResultOf(done, UnavailableError)
-            self.assertIn("/admin)", logs.output[0], name)
+            self.assertIn("/_synapse/admin/", logs.output[0], name)
             if name == "404":
                 self.assertIn("homeserver.url has no admin API", logs.output[0])
