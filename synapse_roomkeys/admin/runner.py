@@ -108,8 +108,9 @@ class TaskRunner(LeasedLoop):
         try:
             yield self._save(run)
             result: dict[str, Any] = yield self._actions[task.action](run)
-            yield self._tasks.save(task.task_id, run.progress)
-            yield self._tasks.finish(task.task_id, COMPLETE, result)
+            yield self._save(run)
+            if not (yield self._tasks.finish(task.task_id, COMPLETE, result)):
+                raise _CancelledTaskError
         except (InterruptedPassError, UnavailableError):
             raise
         except _CancelledTaskError:

@@ -107,6 +107,22 @@ class RunnerTests(SynchronousTestCase):
         done = self.tasks.finish(task_id, "complete", {})
         self.assertFalse(self.successResultOf(done))
 
+    def test_a_task_that_is_cancelled_at_its_end_is_not_complete(self) -> None:
+        """A task that was cancelled during its last step has no result, and the log
+        calls it cancelled."""
+        real = Overview.measure_tables
+
+        def cancel(overview: Overview) -> Deferred[dict[str, int]]:
+            self.successResultOf(self.tasks.finish(task_id, CANCELLED))
+            return real(overview)
+
+        self.patch(Overview, "measure_tables", cancel)
+        task_id = self.add(STATISTICS, top=1)
+        with self.assertLogs("synapse_roomkeys.admin.runner", "INFO") as logs:
+            self.pump()
+        self.assertEqual(self.get(task_id).status, "cancelled")
+        self.assertIn("is cancelled", logs.output[-1])
+
     def test_finished_tasks_are_kept_for_four_weeks(self) -> None:
         """A pass deletes a task four weeks after its end, and not earlier."""
         task_id = self.add(STATISTICS, top=1)
