@@ -34,10 +34,12 @@ ADD_TASK = """
 #: Returns a task.
 GET_TASK = f"""
     SELECT {_COLUMNS} FROM roomkeys_tasks WHERE task_id = :task_id"""
-#: Returns the oldest task that isn't finished.
+#: Returns the task that isn't finished and was added, or worked on, the longest ago. So
+#: a task that fails in each pass, such as by a lock that nobody releases, doesn't delay
+#: the other tasks for ever.
 NEXT_TASK = f"""
     SELECT {_COLUMNS} FROM roomkeys_tasks WHERE status IN ('scheduled', 'active')
-    ORDER BY created_ms, task_id LIMIT 1"""
+    ORDER BY changed_ms, created_ms, task_id LIMIT 1"""
 #: Returns a page of tasks, the newest first, of a status or, for NULL, of all.
 LIST_TASKS = f"""
     SELECT {_COLUMNS} FROM roomkeys_tasks
@@ -138,7 +140,8 @@ class Tasks:
         return self._database.run("roomkeys_get_task", read)
 
     def find_next(self) -> "Deferred[Task | None]":
-        """Fire with the oldest task that isn't finished, or with None."""
+        """Fire with the task that isn't finished and was added, or worked on, the
+        longest ago, or with None."""
 
         def read(txn: Transaction) -> Task | None:
             txn.execute(NEXT_TASK)

@@ -86,6 +86,21 @@ class RunnerTests(SynchronousTestCase):
         self.pump(int(INTERVAL) + 1)
         self.assertEqual(self.get(task_id).status, "complete")
 
+    def test_an_outage_of_one_task_does_not_block_others(self) -> None:
+        """A task that finds the database unavailable in each pass is tried again after
+        the others."""
+
+        def unavailable(overview: Overview, after: str) -> Deferred[Any]:
+            return fail(UnavailableError(10))
+
+        self.patch(Overview, "list_owners", unavailable)
+        stuck = self.add(STATISTICS, top=1)
+        self.pump()
+        good = self.add(PURGE, what="record", before_ms=1)
+        self.pump(2 * int(INTERVAL) + 1)
+        self.assertEqual(self.get(stuck).status, "active")
+        self.assertEqual(self.get(good).status, "complete")
+
     def test_a_process_that_lost_the_lease_stops(self) -> None:
         """A process without the lease runs no task. After the end of the other
         process's lease, the process runs the task."""
