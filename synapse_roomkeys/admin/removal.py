@@ -61,7 +61,7 @@ class Removal:
     ) -> Inline[bool]:
         """Delete a chosen version with its keys. The version can't be given back any
         more. Fire with False, without a change, if the version isn't chosen any more:
-        it became the current one, or was given back, since the user was read.
+        since the user was read, the version became current, or was given back.
 
         Args:
             wanted: the function that has chosen the version.

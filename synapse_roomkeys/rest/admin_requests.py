@@ -12,12 +12,12 @@ from .resource import find_parameter, read_body
 
 T = TypeVar("T")
 
-#: Maximum bytes of a body. A real one has some hundred bytes.
+#: Maximum bytes of a body. A real body has some hundred bytes.
 _MAX_BODY_BYTES = 1 << 16
-#: Largest number of items of a list's page, and its default, which is Synapse's.
+#: Maximum number of items of a page, and the default, as in Synapse's admin API.
 _MAX_LIMIT = 1000
 _LIMIT = 100
-#: Largest number of users before a page of a list whose beginning is sorted in memory.
+#: Maximum ``from`` of a page of users in an order that needs a sort in memory.
 _MAX_SORTED = 10_000
 #: The largest integer that JavaScript holds exactly.
 _MAX_INTEGER = 2**53 - 1
@@ -34,18 +34,18 @@ class EraseBody(msgspec.Struct):
     """Body of a request that erases a user.
 
     Attributes:
-        even_if_active: Whether to erase a user whose account is active, or of whom that
-            isn't known.
+        even_if_active: Whether to erase a user although the account is active, or its
+            state is unknown.
     """
 
     even_if_active: bool = False
 
 
 class RestoreBody(msgspec.Struct):
-    """Body of a request that gives back a deleted version or replaced keys.
+    """Body of a request to give back a deleted version or replaced keys.
 
     Attributes:
-        before_ms: Unix time in milliseconds: keys that were replaced then or later are
+        before_ms: Unix time in milliseconds: keys replaced at this time or later are
             given back. None to give the deleted version back.
         room_id: only keys of this room; None for all.
         session_id: only the key of this session; None for all.
@@ -60,7 +60,7 @@ class RestoreBody(msgspec.Struct):
 
 
 class PurgeBody(msgspec.Struct):
-    """Body of a request that deletes what nobody uses.
+    """Body of a request to purge unused versions, keys or changes.
 
     Attributes:
         what: a constant of `admin.runner`, such as `admin.runner.SUPERSEDED`.
@@ -72,7 +72,7 @@ class PurgeBody(msgspec.Struct):
 
 
 class StatisticsBody(msgspec.Struct):
-    """Body of a request that sums up all users.
+    """Body of a request to sum up all users.
 
     Attributes:
         top: number of the largest users in the result.
@@ -110,27 +110,27 @@ def parse_body(request: Request, decode: Callable[[bytes], T]) -> T:
 
 
 def _message(error: Exception) -> str:
-    """Return a decoder's message as one line of ASCII, cut at `_MAX_MESSAGE`."""
+    """Return a decoder's message as a line of ASCII, cut at `_MAX_MESSAGE`."""
     return ascii(str(error))[1:-1][:_MAX_MESSAGE]
 
 
 def parse_page(request: Request) -> tuple[int, int]:
-    """Return the number of items before the page that a request asks for, and the
-    page's maximum number of items.
+    """Return a request's ``from``, the number of items before the page, and ``limit``,
+    the maximum number of items of the page.
 
     Raises:
-        InvalidParamError: ``from`` or ``limit`` is no number that it can be.
+        InvalidParamError: ``from`` or ``limit`` is no number, or out of range.
     """
     skipped = parse_number(request, "from", 0, range(_MAX_INTEGER + 1))
     return skipped, parse_number(request, "limit", _LIMIT, range(1, _MAX_LIMIT + 1))
 
 
 def parse_users_page(request: Request) -> UsersPage:
-    """Return the page of users that a request asks for.
+    """Return the requested page of users.
 
     Raises:
-        InvalidParamError: a parameter has a wrong value, or too many users are before
-            the page in an order in which they are sorted in memory.
+        InvalidParamError: a parameter has a wrong value, or ``from`` is over 10,000 in
+            an order that needs a sort in memory.
     """
     order = parse_choice(request, "order_by", _ORDERS).replace("_", "-")
     is_forward = parse_choice(request, "dir", ("f", "b")) == "f"
@@ -156,7 +156,7 @@ def parse_number(request: Request, name: str, default: int, allowed: range) -> i
     """Return a number from the query.
 
     Raises:
-        InvalidParamError: the parameter is no number, or not an allowed one.
+        InvalidParamError: the parameter is no number, or out of range.
     """
     text = find_parameter(request, name)
     if text is None:

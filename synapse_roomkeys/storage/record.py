@@ -35,10 +35,10 @@ RESTORE_KEYS = "restore_keys"
 EXPORT = "export"
 
 
-#: Maximum number of sessions that the changes of a page name, unless the page has one
-#: change. A page of 100 uploads by real clients, of 100 sessions each, is whole. One
+#: Maximum number of sessions in the changes of a page, unless the page has a single
+#: change. A page of 100 uploads by real clients, of 100 sessions each, is whole. An
 #: upload of 10 MiB, the default limit of a body, may name 30,000 sessions with ids of
-#: 255 bytes, so 100 such changes would take 0.8 GB of memory.
+#: 255 bytes: 100 such changes would take 0.8 GB of memory.
 PAGE_SESSIONS = 10_000
 
 
@@ -97,7 +97,7 @@ def read_newest(
     milliseconds, the newest first, and the number of all of them.
 
     The changes of a page together name `PAGE_SESSIONS` sessions at most, or the page
-    has one change.
+    has a single change.
 
     Args:
         skipped: number of changes before the page.

@@ -306,7 +306,7 @@ CHANGES_OF_USER = """
         unchanged, deleted, sessions
     FROM roomkeys_changes WHERE user_id = :user_id AND changed_ms >= :since_ms
     ORDER BY changed_ms, version, etag"""
-#: Returns the numbers of sessions that a page of these rows name, the newest first.
+#: Returns the number of sessions in each row of a page of the record, the newest first.
 SIZES_OF_NEWEST_CHANGES = """
     SELECT stored + replaced
     FROM roomkeys_changes WHERE user_id = :user_id AND changed_ms >= :since_ms

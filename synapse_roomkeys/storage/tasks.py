@@ -34,9 +34,9 @@ ADD_TASK = """
 #: Returns a task.
 GET_TASK = f"""
     SELECT {_COLUMNS} FROM roomkeys_tasks WHERE task_id = :task_id"""
-#: Returns the task that isn't finished and was added, or worked on, the longest ago. So
-#: a task that fails in each pass, such as by a lock that nobody releases, doesn't delay
-#: the other tasks for ever.
+#: Returns the unfinished task with the oldest change: a new task, or a task whose
+#: progress was saved long ago. A task that fails in each pass, for example because a
+#: lock is never released, doesn't delay the other tasks for ever.
 NEXT_TASK = f"""
     SELECT {_COLUMNS} FROM roomkeys_tasks WHERE status IN ('scheduled', 'active')
     ORDER BY changed_ms, created_ms, task_id LIMIT 1"""
@@ -49,17 +49,17 @@ LIST_TASKS = f"""
 COUNT_TASKS = """
     SELECT COUNT(*) FROM roomkeys_tasks
     WHERE status = COALESCE(CAST(:status AS TEXT), status)"""
-#: Saves the progress of a task that isn't finished.
+#: Saves the progress of an unfinished task.
 SAVE_PROGRESS = """
     UPDATE roomkeys_tasks
     SET status = 'active', progress = :progress, changed_ms = :now_ms
     WHERE task_id = :task_id AND status IN ('scheduled', 'active')"""
-#: Finishes a task that isn't finished.
+#: Finishes an unfinished task.
 FINISH_TASK = """
     UPDATE roomkeys_tasks SET status = :status, result = :result, error = :error,
         changed_ms = :now_ms
     WHERE task_id = :task_id AND status IN ('scheduled', 'active')"""
-#: Deletes the tasks that were finished before a time.
+#: Deletes the tasks finished before a time.
 EXPIRE_TASKS = """
     DELETE FROM roomkeys_tasks
     WHERE changed_ms < :due_ms AND status NOT IN ('scheduled', 'active')"""
@@ -71,8 +71,8 @@ class Task:
 
     Attributes:
         action: the kind of work.
-        operator: who asked for it.
-        parameters: what was asked for, as a JSON object.
+        operator: the operator's name.
+        parameters: the details of the work, as a JSON object.
         status: one of `STATUSES`.
         created_ms: Unix time in milliseconds.
         changed_ms: Unix time in milliseconds of the last change of this row.
@@ -140,8 +140,7 @@ class Tasks:
         return self._database.run("roomkeys_get_task", read)
 
     def find_next(self) -> "Deferred[Task | None]":
-        """Fire with the task that isn't finished and was added, or worked on, the
-        longest ago, or with None."""
+        """Fire with the unfinished task with the oldest change, or with None."""
 
         def read(txn: Transaction) -> Task | None:
             txn.execute(NEXT_TASK)
@@ -211,7 +210,7 @@ class Tasks:
         return self._database.write("roomkeys_finish_task", finish)
 
     def expire(self) -> "Deferred[bool]":
-        """Delete the tasks that were finished four weeks ago or earlier."""
+        """Delete the tasks finished four weeks ago or earlier."""
         values = {"due_ms": self._now_ms() - _KEPT_MS}
 
         def expire(txn: Transaction) -> bool:

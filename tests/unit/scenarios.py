@@ -19,8 +19,8 @@ def add_scenarios(
     """Add a test method for each scenario to a class of tests.
 
     Args:
-        scenarios: scenarios by name. A test method has its scenario's docstring.
-        new_host: returns a new server in memory; each test has its own.
+        scenarios: scenarios by name. A test method has the scenario's docstring.
+        new_host: returns a new server in memory for each test.
     """
     for name, scenario in scenarios.items():
         setattr(case, f"test_{name}", _test(scenario, new_host))

@@ -34,7 +34,7 @@ FILE_TOKEN = "0123456789abcdef" * 4
 
 
 class ServiceAdminAuthTests(SynchronousTestCase):
-    """A homeserver with one user, whose answer about administrators each test sets."""
+    """A homeserver with one user. Each test sets the answer about administrators."""
 
     def setUp(self) -> None:
         self.homeserver = FaultyHomeserver()
@@ -73,8 +73,8 @@ class ServiceAdminAuthTests(SynchronousTestCase):
         self.assertEqual(self.paths(), [])
 
     def test_other_tokens_need_synapse_admins(self) -> None:
-        """Without the option no token but that of the file is known, not even a part of
-        it, and none is sent on."""
+        """Without the option, only the whole token of the file is known. The homeserver
+        receives no token."""
         for token in (TOKEN, FILE_TOKEN[:-1], FILE_TOKEN + "0", FILE_TOKEN.upper()):
             done = self.begin(token, synapse_admins=False)
             error = self.failureResultOf(done, TokenError).value
@@ -82,7 +82,7 @@ class ServiceAdminAuthTests(SynchronousTestCase):
         self.assertEqual(self.paths(), [])
 
     def test_each_request_asks_whether_the_user_is_an_administrator(self) -> None:
-        """A right that was withdrawn ends at once, although the user is remembered. A
+        """A withdrawn right ends immediately, although the user is remembered. The
         query can't name another user."""
         done = self.begin(user_id="@other:test.example")
         self.assertEqual(self.successResultOf(done), ADMIN)
@@ -92,8 +92,8 @@ class ServiceAdminAuthTests(SynchronousTestCase):
         self.assertEqual({tuple(asked.query) for asked in self.homeserver.asked}, {()})
 
     def test_a_revoked_token_is_401(self) -> None:
-        """A token that the homeserver has revoked since it was remembered is refused.
-        The refusal is no outage of the homeserver."""
+        """A remembered token is refused after the homeserver has revoked the token. The
+        refusal is no outage of the homeserver."""
         self.successResultOf(self.begin())
         body = {"errcode": "M_UNKNOWN_TOKEN", "error": "revoked", "soft_logout": True}
         self.account = answering(401, body)
@@ -104,8 +104,8 @@ class ServiceAdminAuthTests(SynchronousTestCase):
         self.assertTrue(error.error_dict()["soft_logout"])
 
     def test_a_faulty_answer_is_503(self) -> None:
-        """Any answer that isn't Synapse's is an outage, also the 403 of a proxy that
-        hides the admin API."""
+        """An answer of another server than Synapse is an outage, for example the 403 of
+        a proxy in front of the admin API."""
         other = answering(200, {"name": "@other:test.example", "admin": True})
         for name, fault in {**FAULTS, "another user": other}.items():
             self.setUp()

@@ -76,8 +76,8 @@ class DescriptionTests(SynchronousTestCase):
                 description.check(method, PREFIX + path, b"{}", answer)
 
     def test_wrong_answers_to_operators_are_refused(self) -> None:
-        """An answer of the interface for operators whose members don't belong together,
-        or that belongs to the API of clients, fails the check."""
+        """An answer to an operator with contradictory members, or at the path of a
+        client's endpoint, fails the check."""
         description = Description()
         task = {
             "task_id": "0123456789abcdef",

@@ -22,8 +22,8 @@ class RecordTests(SynchronousTestCase):
     """Tests of the pages of the record."""
 
     def test_a_page_of_many_sessions_is_shorter(self) -> None:
-        """The changes of a page name a bounded number of sessions, or the page has one
-        change. Its ``next_token`` leads to the rest."""
+        """The changes of a page name a bounded number of sessions, or the page has a
+        single change. The ``next_token`` leads to the rest."""
         self.patch(record, "PAGE_SESSIONS", 3)
         host = MemoryAdminHost()
         client = Client(host.clients, host.clients.new_user())

@@ -1,4 +1,4 @@
-"""Tests of an operator's deletions of versions whose state changes meanwhile."""
+"""Tests of deletions by an operator while the state of a version changes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LATER = 2**52
 
 
 class RemovalTests(SynchronousTestCase):
-    """A user with a version, and an operator who has read the user."""
+    """A user with a version, read by an operator."""
 
     def setUp(self) -> None:
         self.host = MemoryAdminHost()
@@ -38,8 +38,8 @@ class RemovalTests(SynchronousTestCase):
         return self.successResultOf(self.backend.overview.find_owner(user_id))
 
     def delete(self, owner: Owner, wanted: Choice) -> bool:
-        """Delete the chosen version of a user, who was read before; return whether it
-        was deleted."""
+        """Delete the chosen version of a user as read before; return whether the
+        version was deleted."""
         [version] = wanted(owner)
 
         def after_batch(deleted: int) -> Deferred[None]:
@@ -51,8 +51,8 @@ class RemovalTests(SynchronousTestCase):
         return self.successResultOf(done)
 
     def test_a_version_that_became_current_stays(self) -> None:
-        """If the user deletes the newer version, the superseded one is current, and is
-        no longer deleted as a superseded one."""
+        """If the user deletes the newer version, the superseded version becomes
+        current, and a purge of superseded versions leaves the version unchanged."""
         second = self.successResultOf(self.client.create_version())
         owner, wanted = self.read(), superseded_before(LATER)
         self.successResultOf(self.client.delete(version_path(second)))
@@ -61,8 +61,8 @@ class RemovalTests(SynchronousTestCase):
         self.assertEqual(found, ROOMS)
 
     def test_a_version_that_was_given_back_stays(self) -> None:
-        """A deleted version that an operator gives back is no longer deleted as a
-        deleted one."""
+        """If an operator gives a deleted version back, a purge of deleted versions
+        leaves the version unchanged."""
         self.successResultOf(self.client.delete(version_path(self.version)))
         owner = self.read()
         user_id = self.client.user.user_id
@@ -73,7 +73,8 @@ class RemovalTests(SynchronousTestCase):
         self.assertEqual(found, ROOMS)
 
     def test_a_user_who_was_erased_is_left_out(self) -> None:
-        """The deletions of other users' versions go on."""
+        """The version of an erased user is left out without an error: the deletions of
+        other users' versions continue."""
         self.successResultOf(self.client.create_version())
         owner, wanted = self.read(), superseded_before(LATER)
         begun = self.backend.removal.begin_erasure(owner.user_id)

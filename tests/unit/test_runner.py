@@ -87,8 +87,7 @@ class RunnerTests(SynchronousTestCase):
         self.assertEqual(self.get(task_id).status, "complete")
 
     def test_an_outage_of_one_task_does_not_block_others(self) -> None:
-        """A task that finds the database unavailable in each pass is tried again after
-        the others."""
+        """A task with an outage in each pass is retried after the other tasks."""
 
         def unavailable(overview: Overview, after: str) -> Deferred[Any]:
             return fail(UnavailableError(10))
@@ -123,8 +122,8 @@ class RunnerTests(SynchronousTestCase):
         self.assertFalse(self.successResultOf(done))
 
     def test_a_task_that_is_cancelled_at_its_end_is_not_complete(self) -> None:
-        """A task that was cancelled during its last step has no result, and the log
-        calls it cancelled."""
+        """A task cancelled during the last step has no result. The log line says
+        cancelled, not complete."""
         real = Overview.measure_tables
 
         def cancel(overview: Overview) -> Deferred[dict[str, int]]:
