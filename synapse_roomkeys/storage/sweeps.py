@@ -28,10 +28,12 @@ LAST_EXPIRY = "SELECT expired_ms FROM roomkeys_leases WHERE name = 'sweep'"
 SAVE_EXPIRY = "UPDATE roomkeys_leases SET expired_ms = :now_ms WHERE name = 'sweep'"
 
 #: Returns the queued versions whose keys may be deleted, in the order of users, from a
-#: version on. It names no user: the sweeper lists all.
+#: version on. A deletion that an operator began, and a kill interrupted, is finished
+#: without a wait. No user is named: the sweeper lists all users.
 LIST_DELETED = """
     SELECT user_id, version FROM roomkeys_deleted
-    WHERE (user_id, version) > (:user_id, :version) AND deleted_ms <= :due_ms
+    WHERE (user_id, version) > (:user_id, :version)
+    AND (deleted_ms <= :due_ms OR is_started = 1)
     ORDER BY user_id, version LIMIT :page"""
 #: Returns the approximate number of keys of the queued versions, and the time of the
 #: oldest deletion in the queue, or NULL. It names no user.
@@ -49,7 +51,8 @@ LIST_USERS = """
 #: version isn't queued any more.
 START_DELETION = """
     UPDATE roomkeys_deleted SET is_started = 1
-    WHERE user_id = :user_id AND version = :version AND deleted_ms <= :due_ms"""
+    WHERE user_id = :user_id AND version = :version
+    AND (deleted_ms <= :due_ms OR is_started = 1)"""
 #: Returns the last session of the next batch, which begins after a session; no row for
 #: the last batch.
 BATCH_END = """
@@ -287,8 +290,8 @@ class Sweeps:
         return last
 
     def _due_ms(self) -> int:
-        """Unix time in milliseconds. The sweeper deletes the keys of versions that were
-        deleted at this time or earlier."""
+        """Unix time in milliseconds. The sweeper begins to delete the keys of versions
+        that were deleted at this time or earlier."""
         return self._now_ms() - self._retention.deleted_versions_days * _DAY_MS
 
     def _now_ms(self) -> int:

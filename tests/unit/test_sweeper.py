@@ -229,6 +229,19 @@ class KeptVersionTests(SweeperTests):
         self.host.reactor.pump([INTERVAL + 10, *[0.1] * 10])
         self.assertEqual(self.keys(), 0)
 
+    def test_a_deletion_by_an_operator_is_finished(self) -> None:
+        """If a kill interrupts a purge within a version, the sweeper deletes the rest
+        of the keys without the wait of three days."""
+        self.delete()
+        database, seconds = self.host.database, self.host.reactor.seconds
+        purge = Sweeps(database, SQLITE, seconds, Retention(deleted_versions_days=0))
+        backup = BackupId(self.client.user.user_id, int(self.version))
+        self.successResultOf(purge.delete_batch(backup, Place()))
+        self.assertEqual(self.keys(), 12)
+        self.sweep()
+        self.assertEqual(self.keys(), 0)
+        self.assertEqual(self.sql("SELECT * FROM roomkeys_deleted"), [])
+
     def test_waiting_keys_are_told_at_the_start(self) -> None:
         """The log tells once what to do before the plugin is taken out."""
         self.delete()
