@@ -25,8 +25,7 @@ from synapse.rest.client import room_keys
 from synapse.storage.database import make_conn
 from synapse.storage.databases.main import purge_events
 from synapse.storage.engines._base import IsolationLevel
-from twisted.internet.defer import Deferred, ensureDeferred, inlineCallbacks
-from twisted.web.http import Request
+from twisted.internet.defer import Deferred
 
 from . import metrics
 from .admin.backend import Backend
@@ -35,9 +34,7 @@ from .admin.runner import TaskRunner
 from .background import Start
 from .clock import Clock, DelayedCall
 from .config import ModuleConfig, OptionError, parse_module_config
-from .errors import ForbiddenError
 from .handler import E2eRoomKeysHandler
-from .inline import Inline
 from .outages import Outages
 from .rest import (
     AdminHost,
@@ -61,7 +58,7 @@ from .storage import (
     upgrade_tables,
 )
 from .sweeper import Sweeper
-from .types import Requester
+from .synapse_auth import SynapseAdminAuth, SynapseAuth
 from .version import __version__
 
 logger = logging.getLogger(__name__)
@@ -170,42 +167,6 @@ class RoomKeysModule:
         reactivating a user."""
         if deactivated:
             await self._store.forget_user(user_id)
-
-
-class SynapseAuth:
-    """Synapse's own authentication, with the interface that the servlets need."""
-
-    def __init__(self, auth: Any) -> None:
-        self._auth = auth
-
-    @inlineCallbacks
-    def get_user_by_req(self, request: Request) -> Inline[Requester]:
-        """As `synapse_roomkeys.rest.Auth.get_user_by_req`, with Synapse's errors."""
-        requester = yield ensureDeferred(
-            self._auth.get_user_by_req(request, allow_guest=False)
-        )
-        return Requester(requester.user.to_string(), requester.device_id)
-
-
-class SynapseAdminAuth:
-    """Synapse's own authentication of its administrators."""
-
-    def __init__(self, auth: Any) -> None:
-        self._auth = auth
-
-    @inlineCallbacks
-    def get_operator(self, request: Request) -> Inline[str]:
-        """As `synapse_roomkeys.rest.AdminAuth.get_operator`, with Synapse's errors.
-
-        Raises:
-            ForbiddenError: the user is no administrator.
-        """
-        requester = yield ensureDeferred(self._auth.get_user_by_req(request))
-        # Not ModuleApi.is_user_admin: with the Matrix Authentication Service, the token
-        # tells whether its user is an administrator.
-        if not (yield ensureDeferred(self._auth.is_server_admin(requester))):
-            raise ForbiddenError("You are not a server admin")
-        return str(requester.user.to_string())
 
 
 class ModuleApiDatabase:

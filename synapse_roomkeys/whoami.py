@@ -6,11 +6,9 @@ masquerades as a user ("Identity assertion" in the application service API).
 """
 
 from collections import OrderedDict
-from typing import Annotated, Literal
 from urllib.parse import quote
 
 import attrs
-import msgspec
 from twisted.internet.defer import Deferred, inlineCallbacks
 from twisted.internet.interfaces import IReactorTime
 from twisted.web.http import Request
@@ -24,19 +22,20 @@ from .errors import (
     OUTAGE_RETRY_AFTER,
     LimitExceededError,
     RoomKeysError,
-    TokenError,
     UnavailableError,
 )
-from .homeserver import (
-    CLIENT_API,
-    HomeserverClient,
-    HomeserverOptions,
-    Response,
-    ThrottledError,
-    UnusableResponseError,
+from .homeserver import CLIENT_API, HomeserverClient, HomeserverOptions, Response
+from .homeserver_answers import (
+    ACCOUNT,
+    WHOAMI,
+    Refusal,
+    describe_response,
+    read_admin,
+    read_answer,
 )
 from .inline import Inline
 from .outages import Cause, Outages
+from .request_queue import ThrottledError, UnusableResponseError
 from .types import Requester
 
 #: Cause of a request that got no usable answer.
@@ -52,61 +51,11 @@ for _outcome in ("answered", "refused", "failed", "cached"):
 #: A token that no homeserver gives out.
 _NOBODYS_TOKEN = "synapse_roomkeys_check"
 
-WHOAMI = "/v3/account/whoami"
-#: Path of an endpoint of Synapse's admin API ("Query User Account"), which answers only
-#: administrators. Unlike "Get whether a user is a server administrator or not", Synapse
-#: has the endpoint also in workers, and with the Matrix Authentication Service.
-ACCOUNT = "/_synapse/admin/v2/users/{user_id}"
 #: Seconds between the first two tries while the homeserver is away; doubled each time.
 FIRST_DELAY = 0.1
 #: Seconds for which a check waits for the end of a pause: less than the timeout of
 #: ``/ready``, 5 seconds.
 CHECK_SECONDS = 2
-#: Statuses of a refusal. Its body is a Matrix error.
-_REFUSALS = (400, 401, 403, 404)
-#: Errcodes that make a client turn its backup off, whatever the status.
-_FATAL_ERRCODES = ("M_NOT_FOUND", "M_WRONG_ROOM_KEYS_VERSION")
-
-
-class _WhoamiBody(msgspec.Struct):
-    """Body of a 200. ``is_guest`` is new in version 1.2 of the specification: servers
-    may omit the member, or send null or a number."""
-
-    user_id: Annotated[str, msgspec.Meta(pattern="^@.*:.", max_length=255)]
-    device_id: str | None = None
-    is_guest: bool | Literal[0, 1] | None = None
-
-
-class _ErrorBody(msgspec.Struct):
-    errcode: Annotated[str, msgspec.Meta(pattern="^[A-Za-z0-9_.]{1,100}$")]
-    soft_logout: bool | None = None
-
-
-class _AccountBody(msgspec.Struct):
-    """Body of a 200 to `ACCOUNT`. Its member ``admin`` isn't read: with the Matrix
-    Authentication Service, the token tells whether its user is an administrator."""
-
-    name: str
-
-
-_decode_account = msgspec.json.Decoder(_AccountBody).decode
-_decode_whoami = msgspec.json.Decoder(_WhoamiBody).decode
-_decode_error = msgspec.json.Decoder(_ErrorBody).decode
-
-
-@attrs.frozen
-class _Refusal:
-    """Arguments of a `TokenError`. A remembered exception would keep requests alive by
-    its traceback."""
-
-    code: int
-    errcode: str
-    msg: str
-    soft_logout: bool | None = None
-
-    def error(self) -> RoomKeysError:
-        """A new error."""
-        return TokenError(self.code, self.errcode, self.msg, self.soft_logout)
 
 
 @attrs.frozen
@@ -130,7 +79,7 @@ class _Away:
         return UnavailableError(OUTAGE_RETRY_AFTER)
 
 
-_Failure = _Refusal | _Throttled | _Away
+_Failure = Refusal | _Throttled | _Away
 _Answer = Requester | _Failure
 
 
@@ -215,14 +164,14 @@ class WhoamiAuth:
         try:
             sent = self._homeserver.get(path, claim.headers(), {}, deadline)
             response: Response = yield self._clock.wait(sent)
-            answer = _read_admin(response, user_id)
+            answer = read_admin(response, user_id)
         except ThrottledError as error:
             raise _Throttled(error.retry_after).error() from None
         except Exception as error:
             self.outages.note_refusal(AWAY, f"{error_text(error)} (to {ACCOUNT})")
             raise UnavailableError(OUTAGE_RETRY_AFTER) from None
         self.outages.note_success()
-        if isinstance(answer, _Refusal):
+        if isinstance(answer, Refusal):
             raise answer.error()
         return answer
 
@@ -279,8 +228,8 @@ class WhoamiAuth:
         claim = Claim(_NOBODYS_TOKEN, {}, None, None)
         sent = self._homeserver.get(CLIENT_API + WHOAMI, claim.headers(), {}, deadline)
         response: Response = yield self._clock.wait(sent)
-        answer = _read_answer(response, self._options)
-        if not isinstance(answer, _Refusal):
+        answer = read_answer(response, self._options)
+        if not isinstance(answer, Refusal):
             raise UnusableResponseError("the homeserver accepts an invented token")
         if (answer.code, answer.errcode) != (401, "M_UNKNOWN_TOKEN"):
             raise UnusableResponseError(f"status {answer.code}, {answer.errcode}")
@@ -343,7 +292,7 @@ class WhoamiAuth:
                     CLIENT_API + WHOAMI, claim.headers(), claim.masks, deadline
                 )
                 response: Response = yield self._clock.wait(sent)
-                answer = _read_answer(response, self._options)
+                answer = read_answer(response, self._options)
                 break
             except ThrottledError as error:
                 return _Throttled(error.retry_after)
@@ -374,62 +323,7 @@ def error_text(error: Exception) -> str:
     return f"{type(error).__name__}: {text}"
 
 
-def _read_answer(
-    response: Response, options: HomeserverOptions
-) -> Requester | _Refusal:
-    """Read the user of the token, or the refusal, from a response to whoami.
-
-    Raises:
-        UnusableResponseError: the response has neither.
-    """
-    try:
-        if response.code == 200:
-            return _read_user(_decode_whoami(response.body), options)
-        if response.code in _REFUSALS:
-            error = _decode_error(response.body)
-            if response.code != 404 or error.errcode == "M_NOT_FOUND":
-                return _read_refusal(response.code, error)
-    except (msgspec.MsgspecError, UnicodeDecodeError):
-        pass
-    raise UnusableResponseError(describe_response(response, CLIENT_API + WHOAMI))
-
-
-def _read_admin(response: Response, user_id: str) -> bool | _Refusal:
-    """Read whether a user is an administrator, or the refusal of the user's token, from
-    a response to `ACCOUNT`.
-
-    Raises:
-        UnusableResponseError: the response has neither.
-    """
-    try:
-        if response.code == 200 and _decode_account(response.body).name == user_id:
-            return True
-        if response.code in (401, 403):
-            error = _decode_error(response.body)
-            is_refused = response.code == 401
-            return _read_refusal(response.code, error) if is_refused else False
-    except (msgspec.MsgspecError, UnicodeDecodeError):
-        pass
-    path = ACCOUNT.format(user_id=quote(user_id, safe=""))
-    raise UnusableResponseError(describe_response(response, path))
-
-
-def _read_user(user: _WhoamiBody, options: HomeserverOptions) -> Requester | _Refusal:
-    if user.is_guest and options.has_guests:
-        return _Refusal(403, "M_GUEST_ACCESS_FORBIDDEN", "Guests have no backup")
-    return Requester(user.user_id, user.device_id)
-
-
-def _read_refusal(code: int, error: _ErrorBody) -> _Refusal:
-    """Pass a refusal on. Replace an errcode that makes a client turn its backup off."""
-    msg = "The homeserver refuses the access token"
-    if error.errcode in _FATAL_ERRCODES:
-        msg = "The homeserver knows no such user or device"
-        return _Refusal(403, "M_FORBIDDEN", msg)
-    return _Refusal(code, error.errcode, msg, error.soft_logout)
-
-
-def _is_lasting(answer: Requester | _Refusal, claim: Claim) -> bool:
+def _is_lasting(answer: Requester | Refusal, claim: Claim) -> bool:
     """Whether an answer may be remembered (docs/service.rst has a table).
 
     An unknown token stays unknown, because tokens are never issued twice. Other
@@ -439,34 +333,3 @@ def _is_lasting(answer: Requester | _Refusal, claim: Claim) -> bool:
     if isinstance(answer, Requester):
         return True
     return (answer.code, answer.errcode) == (401, "M_UNKNOWN_TOKEN") and not claim.masks
-
-
-def describe_response(response: Response, path: str) -> str:
-    """Describe an unusable response in one line. If the address of the homeserver looks
-    wrong, name the option to change.
-
-    Args:
-        path: path of the request below the homeserver's address.
-    """
-    code = response.code
-    kind = response.header("Content-Type").partition(";")[0] or "no Content-Type"
-    target = response.header("Location").partition("?")[0]
-    if 300 <= code < 400 and target:
-        return (
-            f"status {code}, a redirect to {target[:200]}, which isn't followed: set"
-            f" homeserver.url to {_base_of(target[:200], path)}"
-        )
-    try:
-        kind = _decode_error(response.body).errcode
-    except (msgspec.MsgspecError, UnicodeDecodeError):
-        return f"status {code} ({kind}), no answer of a Matrix homeserver"
-    if code == 404:
-        is_client = path.startswith(CLIENT_API)
-        api = "client-server API" if is_client else "admin API of a Synapse"
-        return f"status 404 ({kind}): homeserver.url has no {api}"
-    return f"status {code} ({kind})"
-
-
-def _base_of(target: str, path: str) -> str:
-    """The value of ``homeserver.url`` for the target of a redirect."""
-    return target.removesuffix("/").removesuffix(path)

@@ -1,7 +1,7 @@
 """The HTTP endpoints, for any server with Synapse's interface for servlets."""
 
-from .admin import AdminAuth, AdminHost, register_admin_servlets
-from .host import Auth, HomeServer
+from .admin import register_admin_servlets
+from .host import AdminAuth, AdminHost, Auth, HomeServer
 from .resource import HttpServer, JsonResource, RestServlet
 from .room_keys import (
     RoomKeysNewVersionServlet,

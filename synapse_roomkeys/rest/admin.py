@@ -6,23 +6,18 @@ authenticated first; only an operator is answered.
 """
 
 import re
-import time
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any
 
 import attrs
 from twisted.internet.defer import Deferred, inlineCallbacks
 from twisted.web.http import Request
 
 from ..admin.facts import describe_change, describe_owner, describe_version
-from ..admin.handler import AdminHandler
 from ..admin.runner import RECORD, SUPERSEDED
-from ..admin.transfer_file import LinesEncoder
-from ..clock import Clock
 from ..errors import BadJsonError
 from ..identifiers import check_id
 from ..inline import Inline
-from ..pages import KeyPages
 from ..storage import Owner, Task, VersionFacts
 from ..storage.overview import CURRENT
 from ..storage.tasks import STATUSES
@@ -40,6 +35,8 @@ from .admin_requests import (
     parse_time,
     parse_users_page,
 )
+from .export import ExportAnswer
+from .host import AdminHost
 from .resource import (
     Answer,
     HttpServer,
@@ -49,42 +46,12 @@ from .resource import (
     set_headers,
 )
 from .room_keys import check_ids
-from .streaming import PacedWriter, stream, write_pages
 
 Answering = Inline[Answer]
 
 #: The path below which a Synapse serves the interface.
 ROOT = "/_synapse/roomkeys"
 _USER = "/users/(?P<user_id>[^/]+)"
-
-
-class AdminAuth(Protocol):
-    """The host's authentication of operators."""
-
-    def get_operator(self, request: Request) -> "Deferred[str]":
-        """Fire with the operator's name for the record.
-
-        Without a valid token, or if the token's user is no operator, the Deferred fails
-        with the error that the host sends as the response.
-        """
-
-
-@attrs.frozen
-class AdminHost:
-    """The host of the servlets.
-
-    Attributes:
-        clock: the host's time.
-        stalled_download_seconds: seconds without any read by the client after which
-            an export is dropped.
-        auth: the host's authentication of operators.
-        handler: the operations of the interface.
-    """
-
-    clock: Clock
-    stalled_download_seconds: float
-    auth: AdminAuth
-    handler: AdminHandler
 
 
 class AdminServlet(RestServlet):
@@ -179,54 +146,10 @@ class AdminExportServlet(AdminServlet):
         )
         set_headers(request, b"application/x-ndjson")
         if request.method != b"HEAD":
-            yield _Export(self.hs, request, versions, operator).run(user_id)
+            yield ExportAnswer(self.hs, request, versions, operator).run(user_id)
         elif not request._disconnected:
             request.finish()
         return None
-
-
-class _Export:
-    """An answer with versions and their keys."""
-
-    def __init__(
-        self,
-        hs: AdminHost,
-        request: Request,
-        versions: list[VersionFacts],
-        operator: str,
-    ) -> None:
-        self._handler = hs.handler
-        self._versions = versions
-        self._operator = operator
-        #: The keys of the version that is being sent.
-        self._pages: KeyPages | None = None
-        self._writer = PacedWriter(
-            request, hs.clock, hs.stalled_download_seconds, self._idle
-        )
-
-    def _idle(self, seconds: float) -> None:
-        """Note that the client has paused reading: see `KeyPages.idle`."""
-        if self._pages is not None:
-            self._pages.idle(seconds)
-
-    def run(self, user_id: str) -> "Deferred[None]":
-        """Send the answer. Fire with None after its end."""
-        return stream(self._writer, lambda: self._write(LinesEncoder(user_id)))
-
-    @inlineCallbacks
-    def _write(self, encoder: LinesEncoder) -> Inline[None]:
-        start = encoder.start(int(1000 * time.time()))
-        yield self._writer.write_all(iter((start,)))
-        for version in self._versions:
-            yield self._writer.write_all(iter((encoder.begin(version),)))
-            pages = yield self._handler.export_version(version, self._operator)
-            self._pages = pages
-            try:
-                yield write_pages(self._writer, pages, encoder)
-            finally:
-                self._pages = None
-                yield pages.close()
-        yield self._writer.write_all(iter((encoder.end(),)))
 
 
 class AdminRestoreServlet(AdminServlet):

@@ -1,4 +1,4 @@
-"""Interface between the servlets and their host."""
+"""Interfaces between the servlets and their host."""
 
 from typing import Protocol
 
@@ -6,6 +6,7 @@ import attrs
 from twisted.internet.defer import Deferred
 from twisted.web.http import Request
 
+from ..admin.handler import AdminHandler
 from ..clock import Clock
 from ..handler import E2eRoomKeysHandler
 from ..types import Limits, Requester
@@ -48,3 +49,32 @@ class HomeServer:
     def get_e2e_room_keys_handler(self) -> E2eRoomKeysHandler:
         """The operations of the API."""
         return self.handler
+
+
+class AdminAuth(Protocol):
+    """The host's authentication of operators."""
+
+    def get_operator(self, request: Request) -> "Deferred[str]":
+        """Fire with the operator's name for the record.
+
+        Without a valid token, or if the token's user is no operator, the Deferred fails
+        with the error that the host sends as the response.
+        """
+
+
+@attrs.frozen
+class AdminHost:
+    """The host of the servlets.
+
+    Attributes:
+        clock: the host's time.
+        stalled_download_seconds: seconds without any read by the client after which
+            an export is dropped.
+        auth: the host's authentication of operators.
+        handler: the operations of the interface.
+    """
+
+    clock: Clock
+    stalled_download_seconds: float
+    auth: AdminAuth
+    handler: AdminHandler

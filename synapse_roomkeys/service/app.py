@@ -22,9 +22,9 @@ from ..config import OptionError
 from ..describe import error_line
 from ..errors import UnavailableError
 from ..handler import E2eRoomKeysHandler
-from ..homeserver import MAX_CONNECTIONS
 from ..inline import Inline
 from ..outages import Outages
+from ..request_queue import MAX_CONNECTIONS
 from ..rest import (
     AdminHost,
     HomeServer,

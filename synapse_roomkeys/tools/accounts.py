@@ -15,15 +15,11 @@ from twisted.internet.interfaces import IReactorTime
 from twisted.web.http_headers import Headers
 
 from ..clock import Clock
-from ..homeserver import (
-    MAX_PAUSE,
-    HomeserverClient,
-    HomeserverOptions,
-    Response,
-    UnusableResponseError,
-)
+from ..homeserver import HomeserverClient, HomeserverOptions, Response
+from ..homeserver_answers import describe_response
 from ..inline import Inline
-from ..whoami import describe_response, error_text
+from ..request_queue import MAX_PAUSE, UnusableResponseError
+from ..whoami import error_text
 from .session import AWAY, USAGE, ToolError
 
 #: Path of the accounts in Synapse's admin API ("User Admin API").

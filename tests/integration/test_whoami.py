@@ -24,7 +24,8 @@ from twisted.web.server import Site
 
 from synapse_roomkeys.clock import Clock
 from synapse_roomkeys.errors import TokenError, UnavailableError
-from synapse_roomkeys.homeserver import MAX_CONNECTIONS, HomeserverOptions
+from synapse_roomkeys.homeserver import HomeserverOptions
+from synapse_roomkeys.request_queue import MAX_CONNECTIONS
 from synapse_roomkeys.types import Requester
 from synapse_roomkeys.whoami import WhoamiAuth
 

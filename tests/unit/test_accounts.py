@@ -11,11 +11,8 @@ from twisted.web.http import Request
 from twisted.web.http_headers import Headers
 
 from synapse_roomkeys.clock import Clock
-from synapse_roomkeys.homeserver import (
-    HomeserverOptions,
-    Response,
-    UnusableResponseError,
-)
+from synapse_roomkeys.homeserver import HomeserverOptions, Response
+from synapse_roomkeys.request_queue import UnusableResponseError
 from synapse_roomkeys.tools.accounts import USERS, Accounts, is_gone, read_token
 from synapse_roomkeys.tools.session import AWAY, USAGE, ToolError
 

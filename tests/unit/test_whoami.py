@@ -19,11 +19,8 @@ from twisted.web.server import NOT_DONE_YET
 from synapse_roomkeys.claims import MAX_USER_AGENT_BYTES
 from synapse_roomkeys.clock import Clock
 from synapse_roomkeys.errors import LimitExceededError, TokenError, UnavailableError
-from synapse_roomkeys.homeserver import (
-    FIRST_INTERVAL,
-    MAX_CONNECTIONS,
-    HomeserverOptions,
-)
+from synapse_roomkeys.homeserver import HomeserverOptions
+from synapse_roomkeys.request_queue import FIRST_INTERVAL, MAX_CONNECTIONS
 from synapse_roomkeys.types import Requester
 from synapse_roomkeys.whoami import WhoamiAuth
 
