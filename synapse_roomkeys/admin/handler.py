@@ -10,7 +10,12 @@ import attrs
 from twisted.internet.defer import Deferred, inlineCallbacks
 
 from ..clock import Clock
-from ..errors import ForbiddenError, NotFoundError, unknown_version
+from ..errors import (
+    DamagedVersionError,
+    ForbiddenError,
+    NotFoundError,
+    unknown_version,
+)
 from ..fairness import UserQueues
 from ..handler import E2eRoomKeysHandler
 from ..identifiers import parse_version
@@ -298,6 +303,7 @@ class AdminHandler:
 
         Raises:
             NotFoundError: there is no such version.
+            DamagedVersionError: the ``auth_data`` of such a version isn't JSON.
         """
         owner: Owner = yield self.get_user(user_id)
         number = None if version is None else parse_version(version)
@@ -306,15 +312,19 @@ class AdminHandler:
             is_readable = found.state in (CURRENT, SUPERSEDED)
             if not is_readable or number not in (None, found.version):
                 continue
-            if is_valid_json(found.auth_data or ""):
-                chosen.append(found)
-            else:
+            if not is_valid_json(found.auth_data or ""):
                 logger.error(
-                    "A version with damaged auth_data isn't exported: user=%s"
-                    " version=%s",
+                    "Damaged version: its auth_data isn't JSON; the others can be"
+                    " exported one by one: user=%s version=%s",
                     user_id,
                     found.version,
                 )
+                raise DamagedVersionError
+            chosen.append(found)
+        if not chosen and number is None:
+            raise NotFoundError(
+                "No version of this user can be read: restore a deleted one first"
+            )
         if not chosen:
             raise unknown_version()
         return chosen

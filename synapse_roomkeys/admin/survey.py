@@ -146,7 +146,10 @@ def _age(uploaded_ms: int | None, now_ms: int) -> str:
     if uploaded_ms is None:
         return "unknown"
     days = (now_ms - uploaded_ms) // _DAY_MS
-    return next((f"under {most} days" for most in GROWTH_DAYS if days < most), "older")
+    for most in GROWTH_DAYS:
+        if days < most:
+            return f"under {most} day" if most == 1 else f"under {most} days"
+    return "older"
 
 
 def class_text(upper: int) -> str:

@@ -63,8 +63,8 @@ class AdminServlet(RestServlet):
         self.handler = hs.handler
 
     def authenticate(self, request: Request) -> "Deferred[str]":
-        """Fire with the operator's name, as `AdminAuth.get_operator` does, and note it
-        for the request's log lines."""
+        """Fire with the operator's name, as `AdminAuth.get_operator` does, and note the
+        name for the request's log lines."""
 
         def note(operator: str) -> str:
             notes_of(request)["user"] = operator
@@ -79,13 +79,13 @@ def admin_patterns(path: str) -> "tuple[re.Pattern[str], ...]":
 
 
 class AdminUsersServlet(AdminServlet):
-    """``/users``: the users who have a backup."""
+    """``/users``: the users with a backup."""
 
     PATTERNS = admin_patterns("/users")
 
     @inlineCallbacks
     def on_GET(self, request: Request) -> Answering:
-        """Answer with a page of users. All users are read for it."""
+        """Answer with a page of users, after a read of all users."""
         yield self.authenticate(request)
         page = parse_users_page(request)
         owners: list[Owner]
@@ -97,7 +97,7 @@ class AdminUsersServlet(AdminServlet):
 
 
 class AdminUserServlet(AdminServlet):
-    """``/users/{user}``: a user's backups, without any key."""
+    """``/users/{user}``: a user's versions, without keys."""
 
     PATTERNS = admin_patterns(_USER)
 
@@ -112,7 +112,7 @@ class AdminUserServlet(AdminServlet):
 
 
 class AdminRecordServlet(AdminServlet):
-    """``/users/{user}/record``: what happened to a user's backups."""
+    """``/users/{user}/record``: the recorded changes of a user's backups."""
 
     PATTERNS = admin_patterns(_USER + "/record")
 
@@ -129,15 +129,15 @@ class AdminRecordServlet(AdminServlet):
 
 
 class AdminExportServlet(AdminServlet):
-    """``/users/{user}/export``: a user's backups, as the command ``export`` writes
-    them."""
+    """``/users/{user}/export``: a user's backups, in the format of the command
+    ``export``."""
 
     PATTERNS = admin_patterns(_USER + "/export")
 
     @inlineCallbacks
     def on_GET(self, request: Request, user_id: str) -> Answering:
         """Answer with lines of JSON: a header, the versions with their keys, and an end
-        with a SHA-256. A broken connection leaves a file that no import takes."""
+        with a SHA-256. A broken connection leaves a file that every import refuses."""
         operator: str = yield self.authenticate(request)
         check_id("User", user_id)
         number = find_parameter(request, "version")
@@ -184,13 +184,13 @@ def _restore_of(body: RestoreBody, since_ms: int) -> Restore:
 
 
 class AdminEraseServlet(AdminServlet):
-    """``/users/{user}/erase``: delete all of a user."""
+    """``/users/{user}/erase``: deletion of all rows of a user."""
 
     PATTERNS = admin_patterns(_USER + "/erase")
 
     @inlineCallbacks
     def on_POST(self, request: Request, user_id: str) -> Answering:
-        """Begin a task. Its result has the numbers of deleted rows."""
+        """Begin a task, whose result has the numbers of deleted rows."""
         operator: str = yield self.authenticate(request)
         check_id("User", user_id)
         body = parse_body(request, decode_erase)
@@ -201,13 +201,14 @@ class AdminEraseServlet(AdminServlet):
 
 
 class AdminPurgeServlet(AdminServlet):
-    """``/purge``: delete what nobody uses."""
+    """``/purge``: deletion of unused versions, and of old recorded changes."""
 
     PATTERNS = admin_patterns("/purge")
 
     @inlineCallbacks
     def on_POST(self, request: Request) -> Answering:
-        """Begin a task. Its result has the numbers of what was deleted."""
+        """Begin a task, whose result has the numbers of deleted versions and keys, or
+        of deleted changes."""
         operator: str = yield self.authenticate(request)
         body = parse_body(request, decode_purge)
         _check_purge(body)
@@ -233,7 +234,7 @@ class AdminStatisticsServlet(AdminServlet):
 
     @inlineCallbacks
     def on_POST(self, request: Request) -> Answering:
-        """Begin a task. Its result has the sums."""
+        """Begin a task, whose result has the sums."""
         operator: str = yield self.authenticate(request)
         body = parse_body(request, decode_statistics)
         task_id: str = yield self.handler.sum_up(body.top, operator)
@@ -250,7 +251,7 @@ class AdminTasksServlet(AdminServlet):
         """Answer with a page of tasks, the newest first."""
         yield self.authenticate(request)
         skipped, most = parse_page(request)
-        status = parse_choice(request, "status", ("", *STATUSES))
+        status = parse_choice(request, "status", STATUSES)
         found, total = yield self.handler.list_tasks(status or None, skipped, most)
         tasks = [_task_dict(task) for task in found]
         return 200, _list_dict("tasks", tasks, total, skipped + len(tasks))
@@ -263,7 +264,7 @@ class AdminTaskServlet(AdminServlet):
 
     @inlineCallbacks
     def on_GET(self, request: Request, task_id: str) -> Answering:
-        """Answer with a task, its progress and its result."""
+        """Answer with a task, with progress and result."""
         yield self.authenticate(request)
         check_id("Task", task_id)
         task: Task = yield self.handler.get_task(task_id)
@@ -271,13 +272,13 @@ class AdminTaskServlet(AdminServlet):
 
 
 class AdminCancelServlet(AdminServlet):
-    """``/tasks/{task}/cancel``: end a task early."""
+    """``/tasks/{task}/cancel``: the early end of a task."""
 
     PATTERNS = admin_patterns("/tasks/(?P<task_id>[^/]+)/cancel")
 
     @inlineCallbacks
     def on_POST(self, request: Request, task_id: str) -> Answering:
-        """Cancel a task, and answer with it. A finished task stays as it is."""
+        """Cancel a task unless the task is finished, and answer with the task."""
         operator: str = yield self.authenticate(request)
         check_id("Task", task_id)
         task: Task = yield self.handler.cancel_task(task_id, operator)
@@ -292,7 +293,7 @@ def _task_dict(task: Task) -> dict[str, Any]:
 def _list_dict(
     name: str, items: list[dict[str, Any]], total: int, end: int
 ) -> dict[str, Any]:
-    """Return a page of a list. A page without items is the last one.
+    """Return a page of a list. A page without items has no successor.
 
     Args:
         end: number of items to the end of the page.

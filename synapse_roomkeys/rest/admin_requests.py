@@ -132,8 +132,8 @@ def parse_users_page(request: Request) -> UsersPage:
         InvalidParamError: a parameter has a wrong value, or ``from`` is over 10,000 in
             an order that needs a sort in memory.
     """
-    order = parse_choice(request, "order_by", _ORDERS).replace("_", "-")
-    is_forward = parse_choice(request, "dir", ("f", "b")) == "f"
+    order = parse_choice(request, "order_by", _ORDERS, "name").replace("_", "-")
+    is_forward = parse_choice(request, "dir", ("f", "b"), "f") == "f"
     skipped, most = parse_page(request)
     is_read_in_order = order == "name" and is_forward
     if skipped > _MAX_SORTED and not is_read_in_order:
@@ -169,15 +169,17 @@ def parse_number(request: Request, name: str, default: int, allowed: range) -> i
     return int(text)
 
 
-def parse_choice(request: Request, name: str, choices: tuple[str, ...]) -> str:
-    """Return one of some values from the query, the first by default.
+def parse_choice(
+    request: Request, name: str, choices: tuple[str, ...], default: str = ""
+) -> str:
+    """Return one of some values from the query.
 
     Raises:
         InvalidParamError: the parameter has another value.
     """
     text = find_parameter(request, name)
     if text is None:
-        return choices[0]
+        return default
     if text not in choices:
         raise InvalidParamError(f"{name} must be one of {', '.join(choices)}")
     return text

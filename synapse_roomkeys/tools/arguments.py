@@ -125,12 +125,16 @@ def version_number(text: str) -> int:
 
 
 def add_operator(parser: Any) -> None:
-    """Add the options of commands that write."""
+    """Add the option of commands that the record names."""
     parser.add_argument(
         "--operator",
         metavar="NAME",
         help="name for the record (the system's user)",
     )
+
+
+def add_dry_run(parser: Any) -> None:
+    """Add the option of commands that change backups."""
     parser.add_argument(
         "--dry-run", action="store_true", help="write nothing, say what would be done"
     )

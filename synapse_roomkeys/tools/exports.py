@@ -20,7 +20,7 @@ from ..inline import Inline
 from ..json_text import are_valid_json
 from ..storage import Owner, VersionFacts
 from ..storage.overview import CURRENT, DELETED, ORPHANED, SUPERSEDED
-from ..types import KeyPage, Position
+from ..types import Actor, KeyPage, Position
 from .output import Output, plural, progress, warn
 from .owners import find_owner
 from .session import DONE, FINDINGS, USAGE, Session, ToolError
@@ -37,12 +37,14 @@ class Export:
             file is a body.
         is_plain: Whether the file is the body of GET /keys.
         path: the file; None for standard output.
+        operator: the name for the record.
     """
 
     user_id: str
     version: int | None
     is_plain: bool
     path: Path | None
+    operator: str
 
 
 @attrs.define
@@ -56,7 +58,8 @@ class _Exported:
 
 @inlineCallbacks
 def export(session: Session, output: Output, wanted: Export) -> Inline[int]:
-    """Write a user's backups to a file, a page of keys at a time.
+    """Write a user's backups to a file, a page of keys at a time, and record the export
+    of each version.
 
     Raises:
         ToolError: the user or the version can't be exported, or the file can't be
@@ -93,6 +96,8 @@ def export(session: Session, output: Output, wanted: Export) -> Inline[int]:
                 stream.write(encoder.encode(KeyPage(whole, (), None)))
                 bar.update(len(rows))
 
+            actor = Actor(None, wanted.operator)
+            yield session.store.note_export(wanted.user_id, version.version, actor)
             yield _read_keys(session, version, take)
             done.versions += 1
             stream.write(encoder.finish())

@@ -17,6 +17,7 @@ from . import exports, history, imports, removal
 from .accounts import Accounts, read_token
 from .arguments import (
     add_command,
+    add_dry_run,
     add_operator,
     days,
     moment,
@@ -62,6 +63,7 @@ def _add_undo(commands: Any) -> None:
         help="also where the replaced key is worse than the stored one",
     )
     add_operator(restore)
+    add_dry_run(restore)
 
 
 def _restore(
@@ -89,7 +91,9 @@ def _add_transfers(commands: Any) -> None:
         commands,
         "export",
         lambda session, output, o: exports.export(
-            session, output, exports.Export(o.user, o.backup, o.plain, o.output)
+            session,
+            output,
+            exports.Export(o.user, o.backup, o.plain, o.output, operator_of(o)),
         ),
         "write a user's backups to a file",
         "@alice:example.org -o alice.jsonl",
@@ -116,6 +120,7 @@ def _add_transfers(commands: Any) -> None:
         help="write to FILE, which only its owner may read, and which is replaced if it"
         " exists; without it, write to standard output",
     )
+    add_operator(export)
     import_ = add_command(
         commands,
         "import",
@@ -143,6 +148,7 @@ def _add_transfers(commands: Any) -> None:
         " a body of GET /keys, which goes into the user's current version",
     )
     add_operator(import_)
+    add_dry_run(import_)
 
 
 def _add_removals(commands: Any) -> None:
@@ -221,6 +227,7 @@ def _add_removals(commands: Any) -> None:
     )
     for parser in (purge, erase, sweep):
         add_operator(parser)
+        add_dry_run(parser)
         parser.add_argument(
             "--yes", action="store_true", help="delete; without it nothing is deleted"
         )

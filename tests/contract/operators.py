@@ -51,14 +51,14 @@ class Operator:
 
     @inlineCallbacks
     def get(self, path: str) -> Generator[Deferred[Any], Any, Any]:
-        """Fire with the body of an accepted GET. It holds no data of a key."""
+        """Fire with the body of an accepted GET, which has no data of keys."""
         answer: Answer = yield self.api.get(path)
         assert DATA not in answer.body.decode(), f"{path}: {answer}"
         return accepted(answer, path)
 
     @inlineCallbacks
     def run(self, path: str, body: Any) -> Generator[Deferred[Any], Any, Any]:
-        """Begin a task, and fire with it after its end."""
+        """Begin a task. Fire with the finished task."""
         answer: Answer = yield self.api.post(path, body)
         task_id = accepted(answer, path)["task_id"]
         for _ in range(PATIENCE):
@@ -71,7 +71,7 @@ class Operator:
 
     @inlineCallbacks
     def complete(self, path: str, body: Any) -> Generator[Deferred[Any], Any, Any]:
-        """Run a task that is completed, and fire with its result."""
+        """Run a task to completion. Fire with the task's result."""
         task: dict[str, Any] = yield self.run(path, body)
         assert (task["status"], task["error"]) == ("complete", None), task
         return task["result"]
@@ -86,7 +86,7 @@ def new_operator(host: OperatorHost) -> Operator:
 def new_backup(
     host: OperatorHost, rooms: Rooms = ROOMS
 ) -> Generator[Deferred[Any], Any, tuple[Client, str]]:
-    """Fire with the client of a new user who has a backup, and its version."""
+    """Create a user with a backup. Fire with the user's client and the version."""
     client = Client(host.clients, host.clients.new_user())
     version: str = yield client.create_version()
     yield client.upload(version, rooms)
@@ -118,7 +118,7 @@ def endpoints(client: Client, version: str) -> list[tuple[str, str, Any]]:
 
 @operator_scenario
 def only_operators_are_answered(host: OperatorHost) -> Steps:
-    """Nobody else learns or changes anything, whatever the path names."""
+    """Requests without an operator's token are refused, and change nothing."""
     client, version = yield new_backup(host)
     operator = new_operator(host)
     before = yield operator.get("/tasks")
@@ -144,7 +144,7 @@ def only_operators_are_answered(host: OperatorHost) -> Steps:
 
 @operator_scenario
 def a_user_is_described(host: OperatorHost) -> Steps:
-    """Versions with their state, count and public key, but no key."""
+    """A user's versions have state, count and public key, and no key."""
     client, first = yield new_backup(host)
     auth_data = {
         "public_key": "the-public-key",
@@ -168,7 +168,7 @@ def a_user_is_described(host: OperatorHost) -> Steps:
 
 @operator_scenario
 def users_are_listed_in_pages(host: OperatorHost) -> Steps:
-    """In each order and direction, the pages are the parts of the whole list."""
+    """The pages together are the whole list, in each order and direction."""
     clients = []
     for number in (3, 1, 2):
         sessions = {f"{n}": key(data=DATA) for n in range(number)}
@@ -212,7 +212,7 @@ def users_are_listed_in_pages(host: OperatorHost) -> Steps:
 
 @operator_scenario
 def the_record_is_answered_newest_first(host: OperatorHost) -> Steps:
-    """Who changed a backup when, from which device, and which sessions."""
+    """A recorded change has act, time, device and sessions."""
     client, version = yield new_backup(host)
     yield client.delete(keys_path(version, "!a:h", "s1"))
     operator = new_operator(host)
@@ -233,7 +233,7 @@ def the_record_is_answered_newest_first(host: OperatorHost) -> Steps:
 
 @operator_scenario
 def an_export_has_all_keys(host: OperatorHost) -> Steps:
-    """An export holds all that clients can read, and is recorded."""
+    """An export has all keys that clients can read. The export is recorded."""
     rooms: Rooms = {
         "!a:h": {f"{n}": key(n, data={"ciphertext": DATA}) for n in range(150)},
         '!"b"\\ü:h': {"s/+=": key(2, 3, True, data=DATA)},
@@ -261,7 +261,7 @@ def an_export_has_all_keys(host: OperatorHost) -> Steps:
 
 
 def read_export(data: bytes) -> dict[str, Rooms]:
-    """Check an export as the command ``import`` does; return its keys by version."""
+    """Check an export as the command ``import`` does. Return the keys by version."""
     file = LinesFile(io.BytesIO(data))
     for _ in file.check():
         pass
@@ -284,7 +284,7 @@ def read_export(data: bytes) -> dict[str, Rooms]:
 
 @operator_scenario
 def a_deleted_version_is_given_back(host: OperatorHost) -> Steps:
-    """The version is current again, with its keys; a second request finds nothing."""
+    """A restored version is current, with all keys. A second request is a 404."""
     client, version = yield new_backup(host)
     yield client.delete(version_path(version))
     operator = new_operator(host)
@@ -301,8 +301,8 @@ def a_deleted_version_is_given_back(host: OperatorHost) -> Steps:
 
 @operator_scenario
 def replaced_keys_are_given_back(host: OperatorHost) -> Steps:
-    """Keys that reach less far back than before are replaced by the old ones, of one
-    session or of all."""
+    """Old keys replace keys that decrypt fewer messages, in one session or in all
+    sessions."""
     client, version = yield new_backup(host)
     worse = {s: key(20, verified=True, data=DATA) for s in ("s1", "s2")}
     yield client.upload(version, {"!a:h": worse})
@@ -321,8 +321,8 @@ def replaced_keys_are_given_back(host: OperatorHost) -> Steps:
 
 @operator_scenario
 def a_user_is_erased(host: OperatorHost) -> Steps:
-    """An active account is erased only on a further word; then nothing of the user is
-    left, and the task has the receipt."""
+    """Erasing an active account requires ``even_if_active``. The erasure leaves no row
+    of the user, and the task's result is the receipt."""
     client, version = yield new_backup(host)
     operator = new_operator(host)
     path = user_path(client, "/erase")
@@ -343,7 +343,8 @@ def a_user_is_erased(host: OperatorHost) -> Steps:
 
 @operator_scenario
 def what_nobody_uses_is_purged(host: OperatorHost) -> Steps:
-    """Superseded and deleted versions go with their keys, the current one stays."""
+    """A purge deletes superseded and deleted versions with all keys, and no current
+    version."""
     client, first = yield new_backup(host)
     second = yield client.create_version()
     yield client.upload(second, ROOMS)
@@ -392,7 +393,7 @@ def all_users_are_summed_up(host: OperatorHost) -> Steps:
 
 @operator_scenario
 def tasks_are_listed(host: OperatorHost) -> Steps:
-    """The newest first, also by status. A finished one can't be cancelled any more."""
+    """The list begins with the newest task. A finished task can't be cancelled."""
     operator = new_operator(host)
     task = yield operator.run("/purge", {"what": "orphaned"})
     listed = yield operator.get("/tasks?limit=1")
@@ -410,8 +411,7 @@ def tasks_are_listed(host: OperatorHost) -> Steps:
 
 @operator_scenario
 def wrong_requests_are_refused(host: OperatorHost) -> Steps:
-    """A wrong parameter, body or path is a 4xx that names the fault, and changes
-    nothing."""
+    """A request with a wrong parameter, body or path is a 4xx, and changes nothing."""
     client, version = yield new_backup(host)
     operator = new_operator(host)
     restore = user_path(client, "/restore")

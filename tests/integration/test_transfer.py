@@ -138,8 +138,13 @@ def test_an_erased_user_comes_back(place: Place) -> None:
     backups = fill(api)
     number = sum(map(len, next(iter(backups.values())).values()))
     before = place.rows(user)
-    path = place.export(user)
+    path = place.export(user, "--operator", "mallory")
     assert path.stat().st_mode & 0o777 == 0o600
+    acts = (
+        "SELECT DISTINCT act, operator FROM roomkeys_changes WHERE user_id = ?"
+        " AND operator IS NOT NULL ORDER BY act"
+    )
+    assert place.tool.sql(acts, user.user_id) == [("export", "mallory")]
     place.erase(user)
     dry = place.tool.run("import", str(path), "--dry-run", "--json")
     created = [("created", number, 0, 0, 0)] * 2
@@ -152,11 +157,8 @@ def test_an_erased_user_comes_back(place: Place) -> None:
         assert api.download(version) == rooms
     assert api.info()["version"] == max(backups)
     assert api.tally(max(backups)) == (2, number)
-    acts = place.tool.sql(
-        "SELECT DISTINCT act, operator FROM roomkeys_changes WHERE user_id = ?",
-        user.user_id,
-    )
-    assert sorted(acts) == [("create_version", "eve"), ("upload", "eve")]
+    by_eve = [("create_version", "eve"), ("upload", "eve")]
+    assert place.tool.sql(acts, user.user_id) == by_eve
     again = place.tool.run("import", str(path), "--json")
     unchanged = (0, 0, number, 0)
     assert actions(again) == [("compared", *unchanged), ("merged", *unchanged)]
