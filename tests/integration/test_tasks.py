@@ -81,10 +81,10 @@ class Deployment:
 
     @property
     def keys(self) -> int:
-        """Number of keys of a large backup, whose deletion takes 3 seconds or more:
-        30 batches with a pause of 0.1 seconds each."""
+        """Number of keys of a large backup, whose deletion takes 2 seconds or more:
+        20 batches with a pause of 0.1 seconds each."""
         engine = SQLITE if self.database is None else postgres()
-        return 30 * engine.swept_at_once
+        return 20 * engine.swept_at_once
 
     def back_up(self, service: Service, user: User) -> str:
         """Make a large backup; return its version."""

@@ -113,7 +113,8 @@ def test_two_sweepers_delete_once(backend: Backend, kept: OwnSite) -> Steps:
     client = Client(one.host, one.host.new_user())
     version: str = yield client.create_version()
     for part in range(3):
-        rooms: Rooms = {f"!{part}": {f"{i}": key() for i in range(1500)}}
+        size = one.engine.swept_at_once
+        rooms: Rooms = {f"!{part}": {f"{i}": key() for i in range(size)}}
         yield client.upload(version, rooms)
     accepted((yield client.delete(version_path(version))))
     two.sweeper.wake()

@@ -20,6 +20,7 @@ import pytest
 from twisted.internet.defer import Deferred, inlineCallbacks
 
 from synapse_roomkeys.service.config import DatabaseConfig
+from synapse_roomkeys.storage import SQLITE
 from synapse_roomkeys.storage.statements import ALL_TABLES
 
 from ..backup_client import Api
@@ -151,6 +152,12 @@ def test_killed_service(
         assert "Traceback" not in service.log()
 
 
+def swept_keys(database: Mapping[str, Any] | None) -> int:
+    """Return the number of keys of a version whose deletion takes half a second or
+    more: 5 batches on PostgreSQL, 20 on SQLite."""
+    return 20 * SQLITE.swept_at_once if database is None else 10_000
+
+
 def test_a_killed_deletion(
     homeserver: Homeserver, new_database: NewDatabase, tmp_path: Path
 ) -> None:
@@ -159,6 +166,7 @@ def test_a_killed_deletion(
     database = new_database()
     place = place_of(database, tmp_path)
     owner, other = homeserver.new_user(), homeserver.new_user()
+    size = swept_keys(database)
     count = "SELECT COUNT(*) FROM e2e_room_keys WHERE user_id = ?"
 
     def left() -> int:
@@ -171,19 +179,19 @@ def test_a_killed_deletion(
         versions = [api.create_version() for api in apis]
         for api, version in zip(apis, versions, strict=True):
             for part in range(4):
-                keys = {f"{part}.{i}": key() for i in range(2500)}
+                keys = {f"{part}.{i}": key() for i in range(size // 4)}
                 api.upload(version, {"!room": keys})
         apis[0].delete(version_path(versions[0]))
-        until(lambda: left() < 10_000)
+        until(lambda: left() < size)
         service.kill()
         at_kill = left()
-        assert 0 < at_kill < 10_000
+        assert 0 < at_kill < size
         # The lease of the killed process ends a minute after its last batch.
         place.run("UPDATE roomkeys_leases SET until_ms = 0")
         service.start()
         until(lambda: not left())
-        assert len(apis[1].download(versions[1])["!room"]) == 10_000
-        assert apis[1].tally(versions[1]) == (4, 10_000)
+        assert len(apis[1].download(versions[1])["!room"]) == size
+        assert apis[1].tally(versions[1]) == (4, size)
     print(f"killed with {at_kill} keys left")
 
 
@@ -197,6 +205,7 @@ def test_another_process_continues_a_deletion(
     place = place_of(database, tmp_path)
     settings = {"database": attrs.asdict(place.config)}
     user, other = homeserver.new_user(), homeserver.new_user()
+    size = swept_keys(database)
     count = "SELECT COUNT(*) FROM e2e_room_keys WHERE user_id = ?"
 
     def left() -> int:
@@ -215,16 +224,16 @@ def test_another_process_continues_a_deletion(
         version, *gone = (a.create_version() for a in (api, others, others))
         kept = others.create_version()
         others.upload(kept, {"!room": {"kept": key()}})
-        for part in range(3):
-            keys = {f"{part}.{i}": key() for i in range(2500)}
+        for part in range(4):
+            keys = {f"{part}.{i}": key() for i in range(size // 4)}
             api.upload(version, {"!room": keys})
         accepted(api.delete(version_path(version)))
-        until(lambda: left() < 7500)
+        until(lambda: left() < size)
         # A deletion wakes the second process, which finds the lease taken.
         accepted(others.delete(version_path(gone[0])))
         first.kill()
         at_kill = left()
-        assert 0 < at_kill < 7500
+        assert 0 < at_kill < size
         # The lease of the killed process ends a minute after its last batch.
         place.run("UPDATE roomkeys_leases SET until_ms = 0")
         accepted(others.delete(version_path(gone[1])))
