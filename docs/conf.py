@@ -1,5 +1,9 @@
 """How Sphinx builds the documentation: ``tox -e docs``."""
 
+from pathlib import Path
+
+import yaml
+
 from synapse_roomkeys import __version__
 
 project = "synapse_roomkeys"
@@ -17,3 +21,16 @@ html_theme = "furo"
 default_role = "py:obj"
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
+
+# sphinxcontrib-openapi shows the paths without their servers, and fails on the servers
+# of a path: the page shows a copy with whole paths.
+_folder = Path(__file__).parent
+_document = yaml.safe_load((_folder / "openapi.yaml").read_text())
+_servers = _document.pop("servers")
+_document["paths"] = {
+    item.pop("servers", _servers)[0]["url"] + path: item
+    for path, item in _document["paths"].items()
+}
+_copy = _folder / "_build" / "openapi.yaml"
+_copy.parent.mkdir(exist_ok=True)
+_copy.write_text(yaml.safe_dump(_document, sort_keys=False))
