@@ -97,8 +97,8 @@ class AdminHandler:
         all of them. All users are read, by one request after the other.
 
         Args:
-            is_wanted: returns False once nobody waits for the list any more. Then the
-                rest isn't read.
+            is_wanted: returns False after the client has left. The remaining users
+                aren't read then.
 
         Raises:
             LimitExceededError: too many lists wait.
@@ -235,7 +235,8 @@ class AdminHandler:
         return task_id
 
     def purge(self, what: str, before_ms: int | None, operator: str) -> "Deferred[str]":
-        """Begin to delete what nobody uses. Fire with the id of the task.
+        """Begin to delete unused versions, or old recorded changes. Fire with the id of
+        the task.
 
         Args:
             what: a constant of `runner`, such as `runner.SUPERSEDED`.
@@ -281,8 +282,8 @@ class AdminHandler:
 
     @inlineCallbacks
     def cancel_task(self, task_id: str, operator: str) -> Inline[Task]:
-        """Cancel a task, unless it is finished. What it has done stays done. Fire with
-        the task.
+        """Cancel a task unless the task is finished. Its earlier deletions stay. Fire
+        with the task.
 
         Raises:
             NotFoundError: there is no such task.

@@ -19,7 +19,7 @@ from ..servers.fake_homeserver import Homeserver
 from ..servers.service import Service
 from .conftest import host_of
 
-#: Deleted versions are kept, so that they can be given back.
+#: Option of servers that keep a deleted version for a day.
 KEEPING = {"deleted_versions_days": 1}
 
 each_scenario = pytest.mark.parametrize(

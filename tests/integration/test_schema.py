@@ -287,7 +287,8 @@ def test_those_who_waited_find_it_done(fresh: Backend) -> None:
 
 
 def test_a_process_that_dies_leaves_nothing(fresh: Backend) -> None:
-    """Whichever statement is its last, nothing stays of it; the next does it all."""
+    """An upgrade that ends after any statement leaves no change. The next upgrade is
+    complete."""
     make_old(fresh)
     before = shape(fresh)
     whole = 0
